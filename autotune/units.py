@@ -1,0 +1,87 @@
+"""Durations, byte sizes and counts as people write them. The only place that converts.
+
+Inside the program: seconds, bytes, tokens. On screen: GiB (2^30), B/M/K counts, 1h05m.
+"""
+
+import re
+
+from autotune.errors import ConfigError
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_BYTES = {
+    "": 1, "B": 1,
+    "KIB": 1 << 10, "MIB": MIB, "GIB": GIB, "TIB": 1 << 40,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_NUMBER = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+
+
+def parse_duration(text: str) -> float:
+    """`"90"`, `"90s"`, `"1h"`, `"1h30m"`, `"2d"` -> seconds. Raises ConfigError."""
+    compact = text.strip().lower().replace(" ", "")
+    if re.fullmatch(_NUMBER, compact):
+        return float(compact)
+    parts = re.findall(_NUMBER + r"([smhd])", compact)
+    if not parts or "".join(n + u for n, u in parts) != compact:
+        raise ConfigError(f"duration {text!r} is not understood; write for example 90s, 15m, 1h or 1h30m")
+    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+def parse_bytes(text: str) -> int:
+    """`"24GiB"`, `"512MiB"`, `"24GB"` (10^9), `"1073741824"` -> bytes. Raises ConfigError."""
+    value = _scaled(text, _BYTES)
+    if value is None:
+        raise ConfigError(f"memory size {text!r} is not understood; write for example 24GiB, 512MiB or 24GB")
+    return value
+
+
+def parse_count(text: str) -> int:
+    """`"10B"`, `"2.5M"`, `"1000"`, `"1e9"` -> a whole number of tokens. Raises ConfigError."""
+    value = _scaled(text.replace("_", "").replace(",", ""), _COUNTS)
+    if value is None:
+        raise ConfigError(f"count {text!r} is not understood; write for example 10B, 300M or 1000000")
+    return value
+
+
+def _scaled(text: str, units: dict[str, int]) -> int | None:
+    match = re.fullmatch(_NUMBER + r"(?:[eE]\+?([0-9]{1,2}))?\s*([A-Za-z]*)", text.strip())
+    if match is None or match[3].upper() not in units:
+        return None
+    return round(float(match[1]) * 10.0 ** int(match[2] or 0) * units[match[3].upper()])
+
+
+def format_bytes(count: float | None) -> str:
+    """Bytes -> `"21.30 GiB"` (`"512.0 MiB"` below 1 GiB); `"-"` for an unknown value."""
+    if count is None:
+        return "-"
+    return f"{count / GIB:.2f} GiB" if abs(count) >= GIB else f"{count / MIB:.1f} MiB"
+
+
+def format_duration(seconds: float | None) -> str:
+    """Seconds -> `"0.4s"`, `"42s"`, `"3m05s"`, `"1h05m"`, `"2d03h"`; `"-"` for an unknown value."""
+    if seconds is None:
+        return "-"
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def format_count(count: float | None) -> str:
+    """Tokens or parameters -> `"124.4M"`, `"2.60B"`, `"950"`; `"-"` for an unknown value."""
+    if count is None:
+        return "-"
+    for limit, unit, digits in ((1e12, "T", 2), (1e9, "B", 2), (1e6, "M", 1), (1e4, "K", 1)):
+        if abs(count) >= limit:
+            return f"{count / limit if unit != 'K' else count / 1e3:.{digits}f}{unit}"
+    return f"{count:,.0f}"

@@ -1,0 +1,77 @@
+"""Units: what people write, what is shown, and that nothing is lost on the way."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autotune.errors import ConfigError
+from autotune.units import (
+    GIB,
+    MIB,
+    format_bytes,
+    format_count,
+    format_duration,
+    parse_bytes,
+    parse_count,
+    parse_duration,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("1h", 3600), ("1h30m", 5400), ("2d", 172800), (" 1 H ", 3600), ("0.5m", 30), ("0", 0)],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("24GiB", 24 * GIB), ("512MiB", 512 * MIB), ("24GB", 24 * 10**9), ("1073741824", GIB), ("1.5 gib", 3 * GIB // 2)],
+)
+def test_bytes(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("10B", 10**10), ("2.5M", 2_500_000), ("1000", 1000), ("1e9", 10**9), ("1_000,000", 10**6)]
+)
+def test_counts(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("parse", [parse_duration, parse_bytes, parse_count])
+@pytest.mark.parametrize("text", ["", "x", "-1", "1 parsec", "1h2", "h", "1..2", "inf", "nan", "\u0661h"])
+def test_nonsense_is_named_with_an_example(parse: object, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(text)  # type: ignore[operator]
+    message = str(caught.value)
+    assert repr(text) in message
+    assert "for example" in message
+    assert "\n" not in message
+
+
+def test_unknown_is_a_dash_and_zero_is_not() -> None:
+    assert format_bytes(None) == format_duration(None) == format_count(None) == "-"
+    assert "-" not in {format_bytes(0), format_duration(0), format_count(0)}
+
+
+@given(st.floats(min_value=0, max_value=1e7))
+def test_a_shown_duration_reads_back(seconds: float) -> None:
+    shown = parse_duration(format_duration(seconds))
+    assert shown == pytest.approx(seconds, abs=0.51 if seconds < 3599 else 60 if seconds < 86399 else 3600)
+
+
+@given(st.integers(min_value=0, max_value=1 << 50))
+def test_shown_bytes_read_back(count: int) -> None:
+    assert parse_bytes(format_bytes(count)) == pytest.approx(count, abs=0.051 * MIB, rel=0.006)
+
+
+@given(st.integers(min_value=0, max_value=10**15))
+def test_a_shown_count_reads_back(count: int) -> None:
+    assert parse_count(format_count(count)) == pytest.approx(count, abs=0.5, rel=0.06)
+
+
+@given(st.integers(min_value=0, max_value=10**12))
+def test_plain_numbers_are_exact(number: int) -> None:
+    assert parse_bytes(str(number)) == parse_count(str(number)) == parse_duration(str(number)) == number
