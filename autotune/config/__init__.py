@@ -1,0 +1,1 @@
+"""Shape, recipe, plan, search settings: frozen dataclasses; TOML and nanoGPT files; the guide's rows."""

@@ -1,0 +1,248 @@
+"""What is trained (Shape, Recipe) and how it is executed (Plan). Together: a Candidate.
+
+A recipe decides what is learned. A plan changes speed and memory only.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from autotune.errors import ConfigError, suggest
+from autotune.kernels import registry
+
+Compile = Literal["off", "full", "block"]
+DType = Literal["float32", "tfloat32", "bfloat16", "float16"]
+AUTOCAST = ("bfloat16", "float16")
+"""In which matrix products have operands of two bytes, cast from float32."""
+Allocator = Literal["default", "expandable_segments"]
+Schedule = Literal["cosine", "wsd", "constant"]
+Optimizer = Literal["adamw", "adamw_unfused", "adamw_8bit", "muon"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The model."""
+
+    arch: str = "gpt2"
+    """Only `gpt2`: nanoGPT's model."""
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024
+    """Tokens per sequence."""
+    vocab_size: int = 50304
+    """GPT-2's 50257 tokens, padded to a multiple of 64."""
+    bias: bool = False
+    """Biases in the linear layers and LayerNorms."""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        one_of("model.arch", self.arch, ("gpt2",))
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            at_least(f"model.{name}", getattr(self, name), 1)
+        if self.n_embd % self.n_head:
+            raise ConfigError(
+                f"model.n_embd = {self.n_embd} is not a multiple of model.n_head = {self.n_head}; "
+                "change one of them"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"model.dropout = {self.dropout} is not allowed; choose a number from 0 up to 1")
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def parameters(self) -> int:
+        """All weights, the tied head counted once."""
+        width, biases = self.n_embd, int(self.bias)
+        norm = width * (1 + biases)
+        matrices = 12 * width * width + biases * (3 + 1 + 4 + 1) * width
+        blocks = self.n_layer * (matrices + 2 * norm)
+        return self.vocab_size * width + self.block_size * width + blocks + norm
+
+    @property
+    def parameters_non_embedding(self) -> int:
+        """Without token and position embeddings: the N of scaling laws."""
+        return self.parameters - (self.vocab_size + self.block_size) * self.n_embd
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward and backward, PaLM's convention (appendix B), position embeddings left out."""
+        without_positions = self.parameters - self.block_size * self.n_embd
+        return 6.0 * without_positions + 12.0 * self.n_layer * self.n_embd * self.block_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is learned, and how: fixed while plans are compared."""
+
+    shape: Shape = field(default_factory=Shape)
+    global_batch_size: int = 512
+    """Sequences per optimizer step."""
+    max_iters: int = 1000
+    """Optimizer steps of the whole training."""
+    optimizer: Optimizer = "adamw"
+    """`adamw` is torch's fused kernel; `adamw_unfused` its reference implementation; `adamw_8bit` keeps moments in
+    8 bits (package bitsandbytes); `muon` is for the blocks' matrices, with AdamW for everything else."""
+    learning_rate: float = 6e-4
+    min_lr: float = 6e-5
+    schedule: Schedule = "cosine"
+    """After the warm-up: `cosine` to min_lr, `wsd` (level, then linearly to min_lr) or `constant`."""
+    warmup_iters: int = 100
+    lr_decay_iters: int = 1000
+    """The step at which min_lr is reached."""
+    decay_share: float = 0.2
+    """Of `wsd`: the part of lr_decay_iters in which the rate falls."""
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    seed: int = 1337
+    data: str = ""
+    """Directory of shards; empty: synthetic tokens (measurements only)."""
+    eval_interval: int = 250
+    """Optimizer steps between evaluations."""
+    eval_iters: int = 20
+    """Batches of validation data an evaluation."""
+    eval_batch_size: int = 0
+    """Sequences per validation batch; 0: the plan's micro batch."""
+    log_interval: int = 10
+    checkpoint_interval: int = 250
+    always_save_checkpoint: bool = True
+    """False: only when the validation loss has improved, and at the end."""
+    init_from: str = ""
+    """Weights to begin with: nanoGPT's ckpt.pt, a GPT-2 directory of Hugging Face, or a checkpoint; empty: random."""
+    tensorboard: bool = False
+    """Write what is logged to TensorBoard's files too."""
+    wandb_log: bool = False
+    """Send what is logged to Weights & Biases; its own environment variables (WANDB_MODE) hold."""
+    wandb_project: str = "autotune"
+    wandb_run_name: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "max_iters", "eval_interval", "eval_iters", "log_interval",
+                     "checkpoint_interval", "lr_decay_iters"):  # fmt: skip
+            at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("warmup_iters", "eval_batch_size", "weight_decay", "grad_clip", "min_lr", "seed"):
+            at_least(f"training.{name}", getattr(self, name), 0)
+        one_of("training.schedule", self.schedule, get_args(Schedule))
+        one_of("training.optimizer", self.optimizer, get_args(Optimizer))
+        if self.learning_rate <= 0:
+            raise ConfigError(f"training.learning_rate = {self.learning_rate} must be above 0")
+        if not 0.0 < self.decay_share <= 1.0:
+            raise ConfigError(f"training.decay_share = {self.decay_share} must lie in (0, 1]")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"training.{name} = {getattr(self, name)} must lie in [0, 1)")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.shape.block_size
+
+    @property
+    def max_tokens(self) -> int:
+        return self.max_iters * self.tokens_per_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a step is executed. Changes speed and memory, never what is learned."""
+
+    micro_batch_size: int = 8
+    """Sequences per forward and backward."""
+    attention: str = "sdpa"
+    """A row of `autotune kernels`."""
+    loss: str = "full"
+    """A row of `autotune kernels`."""
+    loss_chunk_tokens: int = 1024
+    """Tokens whose logits exist at one time; read by chunked losses only."""
+    activation_checkpointing: str = "none"
+    """What the backward computes again: nothing, each `block`, `every_2` (a block of every two), `selective` (all but
+    matrix products and attention), or as much as keeps compiled graphs within `budget_0.5` of their activations."""
+    compile: Compile = "full"
+    dtype: DType = "bfloat16"
+    """Of matrix products, through autocast; weights and optimizer state stay float32. `tfloat32` is float32 whose
+    products round their factors to 10 bits of mantissa."""
+    allocator: Allocator = "default"
+
+    def __post_init__(self) -> None:
+        at_least("plan.micro_batch_size", self.micro_batch_size, 1)
+        at_least("plan.loss_chunk_tokens", self.loss_chunk_tokens, 1)
+        one_of("plan.attention", self.attention, registry.names("attention"))
+        one_of("plan.loss", self.loss, registry.names("loss"))
+        _check_checkpointing(self.activation_checkpointing)
+        one_of("plan.compile", self.compile, get_args(Compile))
+        one_of("plan.dtype", self.dtype, get_args(DType))
+        one_of("plan.allocator", self.allocator, get_args(Allocator))
+
+    @property
+    def recomputed_every(self) -> int | None:
+        """One block of so many is computed again as a whole; None: none is."""
+        kind, _, number = self.activation_checkpointing.partition("_")
+        return int(number) if kind == "every" else 1 if kind == "block" else None
+
+    @property
+    def memory_budget(self) -> float | None:
+        """Part of a compiled graph's activations that may be kept, in [0, 1]; None: the plan sets no budget."""
+        kind, _, number = self.activation_checkpointing.partition("_")
+        return float(number) if kind == "budget" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One point of a search: a recipe and a plan for it."""
+
+    recipe: Recipe = field(default_factory=Recipe)
+    plan: Plan = field(default_factory=Plan)
+
+    def __post_init__(self) -> None:
+        if self.plan.micro_batch_size > self.recipe.global_batch_size:
+            raise ConfigError(
+                f"plan.micro_batch_size = {self.plan.micro_batch_size} is larger than "
+                f"training.global_batch_size = {self.recipe.global_batch_size}; lower it"
+            )
+
+    @property
+    def shape(self) -> Shape:
+        return self.recipe.shape
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro steps per optimizer step; the last one is padded where the division leaves a rest."""
+        return -(-self.recipe.global_batch_size // self.plan.micro_batch_size)
+
+    @property
+    def id(self) -> str:
+        """Equal for candidates that execute the same step: 10 hexadecimal digits."""
+        executed = {
+            "shape": vars(self.shape),
+            "plan": vars(self.plan),
+            "global_batch_size": self.recipe.global_batch_size,
+            "optimizer": self.recipe.optimizer,
+        }
+        return hashlib.sha256(json.dumps(executed, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _check_checkpointing(value: str) -> None:
+    """Raise ConfigError unless `value` is one that `Plan.activation_checkpointing` knows, written in one way only."""
+    if re.fullmatch(r"none|block|selective|every_([2-9]|[1-9]\d+)|budget_(0|1|0\.\d*[1-9])", value) is None:
+        raise ConfigError(
+            f"plan.activation_checkpointing = {value!r} is not known; choose from none, block, selective, "
+            "every_2 (or any larger number), budget_0.5 (any number from 0 to 1, without zeros at its end)"
+        )
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{name} = {value!r} is not known; {suggest(str(value), allowed)}")
+
+
+def at_least(name: str, value: float, smallest: float) -> None:
+    """Raise ConfigError unless `value >= smallest`."""
+    if value < smallest:
+        raise ConfigError(f"{name} = {value} is not allowed; the smallest value is {smallest}")

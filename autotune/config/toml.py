@@ -1,0 +1,128 @@
+"""best.toml and every other candidate file: tables [model] [training] [plan] [measured] [environment]."""
+
+import contextlib
+import hashlib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from autotune.config.candidate import Candidate, Plan, Recipe, Shape
+from autotune.config.tables import read_table
+from autotune.errors import ConfigError, suggest
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateFile:
+    """A candidate as it lies on disk, with what was measured of it, where it was."""
+
+    candidate: Candidate
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """Units in the names; empty for a file that a person wrote."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    """The machine of the measurement."""
+
+
+_TABLES = ("model", "training", "plan", "measured", "environment")
+
+
+def parse_candidate(text: str, where: str, overrides: tuple[str, ...] = ()) -> CandidateFile:
+    """Read a candidate file; `overrides` are `plan.loss=chunked` assignments. Raises ConfigError."""
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where} is not valid TOML: {error}") from None
+    for name, table in tables.items():
+        if name not in _TABLES or not isinstance(table, dict):
+            raise ConfigError(f"{where}: [{name}] is not a known table; {suggest(name, _TABLES)}")
+    for name in ("model", "plan"):
+        if name not in tables:
+            raise ConfigError(f"{where} has no table [{name}]; a candidate needs [model], [training] and [plan]")
+    for assignment in overrides:
+        _assign(tables, assignment)
+    shape = read_table(Shape, tables["model"], "model")
+    training = tables.get("training", {})
+    if "shape" in training:
+        raise ConfigError("training.shape is not a known key; the shape stands in [model]")
+    recipe = read_table(Recipe, {**training, "shape": asdict(shape)}, "training")
+    plan = read_table(Plan, tables["plan"], "plan")
+    return CandidateFile(
+        candidate=Candidate(recipe=recipe, plan=plan),
+        measured=tables.get("measured", {}),
+        environment=tables.get("environment", {}),
+    )
+
+
+def read_candidate(path: Path, overrides: tuple[str, ...] = ()) -> CandidateFile:
+    """Read a candidate file, or the best.toml of a run directory. Raises ConfigError."""
+    file = path / "best.toml" if path.is_dir() else path
+    try:
+        text = file.read_text()
+    except FileNotFoundError:
+        in_run = file.name == "best.toml" and file.parent.is_dir()
+        hint = "the run has no feasible trial yet" if in_run else "give a run directory or a TOML file"
+        raise ConfigError(f"{file} does not exist; {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+    return parse_candidate(text, str(file), overrides)
+
+
+def _assign(tables: dict[str, Any], assignment: str) -> None:
+    target, equals, value = assignment.partition("=")
+    table, dot, key = target.strip().partition(".")
+    if not (equals and dot and key) or table not in ("model", "training", "plan"):
+        raise ConfigError(f"--set {assignment!r} is not understood; write for example plan.loss=chunked")
+    try:
+        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # a bare word is a string
+    tables.setdefault(table, {})[key] = parsed
+
+
+def format_candidate(file: CandidateFile) -> str:
+    """The text of a candidate file; unknown (None) values are left out, as TOML has no null."""
+    candidate = file.candidate
+    training = {key: value for key, value in asdict(candidate.recipe).items() if key != "shape"}
+    tables = {
+        "model": asdict(candidate.shape),
+        "training": training,
+        "plan": asdict(candidate.plan),
+        "measured": file.measured,
+        "environment": file.environment,
+    }
+    return tomli_w.dumps({name: without_none(table) for name, table in tables.items() if table})
+
+
+def without_none(value: Any) -> Any:
+    """Tables without the keys whose value is None: TOML has no null."""
+    if isinstance(value, Mapping):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def write_atomically(path: Path, *parts: str | bytes | memoryview, temporary: Path | None = None) -> str:
+    """Replace `path` as a whole by the parts, one after the other: a reader sees the old content or the new one,
+    never a part. Returns the content's sha256. Raises OSError, with `path` as it was.
+
+    temporary: where it is written first; by default a name of this process's own, in the same directory.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    digest = hashlib.sha256()
+    try:
+        with temporary.open("wb") as handle:
+            for part in parts:
+                content = part.encode() if isinstance(part, str) else part
+                handle.write(content)
+                digest.update(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the directory itself may be gone: then nothing of ours is in it
+            temporary.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest()
