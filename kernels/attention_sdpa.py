@@ -1,0 +1,34 @@
+"""Causal attention through torch's scaled_dot_product_attention, one function a backend."""
+
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def automatic(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """(B, n_head, T, head_size) three times -> the same shape; the backend is torch's choice."""
+    return scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """FlashAttention 2 or an error, never another backend."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return automatic(query, key, value, dropout)
+
+
+def cudnn(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """cuDNN's fused attention or an error, never another backend."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return automatic(query, key, value, dropout)
+
+
+def efficient(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Memory-efficient attention or an error, never another backend."""
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        return automatic(query, key, value, dropout)
+
+
+def math(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Plain matrix products: B * n_head * T * T scores exist at one time."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return automatic(query, key, value, dropout)

@@ -1,0 +1,22 @@
+"""Head and cross entropy by Apple's cut cross entropy (Wijmans et al., arXiv:2411.09009): no logits in memory."""
+
+import torch
+from torch import Tensor
+
+from autotune.kernels.loss_chunked import matrix_dtype
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels that tune themselves while they run
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
+    """Mean over targets other than -1, float32 scalar. `chunk_tokens` does not matter here.
+
+    By the variant made for pretraining: the weight's gradient is not filtered and summed with Kahan's correction.
+    """
+    from cut_cross_entropy import linear_cross_entropy
+
+    dtype = matrix_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss: Tensor = linear_cross_entropy(
+            hidden.to(dtype), weight.to(dtype), targets, ignore_index=-1, impl="cce_kahan_full_c"
+        )
+    return loss.float()

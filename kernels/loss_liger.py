@@ -1,0 +1,18 @@
+"""Head and cross entropy by Liger's fused kernel (package liger-kernel, Hsu et al., arXiv:2410.10989)."""
+
+import torch
+from torch import Tensor
+
+from autotune.kernels.loss_chunked import matrix_dtype
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads a count back to the host, which no graph holds
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
+    """Mean over targets other than -1, float32 scalar. Liger chooses its chunks, `chunk_tokens` does not matter."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    dtype = matrix_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        fused = LigerFusedLinearCrossEntropyLoss(ignore_index=-1, accum_dtype=torch.float32)
+        loss: Tensor = fused(weight.to(dtype), hidden.to(dtype), targets)
+    return loss.float()

@@ -1,0 +1,271 @@
+"""Which implementations there are and what each one needs. Readable without torch."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Operation = Literal["attention", "loss"]
+
+
+DEVICES = ("cpu", "cuda")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One implementation."""
+
+    operation: Operation
+    name: str
+    """What a plan writes."""
+    path: str
+    """`module:function`, relative to this package."""
+    summary: str
+    devices: tuple[str, ...] = DEVICES
+    dtypes: tuple[str, ...] = DTYPES
+    capability: tuple[int, int] = (0, 0)
+    """Smallest CUDA compute capability."""
+    torch: tuple[int, int] = (2, 11)
+    """Smallest version."""
+    package: str = ""
+    """An optional module that must be installed."""
+    distribution: str = ""
+    """What pip installs it from; empty: the same name."""
+    package_version: tuple[int, int] = (0, 0)
+    """Smallest version of the distribution."""
+    compiled_only: bool = False
+    """Exists only inside a compiled graph: plan.compile = off cannot run it."""
+    dropout: bool = True
+    """An attention that can drop out."""
+    head_multiple: int = 1
+    """An attention's head size must be a multiple of it."""
+    largest_head: int = 1 << 16
+    chunked: bool = False
+    """A loss that reads the plan's `loss_chunk_tokens`."""
+    searched: tuple[str, ...] = DEVICES
+    """Devices on which a search tries it: not where another row was better in speed and memory (`scripts/bench -k
+    kernels`). A plan may name it everywhere."""
+
+    def __post_init__(self) -> None:
+        assert self.name.isidentifier() and re.fullmatch(r"\w+:\w+", self.path), self
+        assert self.devices and set(self.devices) <= set(DEVICES), self.devices
+        assert self.dtypes and set(self.dtypes) <= set(DTYPES), self.dtypes
+        assert not self.chunked or self.operation == "loss", self.name
+        assert self.package or not self.package_version > (0, 0), self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a kernel is checked against; `machine` makes one."""
+
+    device: str
+    """`cpu` or `cuda`."""
+    torch: tuple[int, int]
+    capability: tuple[int, int] = (0, 0)
+
+
+def machine(device: str, capability: Sequence[int], torch: str) -> Machine:
+    """From a device's word (`cuda:0`), its compute capability (empty on the CPU) and torch's version string."""
+    major, minor = (*capability, 0, 0)[:2]
+    return Machine(device=device.partition(":")[0], torch=_release(torch), capability=(major, minor))
+
+
+def _release(version: str) -> tuple[int, int]:
+    """`2.13.0+cpu` -> (2, 13)."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    assert found, version
+    return int(found[1]), int(found[2])
+
+
+KERNELS = (
+    Kernel(
+        operation="attention",
+        name="sdpa",
+        path="attention_sdpa:automatic",
+        summary="torch's scaled_dot_product_attention, backend chosen by torch",
+    ),
+    Kernel(
+        operation="attention",
+        name="sdpa_flash",
+        path="attention_sdpa:flash",
+        summary="FlashAttention 2 through torch",
+        dtypes=("bfloat16", "float16"),
+        devices=("cuda",),
+        capability=(8, 0),
+        head_multiple=8,
+        largest_head=256,
+    ),
+    Kernel(
+        operation="attention",
+        name="sdpa_cudnn",
+        path="attention_sdpa:cudnn",
+        summary="cuDNN's fused attention through torch",
+        dtypes=("bfloat16", "float16"),
+        devices=("cuda",),
+        capability=(8, 0),
+        head_multiple=8,
+        largest_head=128,
+    ),
+    Kernel(
+        operation="attention",
+        name="sdpa_efficient",
+        path="attention_sdpa:efficient",
+        summary="memory-efficient attention through torch",
+        devices=("cuda",),
+        capability=(5, 0),
+        head_multiple=8,
+    ),
+    Kernel(
+        operation="attention",
+        name="sdpa_math",
+        path="attention_sdpa:math",
+        summary="plain matrix products; holds the (T, T) scores",
+    ),
+    Kernel(
+        operation="attention",
+        name="flex",
+        path="attention_flex:causal",
+        summary="torch's FlexAttention under a causal block mask; its backward is CUDA's only",
+        devices=("cuda",),
+        capability=(8, 0),
+        compiled_only=True,  # otherwise unfused, with all scores in float32
+        dropout=False,
+        head_multiple=16,
+        largest_head=256,
+    ),
+    Kernel(
+        operation="loss",
+        name="full",
+        path="loss_full:cross_entropy",
+        summary="all logits at once, as nanoGPT does",
+    ),
+    Kernel(
+        operation="loss",
+        name="chunked",
+        path="loss_chunked:cross_entropy",
+        summary="logits chunk by chunk, gradients computed in the forward",
+        chunked=True,
+    ),
+    Kernel(
+        operation="loss",
+        name="chunked_triton",
+        path="loss_chunked_triton:cross_entropy",
+        summary="chunked, with softmax, loss and gradient in one Triton kernel",
+        devices=("cuda",),
+        capability=(7, 0),
+        package="triton",
+        chunked=True,
+    ),
+    Kernel(
+        operation="loss",
+        name="torch_linear_cross_entropy",
+        path="loss_torch_linear:cross_entropy",
+        summary="torch's chunked linear_cross_entropy; its training loss is rounded to the plan's dtype",
+        torch=(2, 13),
+        chunked=True,
+        searched=("cuda",),
+    ),
+    Kernel(
+        operation="loss",
+        name="auto_chunker",
+        path="loss_auto_chunker:cross_entropy",
+        summary="full logits, chunked by Inductor; evaluation is not",
+        compiled_only=True,
+        chunked=True,
+        searched=("cuda",),
+    ),
+    Kernel(
+        operation="loss",
+        name="liger",
+        path="loss_liger:cross_entropy",
+        summary="Liger's fused linear cross entropy, its own chunk size",
+        devices=("cuda",),
+        capability=(7, 0),
+        package="liger_kernel",
+        distribution="liger-kernel",
+    ),
+    Kernel(
+        operation="loss",
+        name="cce",
+        path="loss_cce:cross_entropy",
+        summary="Apple's cut cross entropy (cce_kahan_full_c): no logits in memory",
+        devices=("cuda",),
+        dtypes=("bfloat16", "float16"),
+        capability=(8, 0),
+        package="cut_cross_entropy",
+        distribution="cut-cross-entropy",
+        package_version=(25, 4),  # cce_kahan_full_c; newer than what PyPI has
+    ),
+)
+
+
+def kernels(operation: Operation) -> tuple[Kernel, ...]:
+    """The rows of one operation, the plain one first."""
+    return tuple(kernel for kernel in KERNELS if kernel.operation == operation)
+
+
+def names(operation: Operation) -> tuple[str, ...]:
+    """What a plan may write for one operation."""
+    return tuple(kernel.name for kernel in kernels(operation))
+
+
+def find(operation: Operation, name: str) -> Kernel:
+    """The row of that name, which must be one of `names(operation)`."""
+    return next(kernel for kernel in kernels(operation) if kernel.name == name)
+
+
+def why_unavailable(
+    kernel: Kernel,
+    machine: Machine,
+    *,
+    dtype: str | None = None,
+    compile: str | None = None,
+    head_size: int | None = None,
+    dropout: float = 0.0,
+) -> str | None:
+    """The reason why `machine` cannot run `kernel` (in the way that is given), or None if it can."""
+    if machine.device not in kernel.devices:
+        return f"needs {' or '.join(kernel.devices)}, this is {machine.device}"
+    if machine.device == "cuda" and machine.capability < kernel.capability:
+        return f"needs compute capability {_dotted(kernel.capability)}, this card has {_dotted(machine.capability)}"
+    if machine.torch < kernel.torch:
+        return f"needs torch {_dotted(kernel.torch)}, this is {_dotted(machine.torch)}"
+    if reason := _why_not_installed(kernel):
+        return reason
+    if dtype is not None and dtype not in kernel.dtypes:
+        return f"needs {' or '.join(kernel.dtypes)}, the plan says {dtype}"
+    if compile == "off" and kernel.compiled_only:
+        return "needs compile = full or block, the plan says off"
+    if head_size is not None and (head_size % kernel.head_multiple or head_size > kernel.largest_head):
+        return f"needs a head size in steps of {kernel.head_multiple} up to {kernel.largest_head}, this is {head_size}"
+    if dropout and not kernel.dropout:
+        return f"needs dropout 0, the model has {dropout}"
+    return None
+
+
+def _why_not_installed(kernel: Kernel) -> str | None:
+    if not kernel.package:
+        return None
+    name = kernel.distribution or kernel.package
+    if importlib.util.find_spec(kernel.package) is None:
+        return f"needs the package {name}, which is not installed"
+    if kernel.package_version > (0, 0):
+        found = _release(importlib.metadata.version(name))
+        if found < kernel.package_version:
+            return f"needs {name} {_dotted(kernel.package_version)}, installed is {_dotted(found)}"
+    return None
+
+
+def _dotted(pair: tuple[int, int]) -> str:
+    return ".".join(map(str, pair))
+
+
+def load(kernel: Kernel) -> Callable[..., Any]:
+    """Import the implementation."""
+    module, _, function = kernel.path.partition(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(f"{__package__}.{module}"), function)
+    return loaded
