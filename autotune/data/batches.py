@@ -1,0 +1,183 @@
+"""Training and validation batches: a pure function of the data, a seed and a step number.
+
+Nothing is remembered between batches, so a resumed training continues where it was by its step number alone,
+and neither the micro batch nor the number of processes can change what a step learns from.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from autotune.data.shards import Shard, check_length, check_vocabulary, open_split, split_paths
+from autotune.errors import DataError
+
+Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""Inputs x and targets y, each (B, T) int64; y is x one token later."""
+
+_ROUNDS = 6
+_HEAD_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchSource:
+    """Windows of `block_size + 1` tokens at multiples of `block_size` inside each file."""
+
+    train: tuple[Shard, ...]
+    val: tuple[Shard, ...]
+    seed: int
+    """Of the order of training windows, together with the epoch's number."""
+    global_batch_size: int
+    """Sequences of a training batch."""
+    block_size: int
+    """Tokens of a sequence."""
+    vocab_size: int
+    """A token of a batch that is not below it is a DataError naming the file."""
+    _train_ends: npt.NDArray[np.int64] = field(init=False, repr=False)
+    _val_ends: npt.NDArray[np.int64] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        assert self.global_batch_size > 0
+        assert self.block_size > 0
+        object.__setattr__(self, "_train_ends", _window_ends(self.train, self.block_size))
+        object.__setattr__(self, "_val_ends", _window_ends(self.val, self.block_size))
+        self._need(self.train_windows, self.global_batch_size, "training", self.train)
+        self._need(self.validation_windows, 1, "validation", self.val)
+
+    def _need(self, have: int, need: int, kind: str, shards: tuple[Shard, ...]) -> None:
+        if have < need:
+            tokens = sum(len(shard) for shard in shards)
+            raise DataError(
+                f"{tokens} {kind} tokens give {have} sequences of {self.block_size}, {need} are needed; "
+                "prepare more data, or lower block_size or global_batch_size"
+            )
+
+    @property
+    def train_windows(self) -> int:
+        """Training sequences of an epoch."""
+        return int(self._train_ends[-1]) if len(self._train_ends) else 0
+
+    @property
+    def validation_windows(self) -> int:
+        """Different validation sequences."""
+        return int(self._val_ends[-1]) if len(self._val_ends) else 0
+
+    def train_batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The batch of optimizer step `step` (from 0), or these rows of it: x, y of (rows, block_size).
+
+        Each epoch uses each window once, in an order drawn from (seed, epoch); a batch may straddle epochs.
+        Raises DataError, naming the file, for one that was damaged since it was opened.
+        """
+        first = step * self.global_batch_size
+        epochs, places = np.divmod(np.arange(first, first + self.global_batch_size)[rows], self.train_windows)
+        windows = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            windows[now] = shuffled(places[now], self.train_windows, self.seed, int(epoch))
+        return self._gather(self.train, self._train_ends, windows)
+
+    def validation_batch(self, index: int, batch_size: int) -> Batch:
+        """Validation sequences from `index * batch_size` on, in file order: x, y of (batch_size, block_size).
+
+        Beyond the last of `validation_windows` they begin again at the first, so that an evaluation batch
+        may be larger than a small validation split.
+        """
+        windows = np.arange(index * batch_size, (index + 1) * batch_size) % self.validation_windows
+        return self._gather(self.val, self._val_ends, windows)
+
+    def _gather(
+        self, shards: tuple[Shard, ...], ends: npt.NDArray[np.int64], windows: npt.NDArray[np.int64]
+    ) -> Batch:
+        rows = np.empty((len(windows), self.block_size + 1), dtype=np.int64)  # (B, T + 1)
+        files = np.searchsorted(ends, windows, side="right")
+        for file in np.unique(files):
+            check_length(shards[file])
+        for row, file, window in zip(rows, files, windows, strict=True):
+            shard = shards[file]
+            start = (window - (ends[file - 1] if file else 0)) * self.block_size
+            row[:] = shard[start : start + self.block_size + 1]
+        if rows.max() >= self.vocab_size:
+            file = files[int(rows.max(axis=1).argmax())]
+            check_vocabulary(rows, self.vocab_size, shards[file])
+        return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+
+
+def open_batches(
+    directory: Path, *, seed: int, global_batch_size: int, block_size: int, vocab_size: int
+) -> BatchSource:
+    """Batches of a data directory. Raises DataError where it is missing, unfinished, damaged or too small."""
+    return BatchSource(
+        train=tuple(open_split(directory, "train")),
+        val=tuple(open_split(directory, "val")),
+        seed=seed,
+        global_batch_size=global_batch_size,
+        block_size=block_size,
+        vocab_size=vocab_size,
+    )
+
+
+def _window_ends(shards: tuple[Shard, ...], block_size: int) -> npt.NDArray[np.int64]:
+    """(files,): how many windows the files up to and including each one hold."""
+    # The last token of a window is only a target, and the first input of the next one: none is wasted.
+    return np.cumsum([max(0, len(shard) - 1) // block_size for shard in shards], dtype=np.int64)
+
+
+def shuffled(places: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Where a permutation of range(size), drawn from (seed, epoch), sends each of `places` (N,).
+
+    A Feistel network over the smallest even number of bits that holds `size`, walked until it lands inside
+    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): no table of 10M entries to build at
+    each start, and no generator whose stream another NumPy version may change.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    keys = np.frombuffer(hashlib.sha512(f"{seed}/{epoch}".encode()).digest(), dtype="<u8")[:_ROUNDS]
+    result = places.astype(np.uint64)
+    outside = np.arange(len(result))
+    while len(outside):
+        left, right = result[outside] >> np.uint64(half), result[outside] & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mixed(right ^ round_key) & mask)
+        result[outside] = (left << np.uint64(half)) | right
+        outside = outside[result[outside] >= size]
+    return result.astype(np.int64)
+
+
+def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64's finalizer: every bit of the input moves every bit of the output."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def synthetic_batch(
+    *, seed: int, step: int, global_batch_size: int, block_size: int, vocab_size: int
+) -> Batch:
+    """For where there are no shards: x, y of (global_batch_size, block_size) from p(id) ~ 1 / (id + 2.7).
+
+    That is the Zipf-Mandelbrot law. Its skew matters: the gradients of frequent tokens' embeddings collide
+    as in real text, which uniform tokens would not show and zeros would exaggerate.
+    """
+    law = np.cumsum(1.0 / (np.arange(vocab_size) + 2.7))
+    key = np.frombuffer(hashlib.sha256(f"synthetic/{seed}/{step}".encode()).digest()[:16], dtype="<u8")
+    # Raw bits, whose stream NumPy keeps over its versions; 53 of them are a uniform double.
+    raw = np.random.Philox(key=key).random_raw(global_batch_size * (block_size + 1))
+    uniform = (raw >> np.uint64(11)) * 2.0**-53
+    rows = np.searchsorted(law, uniform * law[-1], side="right").reshape(global_batch_size, block_size + 1)
+    np.minimum(rows, vocab_size - 1, out=rows)
+    return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+
+
+def fingerprint(directory: Path) -> str:
+    """sha256 over the names, sizes and first 64 KiB of a data directory's token files. Raises DataError."""
+    digest = hashlib.sha256()
+    paths = [*split_paths(directory, "train"), *split_paths(directory, "val")]
+    if not paths:
+        raise DataError(f"{directory} holds no tokens; make some with `autotune data prepare`")
+    for path in paths:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + head)
+    return digest.hexdigest()

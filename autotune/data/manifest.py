@@ -1,0 +1,101 @@
+"""`manifest.json`: what `autotune data prepare` was asked for and how far it has come."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from autotune.errors import DataError
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """A place in a source's stream of documents, between two tokens."""
+
+    documents: int
+    """Whole documents before this place."""
+    offset: int = 0
+    """Tokens of the next document, its end-of-text token included, before this place."""
+    bookmark: dict[str, Any] | None = None
+    """A streamed source's own state, from which it can go on without reading all before it again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """One whole shard."""
+
+    file: str
+    """Name inside the data directory."""
+    split: Split
+    tokens: int
+    documents: int
+    """Documents that begin in it."""
+    sha256: str
+    """Of the whole file, header included."""
+    end: Position | None = None
+    """Where the shard ends in the stream; None where shards do not follow the stream's order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The settings that decide every byte of a data directory, and its shards so far."""
+
+    source: str
+    name: str | None
+    tokenizer: str
+    shard_tokens: int
+    """Tokens of a full shard."""
+    max_tokens: int | None
+    """Limit over both splits; None for the whole source."""
+    source_fingerprint: str | None = None
+    """Of the source's files (names, sizes, times); None for a dataset on the hub."""
+    finished: bool = False
+    split_rule: str | None = None
+    """How documents were divided into training and validation, in words; None while undecided."""
+    shards: tuple[ShardRecord, ...] = ()
+    version: int = MANIFEST_VERSION
+
+    def tokens(self, split: Split) -> int:
+        """Tokens in the whole shards of one split."""
+        return sum(shard.tokens for shard in self.shards if shard.split == split)
+
+    @property
+    def documents(self) -> int:
+        """Documents in the whole shards."""
+        return sum(shard.documents for shard in self.shards)
+
+    def to_json(self) -> str:
+        """The file's text, with totals for its human readers."""
+        totals = {"documents": self.documents, "train": self.tokens("train"), "val": self.tokens("val")}
+        return json.dumps({"totals": totals} | asdict(self), indent=2) + "\n"
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The directory's manifest, None where it has none. Raises DataError for a damaged or newer one."""
+    path = directory / MANIFEST_NAME
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; delete {directory} and prepare again") from error
+    version = table.get("version") if isinstance(table, dict) else None
+    if version != MANIFEST_VERSION:
+        raise DataError(
+            f"{path} has version {version!r}, allowed is {MANIFEST_VERSION}; prepare another directory"
+        )
+    try:
+        table.pop("totals", None)
+        return Manifest(**table | {"shards": tuple(_record(row) for row in table["shards"])})
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); delete {directory} and prepare again") from error
+
+
+def _record(row: dict[str, Any]) -> ShardRecord:
+    end = Position(**row["end"]) if row.get("end") is not None else None
+    return ShardRecord(**row | {"end": end})

@@ -1,0 +1,385 @@
+"""`autotune data prepare`: any source of documents -> whole shards of GPT-2 tokens, resumable to the byte.
+
+Documents are tokenised in threads (tiktoken works without Python's global lock, so they keep as many cores
+busy as processes would, and a killed run leaves no orphans) and packed in the stream's order.
+
+Validation, decided once `2 * shard_tokens` tokens are known or the source has ended:
+- a source of at least two shards: its first shard, as in llm.c;
+- a smaller one of 10 documents or more: every 100th document (of fewer than 100 documents, the middle one);
+- fewer documents: the last tenth of the tokens, as nanoGPT does for Shakespeare.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from autotune.data.manifest import MANIFEST_NAME, Manifest, Position, ShardRecord, Split, read_manifest
+from autotune.data.shards import Tokens, open_shard, write_file, write_shard
+from autotune.data.sources import canonical, documents, find_source
+from autotune.data.tokenizer import END_OF_TEXT, TOKENIZER, encode_documents, encoder
+from autotune.errors import DataError, InterruptedByUser
+from autotune.units import format_count, format_duration
+
+FIRST_SHARD = "the first shard is validation"
+SOME_DOCUMENTS = "every {stride}th document is validation"
+LAST_TENTH = "the last tenth of the tokens is validation"
+
+Packed: TypeAlias = tuple[Split, Tokens, Position]
+"""A shard to write: its split, its tokens, and where in the stream it ends."""
+
+_SETTINGS = ("source", "name", "tokenizer", "shard_tokens", "max_tokens")
+_OTHER_OUT = "nothing was touched; choose another --out or delete this one"
+_CHUNK_CHARACTERS = 1 << 20  # a task of about 60 ms
+_MOST_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    """What to prepare. All but `workers` decide the bytes written."""
+
+    source: str
+    """`owner/name` on the hub, a file, a folder, or `sources.PYTHON_DOCS`."""
+    out: Path
+    name: str | None = None
+    """Subset of a hub dataset; None: sample-10BT of FineWeb, the default subset of any other."""
+    max_tokens: int | None = None
+    """Tokens in both splits together, end-of-text tokens included; None: the whole source."""
+    shard_tokens: int = 100_000_000
+    """Tokens of a full shard: 200 MB."""
+    workers: int | None = None
+    """Tokenising threads; None: one a core that this process may use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What stands in the data directory after `prepare`."""
+
+    out: Path
+    manifest: Manifest
+    outcome: Literal["written", "resumed", "already finished"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far tokenising has come."""
+
+    tokens: int
+    """Of the whole directory, those of earlier calls included."""
+    total_tokens: int | None
+    """`max_tokens`; None where the end of the source is not known."""
+    tokens_per_second: float
+    """Of this call."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None where the total is not known."""
+        if self.total_tokens is None or not self.tokens_per_second:
+            return None
+        return (self.total_tokens - self.tokens) / self.tokens_per_second
+
+
+def prepare(settings: PrepareSettings, progress: Callable[[Progress], None] = lambda _: None) -> Prepared:
+    """Fill `settings.out` with shards and a manifest; take up what a call with the same settings began.
+
+    `progress` is called twice a second. Raises DataError for bad settings or sources and for a directory
+    that holds something else or cannot be written, InterruptedByUser on Ctrl-C. Whole shards stay.
+    """
+    _check(settings)
+    out = settings.out
+    with _locked(out):
+        manifest = _take_up(settings)
+        if manifest.finished:
+            return Prepared(out=out, manifest=manifest, outcome="already finished")
+        _save(out, manifest)
+        try:
+            finished = _write(settings, manifest, progress)
+        except BaseException as error:
+            count = len(reached.shards) if (reached := read_manifest(out)) else 0
+            if not any(out.glob("*.bin")):
+                (out / MANIFEST_NAME).unlink(missing_ok=True)
+            if isinstance(error, KeyboardInterrupt):
+                kept = f"{count} whole shards stay in {out}"
+                raise InterruptedByUser(f"interrupted; {kept}; run the same command to go on") from None
+            raise
+    return Prepared(out=out, manifest=finished, outcome="resumed" if manifest.shards else "written")
+
+
+def _check(settings: PrepareSettings) -> None:
+    if not 2 <= settings.shard_tokens <= _MOST_SHARD_TOKENS:
+        raise DataError(f"--shard-tokens {settings.shard_tokens} is not in 2..{_MOST_SHARD_TOKENS}; try 100M")
+    if settings.max_tokens is not None and settings.max_tokens < 2:
+        raise DataError(f"--max-tokens {settings.max_tokens} is below 2; leave it out for the whole source")
+    if settings.workers is not None and settings.workers < 1:
+        raise DataError(f"--workers {settings.workers} is below 1; leave it out for one a core")
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Make `out` and keep other preparing processes away from it; remove it if it was new and stays empty."""
+    new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise DataError(f"cannot make directory {out}: {error.strerror}; choose another --out") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"another process is preparing {out} ({error.strerror}); wait for it") from error
+        yield
+    finally:
+        os.close(descriptor)
+        if new and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _take_up(settings: PrepareSettings) -> Manifest:
+    """The manifest to go on from: an unfinished one lists the whole shards that are kept."""
+    out = settings.out
+    location, name = canonical(settings.source, settings.name)
+    wanted = Manifest(
+        source=location,
+        name=name,
+        tokenizer=TOKENIZER,
+        shard_tokens=settings.shard_tokens,
+        max_tokens=settings.max_tokens,
+    )
+    found = read_manifest(out)
+    if found is None and any(out.glob("*.bin")):
+        raise DataError(f"{out} holds *.bin files that were not prepared here; choose another --out")
+    found = found or wanted
+    for key in _SETTINGS:
+        if (before := getattr(found, key)) != (now := getattr(wanted, key)):
+            raise DataError(f"{out} was begun with {key} {before!r}, now {now!r}; {_OTHER_OUT}")
+    shards = _whole_shards(out, found)
+    if found.finished and shards == found.shards:
+        return found
+    fingerprint = find_source(settings.source, settings.name).fingerprint()
+    if shards and fingerprint != found.source_fingerprint:
+        raise DataError(f"the files of {location} changed since {out} was begun; {_OTHER_OUT}")
+    return replace(found, shards=shards, finished=False, source_fingerprint=fingerprint)
+
+
+def _whole_shards(out: Path, manifest: Manifest) -> tuple[ShardRecord, ...]:
+    """The shards up to the first missing or damaged one; their contents are read only if unfinished."""
+    whole = []
+    for shard in manifest.shards:
+        path = out / shard.file
+        try:
+            tokens = len(open_shard(path))
+        except DataError:
+            break  # it and all after it are made again
+        if tokens != shard.tokens or not (manifest.finished or _sha256(path) == shard.sha256):
+            break
+        whole.append(shard)
+    return tuple(whole)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save(out: Path, manifest: Manifest) -> None:
+    write_file(out / MANIFEST_NAME, manifest.to_json().encode())
+
+
+def _write(settings: PrepareSettings, manifest: Manifest, progress: Callable[[Progress], None]) -> Manifest:
+    """Write the shards that `manifest` lacks, it after each of them, and return it finished."""
+    start, skipped, done = Position(documents=0), 0, 0
+    if manifest.shards and manifest.shards[-1].end:
+        start, skipped = manifest.shards[-1].end, len(manifest.shards)
+        done = sum(shard.tokens for shard in manifest.shards)
+    marks = deque([start])
+    encoder()  # a missing tokenizer is better told before the first download
+    with ThreadPoolExecutor(workers := settings.workers or len(os.sched_getaffinity(0))) as pool:
+        stream = _tokenised(_texts(settings, start, marks), pool, 2 * workers)
+        stream = _reported(stream, done, settings.max_tokens, progress)
+        stream = _limited(stream, start.offset, done, settings.max_tokens)
+        rule, planned = FIRST_SHARD, _packed("train", stream, settings.shard_tokens, start)
+        if not skipped:
+            rule, planned = _divided(stream, settings.shard_tokens)
+        for index, (split, tokens, end) in enumerate(planned, start=skipped):
+            if index < len(manifest.shards):
+                continue  # a small source is read again from its start, but its whole shards are kept
+            in_order = rule == FIRST_SHARD
+            split = "val" if in_order and index == 0 else split
+            file = f"fineweb_{split}_{index:06d}.bin"
+            shard = ShardRecord(
+                file=file,
+                split=split,
+                tokens=len(tokens),
+                documents=int(np.count_nonzero(tokens == END_OF_TEXT)),
+                sha256=write_shard(settings.out / file, tokens),
+                end=_with_bookmark(end, marks) if in_order else None,
+            )
+            manifest = replace(manifest, split_rule=rule, shards=(*manifest.shards, shard))
+            _save(settings.out, manifest)
+    manifest = replace(manifest, finished=True)
+    _save(settings.out, manifest)
+    return manifest
+
+
+def _texts(settings: PrepareSettings, start: Position, marks: deque[Position]) -> Iterator[str]:
+    """The documents from `start.documents` on; a streamed source's bookmarks are appended to `marks`."""
+    source = find_source(settings.source, settings.name)
+    # A bookmark was taken at or before the start: the documents between the two are read and dropped.
+    bookmark = start.bookmark["state"] if start.bookmark else None
+    before = int(start.bookmark["documents"]) if start.bookmark else 0
+
+    def mark(given: int, state: dict[str, Any]) -> None:
+        there = before + given
+        marks.append(Position(documents=there, bookmark={"documents": there, "state": state}))
+
+    return itertools.islice(documents(source, bookmark, mark), start.documents - before, None)
+
+
+def _with_bookmark(end: Position, marks: deque[Position]) -> Position:
+    """`end` with the last bookmark at or before it; drops older ones."""
+    while len(marks) > 1 and marks[1].documents <= end.documents:
+        marks.popleft()
+    return replace(end, bookmark=marks[0].bookmark)
+
+
+def _tokenised(texts: Iterable[str], pool: ThreadPoolExecutor, ahead: int) -> Iterator[Tokens]:
+    """Each text's end-of-text token and tokens (1 + T,), in order, with at most `ahead` chunks in flight."""
+    flying: deque[Future[list[Tokens]]] = deque()
+    try:
+        for chunk in _chunks(texts):
+            flying.append(pool.submit(encode_documents, chunk))
+            if len(flying) >= ahead:
+                yield from flying.popleft().result()
+        while flying:
+            yield from flying.popleft().result()
+    finally:
+        for future in flying:
+            future.cancel()
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of texts of about `_CHUNK_CHARACTERS` together."""
+    chunk: list[str] = []
+    size = 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _reported(
+    stream: Iterable[Tokens], done: int, total: int | None, progress: Callable[[Progress], None]
+) -> Iterator[Tokens]:
+    """The same stream; tells `progress` about it twice a second."""
+    began = last = time.monotonic()
+    tokens = 0
+    for document in stream:
+        tokens += len(document)
+        if (now := time.monotonic()) - last >= 0.5:
+            speed = tokens / (now - began)
+            progress(Progress(tokens=done + tokens, total_tokens=total, tokens_per_second=speed))
+            last = now
+        yield document
+
+
+def _limited(stream: Iterable[Tokens], skip: int, done: int, max_tokens: int | None) -> Iterator[Tokens]:
+    """The stream without the first `skip` tokens of its first document, up to `max_tokens - done` tokens."""
+    for document in stream:
+        rest, skip = document[skip:], 0
+        if max_tokens is not None and done + len(rest) >= max_tokens:
+            if max_tokens > done:
+                yield rest[: max_tokens - done]
+            return
+        done += len(rest)
+        yield rest
+
+
+def _divided(stream: Iterator[Tokens], shard_tokens: int) -> tuple[str, Iterator[Packed]]:
+    """Look ahead by two shards and decide which tokens are validation: the rule in words, and the shards."""
+    ahead: deque[Tokens] = deque()
+    start, size = Position(documents=0), 0
+    for document in stream:
+        ahead.append(document)
+        size += len(document)
+        if size >= 2 * shard_tokens:
+            return FIRST_SHARD, _packed("train", _drained(ahead, stream), shard_tokens, start)
+    if size < 2:
+        raise DataError("the source holds no text at all; give one with documents that are not empty")
+    stride = min(100, len(ahead))
+    rule = SOME_DOCUMENTS.format(stride=stride)
+    val = [document for index, document in enumerate(ahead) if index % stride == stride // 2]
+    train = [document for index, document in enumerate(ahead) if index % stride != stride // 2]
+    if len(ahead) < 10:
+        everything, cut, rule = np.concatenate(ahead), size - max(1, size // 10), LAST_TENTH
+        val, train = [everything[cut:]], [everything[:cut]]
+    parts: list[tuple[Split, list[Tokens]]] = [("val", val), ("train", train)]
+    return rule, (shard for split, part in parts for shard in _packed(split, part, shard_tokens, start))
+
+
+def _drained(ahead: deque[Tokens], stream: Iterator[Tokens]) -> Iterator[Tokens]:
+    """The documents looked at, each forgotten as it goes, and then the rest."""
+    while ahead:
+        yield ahead.popleft()
+    yield from stream
+
+
+def _packed(
+    split: Split, stream: Iterable[Tokens], shard_tokens: int, start: Position
+) -> Iterator[Packed]:
+    """Full shards (shard_tokens,) and a last shorter one; documents straddle them as in llm.c.
+
+    The array is reused: a shard's tokens are valid until the next one is asked for.
+    """
+    buffer = np.empty(shard_tokens, dtype=np.uint16)
+    filled, whole, offset = 0, start.documents, start.offset
+    for rest in stream:
+        while len(rest) > (room := shard_tokens - filled):
+            buffer[filled:] = rest[:room]
+            offset += room
+            yield split, buffer, Position(documents=whole, offset=offset)
+            rest, filled = rest[room:], 0
+        buffer[filled : filled + len(rest)] = rest
+        filled, whole, offset = filled + len(rest), whole + 1, 0
+    if filled:
+        yield split, buffer[:filled], Position(documents=whole)
+
+
+@contextlib.contextmanager
+def stderr_progress(every_seconds: float = 5.0) -> Iterator[Callable[[Progress], None]]:
+    """A `progress` for `prepare`: one live line on a terminal, else a plain line now and then."""
+    live = sys.stderr.isatty()
+    next_at = time.monotonic() + (0.0 if live else every_seconds)
+    shown = ""
+
+    def show(progress: Progress) -> None:
+        nonlocal next_at, shown
+        if (now := time.monotonic()) < next_at:
+            return
+        next_at = now + (0.0 if live else every_seconds)
+        total = f" of {format_count(progress.total_tokens)}" if progress.total_tokens is not None else ""
+        left = f", {format_duration(progress.seconds_left)} left" if progress.seconds_left is not None else ""
+        speed = format_count(progress.tokens_per_second)
+        shown = f"{format_count(progress.tokens)}{total} tokens, {speed} tokens/s{left}"
+        print(f"\r{shown:<78}" if live else shown, end="" if live else "\n", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if live and shown:
+            print(file=sys.stderr)
