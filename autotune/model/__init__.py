@@ -1,0 +1,1 @@
+"""GPT-2, its optimizer and the one step that trials measure and training runs."""

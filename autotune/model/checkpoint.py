@@ -1,0 +1,293 @@
+"""Checkpoints: all that a training needs to go on exactly where it stopped.
+
+    checkpoints/
+      step_00000100/            written beside and renamed: it is there as a whole, or not at all
+        model.safetensors       weights by nanoGPT's names
+        optimizer.safetensors   `<weight>.<state>`: AdamW's step, exp_avg and exp_avg_sq, for example
+        state.json              format, TrainState, random and scaler states, sha256 of everything
+      step_00000200/
+      best -> step_00000100     the lowest validation loss
+
+The last two and the best one are kept. Nothing in a checkpoint is executed when it is read.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from autotune.config.candidate import Candidate
+from autotune.config.tables import read_table
+from autotune.errors import CheckpointError, ConfigError
+from autotune.model.gpt import GPT
+from autotune.model.step import TrainStep
+
+FORMAT = 1
+BEST = "best"
+KEPT = 2
+_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where a training stands, apart from its tensors."""
+
+    iteration: int
+    """Optimizer steps done."""
+    tokens: int
+    candidate: Candidate
+    seconds: float = 0.0
+    """Wall clock spent so far, over all resumptions."""
+    best_validation_loss: float | None = None
+    best_iteration: int | None = None
+    data_fingerprint: str = ""
+    skipped_batches: int = 0
+    """Batches that were passed over so far: the next one is number `iteration + skipped_batches`."""
+    recent_losses: tuple[float, ...] = ()
+    """Of the last steps, oldest first: what a spike is told from."""
+
+
+class _DamagedError(CheckpointError):
+    """A checkpoint whose content is not what was written. Others, such as a newer format, are no damage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint whose hashes were verified. Made by `read_checkpoint`."""
+
+    path: Path
+    state: TrainState
+    random: dict[str, str]
+    """torch's generator states by device type, base64."""
+    scaler: dict[str, Any]
+
+    def load_weights(self, model: GPT) -> None:
+        """Copy the weights into `model`. Raises CheckpointError if they are of another shape."""
+        saved = _load(self.path / _MODEL)
+        own = dict(model.named_parameters())
+        different = own.keys() ^ saved.keys() or {n for n, p in own.items() if p.shape != saved[n].shape}
+        if different:
+            raise CheckpointError(f"{self.path / _MODEL} is of another model: {min(different)} does not fit")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+
+    def restore(self, step: TrainStep) -> None:
+        """Put weights, optimizer, scaler and random states into `step`, bit for bit."""
+        self.load_weights(step.model)
+        _load_optimizer(step, _load(self.path / _OPTIMIZER))
+        if step.scaler.is_enabled() and self.scaler:
+            step.scaler.load_state_dict(self.scaler)
+        torch.set_rng_state(_tensor(self.random["cpu"]))
+        if step.device.type == "cuda" and "cuda" in self.random:
+            torch.cuda.set_rng_state(_tensor(self.random["cuda"]), step.device)
+
+
+def save_checkpoint(directory: Path, step: TrainStep, state: TrainState) -> Path:
+    """Write `directory/step_%08d`, point `best` at it where it is, and drop what is older than the last two.
+
+    Raises CheckpointError when it cannot be written (a full disk, say); earlier checkpoints are intact then
+    and nothing half-written stays.
+    """
+    path = directory / f"step_{state.iteration:08d}"
+    temporary = directory / f".{path.name}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary, step, state)
+        if path.exists():  # of the same iteration: moved aside first, as a rename cannot replace a directory
+            path.rename(directory / f".{path.name}.old.tmp")
+        temporary.rename(path)
+        _sync(directory)
+        if state.best_iteration == state.iteration:
+            _point_best(directory, path.name)
+        _prune(directory)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"checkpoint {path} cannot be written: {reason}; earlier ones are kept, make room and go on with --resume"
+        ) from error
+    finally:
+        clean(directory)
+    return path
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint. Raises CheckpointError for one that is missing, damaged or newer."""
+    content = _content(path)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {content.get('format')!r}, this version reads {FORMAT}; "
+            "use the autotune that wrote it, or a newer one"
+        )
+    body = content.get("body")
+    if not isinstance(body, dict) or content.get("sha256") != _digest(body):
+        raise _DamagedError(f"{path / _STATE} is damaged: its content does not have its sha256")
+    for name, expected in body["files"].items():
+        if not (path / name).is_file() or _file_digest(path / name) != expected:
+            raise _DamagedError(f"{path / name} is damaged or missing: its sha256 is not that of {_STATE}")
+    try:
+        state = read_table(TrainState, body["train"], _STATE)
+    except ConfigError as error:
+        raise CheckpointError(f"{path / _STATE} is not understood: {error}") from None
+    return Checkpoint(path=path, state=state, random=body["random"], scaler=body["scaler"])
+
+
+def latest_good(directory: Path) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The newest checkpoint of `directory` that is whole, and one note for each damaged one that is newer.
+
+    Raises CheckpointError where there is none.
+    """
+    notes: list[str] = []
+    for path in reversed(checkpoints(directory)):
+        try:
+            return read_checkpoint(path), tuple(notes)
+        except _DamagedError as error:
+            notes.append(str(error))
+    if notes:
+        raise CheckpointError(f"no checkpoint in {directory} is whole: {notes[-1]}; start again with another --out")
+    raise CheckpointError(f"{directory} holds no checkpoint; give a directory that a training has written")
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of a directory, damaged or not, oldest first; empty where it does not exist."""
+    named = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def set_aside(directory: Path, iteration: int) -> None:
+    """Rename what is newer than `iteration` (it is damaged) to `damaged_*`, and drop `best` if it pointed there."""
+    for path in checkpoints(directory):
+        if int(path.name.removeprefix("step_")) > iteration:
+            aside = directory / f"damaged_{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    best = directory / BEST
+    if best.is_symlink() and not best.exists():
+        best.unlink()
+
+
+def clean(directory: Path) -> None:
+    """Remove what a process that was killed while writing has left behind."""
+    for path in directory.glob(".step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(directory: Path, step: TrainStep, state: TrainState) -> None:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
+    weights = {name: parameter.detach() for parameter, name in names.items()}
+    moments = {
+        f"{names[parameter]}.{key}": _alone(key, value)
+        for parameter, held in step.optimizer.state.items()
+        for key, value in held.items()
+    }
+    save_file(weights, directory / _MODEL)
+    save_file(moments, directory / _OPTIMIZER)
+    random = {"cpu": _text(torch.get_rng_state())}
+    if step.device.type == "cuda":
+        random["cuda"] = _text(torch.cuda.get_rng_state(step.device))
+    body = {
+        "train": asdict(state),
+        "random": random,
+        "scaler": step.scaler.state_dict(),
+        "files": {name: _file_digest(directory / name) for name in (_MODEL, _OPTIMIZER)},
+    }
+    content = {"format": FORMAT, "sha256": _digest(body), "body": body}
+    (directory / _STATE).write_text(json.dumps(content, indent=1, allow_nan=False))
+    for name in (_MODEL, _OPTIMIZER, _STATE, "."):
+        _sync(directory / name)
+
+
+def _alone(key: str, value: Tensor | int) -> Tensor:
+    """A state as safetensors takes it: bitsandbytes counts its steps in an int and has one map for all weights."""
+    if isinstance(value, int):
+        return torch.tensor(value)
+    return value.clone() if key.startswith("qmap") else value
+
+
+def _load_optimizer(step: TrainStep, moments: dict[str, Tensor]) -> None:
+    """State goes in through load_state_dict, which knows where each optimizer wants its `step` to live."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
+    held: dict[str, dict[str, Tensor | int]] = {}
+    for key, value in moments.items():
+        name, _, part = key.rpartition(".")
+        # of torch's own optimizers `step` is a float tensor, of bitsandbytes an int
+        held.setdefault(name, {})[part] = int(value) if value.dtype == torch.int64 else value
+    parameters = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
+    states = {index: held[names[parameter]] for index, parameter in enumerate(parameters) if names[parameter] in held}
+    step.optimizer.load_state_dict({"state": states, "param_groups": step.optimizer.state_dict()["param_groups"]})
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        # Clones: safetensors hands out views of the mapped file, at any alignment, and lets a later change of it in.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        text = (path / _STATE).read_text()
+    except FileNotFoundError:
+        if not path.is_dir():
+            raise CheckpointError(f"{path} does not exist; give a directory step_… of a training") from None
+        raise _DamagedError(f"{path} is no whole checkpoint: it has no {_STATE}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise _DamagedError(f"{path / _STATE} cannot be read: {error}") from None
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _DamagedError(f"{path / _STATE} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise _DamagedError(f"{path / _STATE} is damaged: it is no JSON object")
+    return content
+
+
+def _point_best(directory: Path, name: str) -> None:
+    link = directory / f".{BEST}.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    link.replace(directory / BEST)
+
+
+def _prune(directory: Path) -> None:
+    best = (directory / BEST).resolve()
+    for path in checkpoints(directory)[:-KEPT]:
+        if path.resolve() != best:
+            shutil.rmtree(path)
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or a directory's entries, on the disk and not only in the kernel's cache."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _tensor(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

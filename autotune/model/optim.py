@@ -1,0 +1,80 @@
+"""Optimizers and the learning rate of a step."""
+
+import math
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from autotune.config.candidate import Recipe
+
+MOMENTUM = 0.95
+"""Of Muon: its author's, and torch's default."""
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer. All decay matrices and embeddings but not norms and biases, as nanoGPT does."""
+    named = dict(model.named_parameters())
+    blocks = [p for name, p in named.items() if p.dim() >= 2 and name.startswith("h.")]
+    embeddings = [p for name, p in named.items() if p.dim() >= 2 and not name.startswith("h.")]
+    vectors = {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0}
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    betas = (recipe.beta1, recipe.beta2)
+    if recipe.optimizer == "muon":
+        # match_rms_adamw scales updates to the size of AdamW's, so that one learning rate serves both
+        of_blocks = torch.optim.Muon(
+            blocks, lr=rate, weight_decay=decay, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
+        )
+        others = [{"params": embeddings, "weight_decay": decay}, vectors]
+        return Together(of_blocks, torch.optim.AdamW(others, lr=rate, betas=betas, fused=True))
+    groups = [{"params": [*embeddings, *blocks], "weight_decay": decay}, vectors]
+    if recipe.optimizer == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        eight_bit: torch.optim.Optimizer = AdamW8bit(groups, lr=rate, betas=betas)
+        return eight_bit
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=recipe.optimizer == "adamw")
+
+
+class Together(torch.optim.Optimizer):
+    """Optimizers of different parameters as one: one list of groups and one state. A loss scaler so skips
+    the step of all of them, whichever's gradient has overflowed."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)  # makes groups and state anew
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups, part.state = list(islice(groups, len(part.param_groups))), self.state
+
+
+def learning_rate(recipe: Recipe, iteration: int) -> float:
+    """Linear warm-up, then down from `learning_rate` to `min_lr` at `lr_decay_iters`.
+
+    `cosine` is nanoGPT's get_lr; `wsd` stays level and falls linearly over the last `decay_share` (Hu et al.,
+    MiniCPM, arXiv:2404.06395; the linear fall over a fifth: Haegele et al., arXiv:2405.18392).
+    """
+    if iteration < recipe.warmup_iters:
+        return recipe.learning_rate * (iteration + 1) / (recipe.warmup_iters + 1)
+    if recipe.schedule == "constant":
+        return recipe.learning_rate
+    if iteration >= recipe.lr_decay_iters:
+        return recipe.min_lr
+    span = recipe.learning_rate - recipe.min_lr
+    if recipe.schedule == "wsd":
+        return recipe.min_lr + span * min(1.0, (1 - iteration / recipe.lr_decay_iters) / recipe.decay_share)
+    progress = (iteration - recipe.warmup_iters) / (recipe.lr_decay_iters - recipe.warmup_iters)
+    return recipe.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * span

@@ -1,0 +1,215 @@
+"""Build a candidate and run its optimizer step: the one step that trials measure and training runs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
+
+from autotune.config.candidate import AUTOCAST, Candidate
+from autotune.environment import compile_cache_dir, drop_torn_libraries
+from autotune.errors import UnsupportedError
+from autotune.kernels import registry
+from autotune.model.gpt import GPT
+from autotune.model.optim import make_optimizer
+from autotune.model.recompute import budget, compile_blocks, run_block
+
+
+class TrainStep:
+    """A model, its optimizer and the plan for stepping them. Make one with `build`."""
+
+    def __init__(self, candidate: Candidate, model: GPT, device: torch.device) -> None:
+        self.candidate, self.model, self.device = candidate, model, device
+        self.optimizer = make_optimizer(model, candidate.recipe)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=candidate.plan.dtype == "float16")
+        self._forward = _compiled(model, candidate)
+        self._parallel: DistributedDataParallel | None = None
+
+    def over_processes(self) -> None:
+        """From now on, add up the gradients of all processes of torch's default group, once a step.
+
+        Each process then gives its own micro batches to `step`, whose shares are of the one global batch.
+        """
+        if not isinstance(self._forward, nn.Module):
+            raise UnsupportedError("plan.loss = 'auto_chunker' trains in one process only; use chunked")
+        devices = [self.device] if self.device.type == "cuda" else None
+        self._parallel = DistributedDataParallel(self._forward, device_ids=devices, gradient_as_bucket_view=True)
+
+    def micro_step(self, tokens: Tensor, targets: Tensor, share: float) -> Tensor:
+        """Forward and backward of one micro batch; gradients add up until `optimizer_step`.
+
+        tokens, targets: (micro_batch_size, T) on the device, targets -1 in padded rows.
+        share: this micro batch's part of the global batch (its counted targets over all of them).
+        Returns its part of the global mean loss, on the device and not synchronised.
+        """
+        with _sums_in_order(self.device):
+            with record_function("autotune::step::forward"), self._autocast(), budget(self.candidate.plan):
+                loss: Tensor = (self._parallel or self._forward)(tokens, targets) * share
+            with record_function("autotune::step::backward"):
+                # DistributedDataParallel takes the mean over processes, the shares ask for the sum
+                summed = loss * torch.distributed.get_world_size() if self._parallel else loss
+                self.scaler.scale(summed).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    @record_function("autotune::step::optimizer")
+    def optimizer_step(self, lr: float) -> Tensor:
+        """Clip, update, clear the gradients. Returns the gradients' norm before clipping, on the device."""
+        recipe = self.candidate.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        largest = recipe.grad_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def gradients(self, micro_batches: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+        """Forward and backward of (tokens, targets, share) micro batches -> mean loss; over several processes,
+        this one's part of it. Nothing is learned yet: where it fails, clear the gradients and repeat it."""
+        loss = torch.zeros((), device=self.device)
+        for index, (tokens, targets, share) in enumerate(micro_batches):
+            if self._parallel:
+                self._parallel.require_backward_grad_sync = index == len(micro_batches) - 1
+            loss += self.micro_step(tokens, targets, share)
+        return loss
+
+    def step(self, micro_batches: Sequence[tuple[Tensor, Tensor, float]], lr: float) -> tuple[Tensor, Tensor]:
+        """One optimizer step over (tokens, targets, share) micro batches -> mean loss, gradient norm."""
+        return self.gradients(micro_batches), self.optimizer_step(lr)
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of a batch (B, T) without gradients, by the plan's own kernels."""
+        self.model.eval()
+        with self._autocast():
+            loss: Tensor = self._forward(tokens, targets)
+        self.model.train()
+        return loss
+
+    def state_bytes(self) -> int:
+        """Bytes of parameters, gradients and optimizer state that exist now."""
+        tensors = [t for p in self.model.parameters() for t in (p, p.grad) if t is not None]
+        tensors += [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        return sum(t.nbytes for t in tensors)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        name = self.candidate.plan.dtype
+        dtype = getattr(torch, name) if name in AUTOCAST else None
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+@contextmanager
+def _sums_in_order(device: torch.device) -> Iterator[None]:
+    """On the CPU, add up gradients in one order, so that a training repeats bit for bit.
+
+    Compiled, the embeddings' gradient would be added by several threads in whatever order they come. On CUDA
+    the same promise would cost speed, and is not made.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    filling: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
+    filling.fill_uninitialized_memory = False  # nobody here reads memory before writing it
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        filling.fill_uninitialized_memory = before[1]
+
+
+def build(candidate: Candidate, device: torch.device) -> TrainStep:
+    """Instantiate the candidate on `device`, seeded by the recipe. Raises UnsupportedError, with the reason,
+    where this machine lacks what the plan asks for."""
+    shape, plan = candidate.shape, candidate.plan
+    check_supported(candidate, machine_of(device))
+    torch.set_float32_matmul_precision("high" if plan.dtype == "tfloat32" else "highest")
+    torch.manual_seed(candidate.recipe.seed)
+    with torch.device(device):
+        model = GPT(
+            shape,
+            attention=registry.load(registry.find("attention", plan.attention)),
+            loss=registry.load(registry.find("loss", plan.loss)),
+            loss_chunk_tokens=plan.loss_chunk_tokens,
+            run_block=run_block(plan),
+        )
+    return TrainStep(candidate, model, device)
+
+
+def compile_cache() -> tuple[int, int] | None:
+    """Graphs that this process took from the compile cache, and those it had to compile; None: no graph yet."""
+    seen = counters["inductor"]
+    hits = seen["fxgraph_cache_hit"]
+    misses = seen["fxgraph_cache_miss"] + seen["fxgraph_cache_bypass"]
+    return (hits, misses) if hits + misses else None
+
+
+def machine_of(device: torch.device) -> registry.Machine:
+    """What kernels are checked against."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else ()
+    return registry.machine(device.type, capability, torch.__version__)
+
+
+def check_supported(candidate: Candidate, machine: registry.Machine) -> None:
+    """Raise UnsupportedError, with the reason, if `machine` cannot run `candidate`."""
+    for reason in _obstacles(candidate, machine):
+        raise UnsupportedError(reason)
+
+
+def _obstacles(candidate: Candidate, machine: registry.Machine) -> Iterator[str]:
+    shape, plan = candidate.shape, candidate.plan
+    if machine.device == "cpu" and plan.dtype in ("float16", "tfloat32"):
+        yield f"plan.dtype = {plan.dtype!r} needs a CUDA device; use bfloat16 or float32 on the CPU"
+    if machine.device == "cuda" and plan.dtype == "tfloat32" and machine.capability < (8, 0):
+        found = ".".join(map(str, machine.capability))
+        yield f"plan.dtype = 'tfloat32' needs compute capability 8.0, this card has {found}; use float16 or float32"
+    if machine.device == "cpu" and plan.allocator != "default":
+        yield f"plan.allocator = {plan.allocator!r} needs a CUDA device; use default on the CPU"
+    if plan.memory_budget is not None and plan.compile == "off":
+        checkpointing = f"plan.activation_checkpointing = {plan.activation_checkpointing!r}"
+        yield f"{checkpointing} needs compiled graphs; use plan.compile = full or block, or another checkpointing"
+    if candidate.recipe.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        yield (
+            "training.optimizer = 'adamw_8bit' needs the package bitsandbytes, which is not installed; "
+            "pip install 'nanogpt-autotune[8bit]', or use adamw"
+        )
+    dtype = "float32" if plan.dtype == "tfloat32" else plan.dtype
+    attention, loss = registry.find("attention", plan.attention), registry.find("loss", plan.loss)
+    for kernel in (attention, loss):
+        reason = registry.why_unavailable(
+            kernel, machine, dtype=dtype, compile=plan.compile, head_size=shape.head_size, dropout=shape.dropout
+        )
+        if reason:
+            yield f"plan.{kernel.operation} = {kernel.name!r} {reason}; see `autotune kernels`"
+    tokens = plan.micro_batch_size * shape.block_size
+    if loss.chunked and plan.loss_chunk_tokens > tokens:
+        yield f"plan.loss_chunk_tokens = {plan.loss_chunk_tokens} is more than a micro batch has ({tokens}); lower it"
+
+
+def _compiled(model: GPT, candidate: Candidate) -> Callable[..., Tensor]:
+    """The model's forward, compiled as the plan says. Parameters stay those of `model`."""
+    plan = candidate.plan
+    if plan.compile != "off":
+        drop_torn_libraries(compile_cache_dir())
+    compiler: Callable[..., Any] = partial(torch.compile, dynamic=False)
+    if plan.loss == "auto_chunker":
+        from autotune.kernels.loss_auto_chunker import compile_in_chunks
+
+        tokens = plan.micro_batch_size * candidate.shape.block_size
+        error = UnsupportedError("plan.loss = 'auto_chunker' left the logits of this model whole; use chunked")
+        compiler = partial(compile_in_chunks, chunks=-(-tokens // plan.loss_chunk_tokens), error=error)
+    if plan.compile == "full":
+        return cast("Callable[..., Tensor]", compiler(model))
+    if plan.compile == "block":
+        compile_blocks(model, plan)
+        model.loss = compiler(model.loss)
+    return model
