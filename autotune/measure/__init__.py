@@ -1,0 +1,1 @@
+"""One fresh worker process a trial: phases, timing, memory."""

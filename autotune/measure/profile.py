@@ -1,0 +1,244 @@
+"""The child's side of a profile: where the memory of one real, warm optimizer step goes.
+
+    python -m autotune.measure.profile < request.json
+
+Leaves result.json as a trial does, profile.json and, on CUDA, snapshot.pickle. What the categories hold:
+
+- parameters, gradients, optimizer state, batch: known tensors, found by address, to the byte
+- weight casts: parameters converted to the matrix dtype. In generated code a cast is told by its sizes, and only
+  where no activation can have those of a weight; else it counts as what it is used for
+- logits and loss: what the lines of the plan's loss kernel make, in the forward and in the backward. A kernel
+  fused from other lines too counts where the buffer has tokens x vocab_size elements
+- activations: made in a forward and still alive when it returns, which is: saved for the backward
+- temporaries: all else that is released before the step ends; also what checkpointing makes again in the backward,
+  and a later micro step's gradients until they are added to the first one's
+- library workspaces, allocator rounding: CUDA only; cuBLAS's buffers, and blocks larger than asked for
+- unexplained: the measured peak less all of these
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from pathlib import PurePath
+
+import torch
+from torch import Tensor
+
+from autotune.config.candidate import Candidate
+from autotune.config.toml import write_atomically
+from autotune.kernels import registry
+from autotune.measure.allocations import Allocation, Phase, Recording, record
+from autotune.measure.memory import MemoryMeter
+from autotune.measure.provenance import OURS, Buffer, Wrapper, listen
+from autotune.measure.types import (
+    CATEGORIES,
+    LiveTensor,
+    MemoryProfile,
+    MemoryView,
+    Span,
+    TrialRequest,
+    to_json,
+)
+from autotune.measure.worker import (
+    IncorrectError,
+    MicroBatch,
+    Report,
+    limit_memory,
+    live_bytes,
+    main,
+    resident_batches,
+)
+from autotune.model.step import TrainStep, build
+
+Known = Mapping[int, tuple[str, str, Tensor]]
+"""Address -> category, name and the tensor."""
+
+
+def profile(request: TrialRequest, report: Report) -> None:
+    """Record the candidate of `request`; what it raises becomes the result's status."""
+    candidate, device = request.candidate, torch.device(request.device)
+    lr, directory = candidate.recipe.learning_rate, report.path.parent
+    report.enter(phase="build")
+    report.meter = meter = MemoryMeter(device, lambda: live_bytes(step, batches))
+    limit_memory(request, device, meter)
+    with listen() as wrappers:
+        step = build(candidate, device)
+        batches = resident_batches(candidate, device, whole_step=False)
+        report.enter(phase="compile", other_processes_bytes=meter.other_processes_bytes)
+        started = time.perf_counter()
+        with meter.stage("first_step"):
+            step.step(batches[:2], 0.0)
+            step.step(batches[:2], 0.0)  # compiles what the first call left, as in a trial
+    report.enter(phase="warmup", compile_seconds=time.perf_counter() - started, memory=meter.views())
+    torch.compiler.set_stance("fail_on_recompile")
+    with meter.stage("steady"):
+        step.step(batches[:2], lr)
+    report.enter(phase="measure", memory=meter.views())
+    known = known_tensors(step, batches)
+    before = [Allocation(address=a, bytes=t.nbytes, requested_bytes=t.nbytes) for a, (_, _, t) in known.items()]
+    gradients: dict[int, str] = {}
+    handle = step.optimizer.register_step_pre_hook(lambda *_: gradients.update(_gradients(step)))
+    recording = record(lambda: step.step(batches[:2], lr), device, before, directory / "snapshot.pickle")
+    handle.remove()
+    if not gradients:
+        raise IncorrectError("the optimizer was not stepped: gradients are not finite")
+    explained = explain(recording, Sources(candidate, wrappers, known, gradients), meter.views()["steady"])
+    write_atomically(directory / "profile.json", to_json(explained))
+    report.enter(phase="done", status="ok")
+
+
+def known_tensors(step: TrainStep, batches: list[MicroBatch]) -> Known:
+    """All tensors that outlive a step, by address, those of the step's device."""
+    found = {}
+    for name, parameter in step.model.named_parameters():
+        found[parameter.data_ptr()] = ("parameters", name, parameter.detach())
+        for key, state in step.optimizer.state[parameter].items():
+            if torch.is_tensor(state) and state.device.type == step.device.type:
+                found[state.data_ptr()] = ("optimizer state", f"{key} of {name}", state)
+    for index, (tokens, targets, _) in enumerate(batches, 1):
+        found[tokens.data_ptr()] = ("batch", f"tokens {index}", tokens)
+        found[targets.data_ptr()] = ("batch", f"targets {index}", targets)
+    return found
+
+
+def _gradients(step: TrainStep) -> dict[int, str]:
+    named = step.model.named_parameters()
+    return {p.grad.data_ptr(): f"gradient of {name}" for name, p in named if p.grad is not None}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is known of the step apart from its allocations."""
+
+    candidate: Candidate
+    wrappers: Mapping[str, Wrapper]
+    """Generated code by file name."""
+    known: Known
+    gradients: Mapping[int, str]
+    """Address -> name, when the optimizer is about to step."""
+
+    def describe(self, allocation: Allocation, recording: Recording) -> LiveTensor:
+        """Category, name and origin of one allocation."""
+        size, address = allocation.requested_bytes, allocation.address
+        if allocation.born < 0:
+            category, name, _ = self.known.get(address, ("unexplained", "", None))
+            if address in recording.library_addresses:
+                category = "library workspaces"
+            return LiveTensor(bytes=size, category=category, name=name)
+        buffer, lines = self._origin(allocation)
+        phase = next((p for p in recording.phases if p.first <= allocation.born < p.end), None)
+        category, name = self._category(allocation, buffer, lines, phase), buffer.name if buffer else ""
+        backwards_end = max(p.end for p in recording.phases if p.name.startswith("backward"))
+        if address in self.gradients and allocation.alive_at(backwards_end - 1):
+            category, name = "gradients", self.gradients[address]
+        return LiveTensor(
+            bytes=size,
+            category=category,
+            name=name,
+            made_by=buffer.kernel if buffer else _operator(allocation),
+            lines=lines,
+            phase=phase.name if phase else "",
+        )
+
+    def _origin(self, allocation: Allocation) -> tuple[Buffer | None, tuple[str, ...]]:
+        """The buffer, if generated code made it, and the lines of ours: those of the innermost frame."""
+        for frame in allocation.frames:
+            wrapper = self.wrappers.get(PurePath(frame.file).name)
+            if wrapper is not None and not frame.inside:
+                buffer = wrapper.buffer(frame.line)
+                return buffer, buffer.lines if buffer else ()
+            if match := OURS.search(frame.file):
+                inside = f".. {frame.inside}()" if frame.inside else ""
+                return None, (f"{match[1]}:{frame.line}{inside}",)
+        return None, ()
+
+    def _category(
+        self, allocation: Allocation, buffer: Buffer | None, lines: tuple[str, ...], phase: Phase | None
+    ) -> str:
+        if self._is_cast(allocation, buffer):
+            return "weight casts"
+        if self._is_loss(allocation, buffer, lines):
+            return "logits and loss"
+        if phase is not None and phase.name.startswith("forward") and allocation.alive_at(phase.end - 1):
+            return "activations"
+        return "unexplained" if allocation.freed is None else "temporaries"
+
+    def _is_cast(self, allocation: Allocation, buffer: Buffer | None) -> bool:
+        if buffer is None or buffer.sizes is None:
+            source = self.known.get(allocation.copied_from or 0)
+            return source is not None and source[0] == "parameters"
+        shape, plan = self.candidate.shape, self.candidate.plan
+        matrices = [t for kind, _, t in self.known.values() if kind == "parameters" and t.dim() == 2]
+        weights = {tuple(sorted(weight.shape)) for weight in matrices}
+        sizes = tuple(sorted(buffer.sizes))
+        ambiguous = plan.micro_batch_size * shape.block_size in sizes  # (tokens, width) may be a weight's sizes
+        read = {tuple(sorted(reads)) for reads in buffer.reads}
+        return buffer.dtype in ("bfloat16", "float16") and sizes in weights & read and not ambiguous
+
+    def _is_loss(self, allocation: Allocation, buffer: Buffer | None, lines: tuple[str, ...]) -> bool:
+        path = registry.find("loss", self.candidate.plan.loss).path.partition(":")[0]
+        loss_file = f"autotune/kernels/{path}.py"
+        if any(frame.file.endswith(loss_file) for frame in allocation.frames):
+            return True
+        if buffer is None:
+            return False
+        if lines and all(line.startswith(loss_file) for line in lines):
+            return True
+        shape, plan = self.candidate.shape, self.candidate.plan
+        logits = plan.micro_batch_size * shape.block_size * shape.vocab_size
+        return buffer.sizes is not None and prod(buffer.sizes) == logits
+
+
+def _operator(allocation: Allocation) -> str:
+    """The outermost operator of torch around the allocation: what the code called."""
+    called = [name for name in allocation.operators if "::" in name and not name.startswith("autograd::")]
+    return next((name for name in reversed(called) if not name.startswith("autotune::step::")), "")
+
+
+def explain(recording: Recording, sources: Sources, steady: MemoryView) -> MemoryProfile:
+    """Put every allocation into its category and look at the peak."""
+    measured = recording.peak_bytes or steady.allocated_bytes
+    assert measured is not None
+    described = [(allocation, sources.describe(allocation, recording)) for allocation in recording.allocations]
+    timeline = _timeline(described, len(recording.times_ns))
+    totals = [sum(column) for column in zip(*timeline.values(), strict=True)]
+    peak = max(range(len(totals)), key=totals.__getitem__)
+    held = {category: counts[peak] for category, counts in timeline.items()}
+    held["unexplained"] += measured - totals[peak]
+    live = [tensor for allocation, tensor in described if allocation.alive_at(peak - 1)]
+    start = min(recording.times_ns[0], recording.phases[0].begin_ns)
+    return MemoryProfile(
+        measured_peak_bytes=measured,
+        peak_bytes=held,
+        peak_phase=next((p.name for p in recording.phases if p.first <= peak - 1 < p.end), "between the phases"),
+        peak_seconds=(recording.times_ns[peak - 1] - start) / 1e9,
+        reserved_bytes=steady.reserved_bytes,
+        device_bytes=steady.device_bytes,
+        live=tuple(sorted(live, key=lambda tensor: -tensor.bytes)),
+        spans=tuple(
+            Span(name=p.name, begin_seconds=(p.begin_ns - start) / 1e9, end_seconds=(p.end_ns - start) / 1e9)
+            for p in recording.phases
+        ),
+        seconds=(0.0, *((now - start) / 1e9 for now in recording.times_ns)),
+        timeline=timeline,
+        snapshot="snapshot.pickle" if steady.reserved_bytes is not None else "",
+    )
+
+
+def _timeline(described: list[tuple[Allocation, LiveTensor]], events: int) -> dict[str, tuple[int, ...]]:
+    """Bytes by category before the step and after each of its events."""
+    changes = {category: [0] * (events + 1) for category in CATEGORIES}
+    for allocation, tensor in described:
+        rounding = allocation.bytes - allocation.requested_bytes
+        for category, count in ((tensor.category, tensor.bytes), ("allocator rounding", rounding)):
+            changes[category][allocation.born + 1] += count
+            if allocation.freed is not None:
+                changes[category][allocation.freed + 1] -= count
+    return {category: tuple(accumulate(counts)) for category, counts in changes.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main(profile))

@@ -1,0 +1,144 @@
+"""From a line of Inductor's generated code to the lines of ours that it computes.
+
+Inductor writes a wrapper `call` which allocates buffers and runs kernels, with the kernel's provenance handle
+in a comment above each run. Which lines were fused into a kernel stands in an artifact of torch's structured
+trace: https://docs.pytorch.org/docs/stable/torch.compiler_inductor_provenance.html (torch 2.9 and later).
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch._functorch.config
+import torch._inductor.config
+
+OURS = re.compile(r"(?:^|/)(autotune/(?:model|kernels)/\w+\.py)$")
+"""Files whose lines are told: the model, its step, and the kernels."""
+_STACK_LINE = re.compile(r'File "([^"]+)", line (\d+), in ')
+_BUFFER = re.compile(r"\s*(\w+) = empty_strided_\w+\(\(([\d, ]*)\), \([\d, ]*\), torch\.(\w+)")
+_INPUT = re.compile(r"\s*assert_size_stride\((\w+), \(([\d, ]*)\)")
+_REUSE = re.compile(r"\s*(\w+) = (?:reinterpret_tensor\()?(\w+)\b.*# reuse")
+_HANDLE = re.compile(r"\s*# \[Provenance debug handles\] (\S+:\d+)")
+_CALL = re.compile(r"\s*(?:(\w+) = )?([\w.]+)\(")
+_IDLE = ("del ", "assert_", "#", "return")
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buffer:
+    """A buffer of generated code."""
+
+    name: str
+    kernel: str
+    """The first one that writes it."""
+    lines: tuple[str, ...]
+    """Of our code, all that were fused into the kernel; empty where Inductor does not tell."""
+    sizes: Sizes | None = None
+    """None for what an operator allocates by itself."""
+    dtype: str = ""
+    reads: frozenset[Sizes] = frozenset()
+    """Sizes of the graph's inputs that the kernel reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapper:
+    """One file of generated code."""
+
+    text: tuple[str, ...]
+    """Its lines."""
+    inputs: Mapping[str, Sizes]
+    """Sizes of the graph's inputs by name."""
+    traces: Mapping[str, list[str]]
+    """`kernel:handle` -> the stack traces of what was fused into the kernel."""
+
+    def buffer(self, number: int) -> Buffer | None:
+        """What line `number` allocates; None where nothing runs that would say."""
+        declared = _BUFFER.match(self.text[number - 1])
+        run = number if declared is None else self._first_run(number, declared[1])
+        if run is None:
+            return None
+        call, handle = self.text[run - 1], self._handle_above(run)
+        called = _CALL.match(call)
+        kernel = handle.rpartition(":")[0] or (called[2] if called else "")
+        traces = self.traces.get(handle, [])
+        return Buffer(
+            name=declared[1] if declared else (called[1] or "" if called else ""),
+            kernel=kernel.removesuffix(".run"),
+            lines=tuple(dict.fromkeys(line for trace in traces if (line := our_line(trace)))),
+            sizes=_sizes(declared[2]) if declared else None,
+            dtype=declared[3] if declared else "",
+            reads=frozenset(self.inputs[word] for word in re.findall(r"\w+", call) if word in self.inputs),
+        )
+
+    def _first_run(self, number: int, name: str) -> int | None:
+        """Number of the first line after `number` that computes with the buffer, under whatever name."""
+        for index in range(number, len(self.text)):
+            line = self.text[index]
+            if (reused := _REUSE.match(line)) and reused[2] == name:
+                name = reused[1]
+            elif re.search(rf"\b{name}\b", line) and not line.lstrip().startswith(_IDLE):
+                return index + 1
+        return None
+
+    def _handle_above(self, number: int) -> str:
+        for line in reversed(self.text[max(0, number - 4) : number - 1]):
+            if match := _HANDLE.match(line):
+                return match[1]
+            if not line.lstrip().startswith("#") and "get_raw_stream" not in line:
+                break
+        return ""
+
+
+@contextmanager
+def listen() -> Iterator[dict[str, Wrapper]]:
+    """Have Inductor tell where its kernels come from: at the end, all wrappers compiled inside by file name
+    (a hash of the text).
+
+    Graphs are lowered anew: one from the cache would tell the lines of the source that it was made from,
+    which may have moved since. The kernels themselves still come from the cache.
+    """
+    wrappers: dict[str, Wrapper] = {}
+    logger, listener = logging.getLogger("torch.__trace"), _Listener()
+    logger.addHandler(listener)
+    try:
+        with (
+            torch._inductor.config.patch({"trace.provenance_tracking_level": 1, "fx_graph_cache": False}),
+            torch._functorch.config.patch(enable_autograd_cache=False),
+        ):
+            yield wrappers
+    finally:
+        logger.removeHandler(listener)
+    for path, traces in listener.found.items():
+        text = tuple(path.read_text().splitlines())
+        inputs = {match[1]: _sizes(match[2]) for line in text if (match := _INPUT.match(line))}
+        wrappers[path.name] = Wrapper(text=text, inputs=inputs, traces=traces)
+
+
+class _Listener(logging.Handler):
+    """Collects two artifacts of the structured trace: a wrapper's path, and then the stacks of its kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Path, dict[str, list[str]]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        metadata = getattr(record, "metadata", {})
+        if "inductor_output_code" in metadata:
+            self.found[Path(metadata["inductor_output_code"]["filename"])] = {}
+        elif metadata.get("artifact", {}).get("name") == "inductor_provenance_tracking_kernel_stack_traces":
+            self.found[next(reversed(self.found))] = json.loads(getattr(record, "payload", None) or "{}")
+
+
+def our_line(trace: str) -> str | None:
+    """The innermost line of our code in a formatted stack trace: `autotune/model/gpt.py:62`."""
+    ours = [f"{match[1]}:{line}" for path, line in _STACK_LINE.findall(trace) if (match := OURS.search(path))]
+    return ours[-1] if ours else None
+
+
+def _sizes(text: str) -> Sizes:
+    return tuple(int(size) for size in re.findall(r"\d+", text))

@@ -1,0 +1,74 @@
+"""verdict.json: what a search concludes from its trials, and where its time went."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from autotune.config.tables import read_table
+from autotune.config.toml import write_atomically
+
+STEPPING = ("compile", "warmup", "measure")
+"""What a budget is for; the rest is overhead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A measured candidate that differs from the winner in one choice."""
+
+    knob: str
+    value: str
+    """The winner has another one."""
+    winner: str
+    trial: int
+    objective: float
+    """Relative to the winner's for `throughput`, where less is worse; nats above it for `loss`."""
+    peak: float | None
+    """Peak memory over the winner's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Review:
+    """The search as a whole."""
+
+    confirmed: bool = False
+    tied_with: tuple[int, ...] = ()
+    fell_through: tuple[int, ...] = ()
+    drift: float | None = None
+    """As in the verdict."""
+    law: str = ""
+    """By which losses are predicted, with its band and source; empty for `throughput`."""
+    notes: tuple[str, ...] = ()
+    """What could not be done."""
+    spent_seconds: float = 0.0
+    """Wall clock of the search, all its parts."""
+    trials: int = 0
+    """That ran in a process."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of `spent_seconds`, by phase of the trials; `idle`: between them."""
+    steps: tuple[Step, ...] = ()
+    """What one step from the winner costs, as far as it was measured."""
+    importance: Mapping[str, float] = field(default_factory=dict)
+    """Share of each choice in being among the best trials (PED-ANOVA, Watanabe et al. 2023, arXiv:2304.10255);
+    empty where too few ran to say so."""
+
+    @property
+    def overhead(self) -> float | None:
+        """Part of the time that was spent neither compiling nor stepping."""
+        if not self.spent_seconds:
+            return None
+        return 1.0 - sum(self.seconds.get(phase, 0.0) for phase in STEPPING) / self.spent_seconds
+
+    @property
+    def trials_per_hour(self) -> float | None:
+        return 3600.0 * self.trials / self.spent_seconds if self.spent_seconds else None
+
+
+def write_review(path: Path, review: Review) -> None:
+    """Replace verdict.json as a whole."""
+    write_atomically(path, json.dumps(asdict(review), indent=2, allow_nan=False) + "\n")
+
+
+def read_review(path: Path) -> Review:
+    """Read verdict.json. Raises ConfigError for other keys, OSError or ValueError for no JSON."""
+    return read_table(Review, json.loads(path.read_text()), "verdict")

@@ -1,0 +1,223 @@
+"""The parent's side of a trial: a fresh worker process in its own group, a clock, and the last word.
+
+Where trials follow each other, the next worker loads torch while the present one builds and compiles.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from autotune.environment import compile_cache_dir, worker_environment
+from autotune.errors import ConfigError
+from autotune.measure.types import (
+    MemoryProfile,
+    TrialRequest,
+    TrialResult,
+    profile_from_json,
+    result_from_json,
+    to_json,
+)
+
+_WORKER = "autotune.measure.worker"
+PROFILE_FILES = ("result.json", "profile.json", "snapshot.pickle")
+"""What `run_profile` leaves in its directory."""
+
+
+LOG_BYTES = 16 << 20
+"""A worker that prints more is ended."""
+_LOOK_SECONDS = 0.1
+_TIMED = ('"phase": "warmup"', '"phase": "measure"', '"phase": "done"')
+
+_Process = subprocess.Popen[bytes]
+
+
+class Standby:
+    """At most one worker process that has loaded torch and its compiler, and waits for its request.
+
+    It must not disturb what is being timed, so it stands still while another worker warms up or measures. It has no
+    CUDA context and dies with this process.
+    """
+
+    def __init__(self) -> None:
+        self._worker: _Process | None = None
+        self._log = Path()
+
+    def start(self, log: Path) -> None:
+        """Start one, if there is none, for a trial whose log will lie beside `log`."""
+        if self._worker is None or self._worker.poll() is not None:
+            self._log = log.with_name(".standby.log")
+            self._worker = _start(_WORKER, self._log, "default", "standby")
+
+    def take(self, request: TrialRequest, log: Path) -> _Process | None:
+        """The waiting worker, now logging to `log`; None where there is none that suits the request. An allocator is
+        set before torch loads, and an eager trial must not hold the compiler's memory."""
+        worker, plan = self._worker, request.candidate.plan
+        if worker is None or worker.poll() is not None or plan.allocator != "default" or plan.compile == "off":
+            return None
+        self._worker = None
+        self._log.replace(log)
+        return worker
+
+    def hold(self, still: bool) -> None:
+        """Let it stand still, or go on."""
+        if self._worker is not None and self._worker.poll() is None:
+            self._worker.send_signal(signal.SIGSTOP if still else signal.SIGCONT)
+
+    def close(self) -> None:
+        if self._worker is not None:
+            _end(self._worker)
+            self._log.unlink(missing_ok=True)
+            self._worker = None
+
+
+@contextmanager
+def trials_in_a_row() -> Iterator[Callable[[TrialRequest, Path], TrialResult]]:
+    """`run_trial` with a standby worker, which is gone at the end."""
+    standby = Standby()
+    try:
+        yield partial(run_trial, standby=standby)
+    finally:
+        standby.close()
+
+
+def run_trial(request: TrialRequest, log: Path, standby: Standby | None = None) -> TrialResult:
+    """Measure one candidate in a fresh worker process, the waiting one of `standby` where that suits; its output goes
+    to `log`.
+
+    Never raises for what the candidate does: OOM, a hang, a crash become the result's status.
+    KeyboardInterrupt kills the worker's group and is raised again.
+    """
+    with tempfile.TemporaryDirectory(prefix="autotune-trial-") as directory:
+        return _run(_WORKER, request, Path(directory), log, standby)
+
+
+def run_profile(request: TrialRequest, directory: Path, log: Path) -> tuple[TrialResult, MemoryProfile | None]:
+    """Record one step of a candidate in a fresh worker process: its outcome as of a trial, and where its memory
+    goes (None where the status is not `ok`). `directory`: for profile.json and, on CUDA, snapshot.pickle.
+
+    Raises ConfigError where the directory cannot be written, else as `run_trial`.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in PROFILE_FILES:  # of an earlier profile
+            (directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written: {error.strerror}; choose another with --out") from None
+    result = _run("autotune.measure.profile", request, directory, log)
+    if result.status != "ok":
+        return result, None
+    return result, profile_from_json((directory / "profile.json").read_text())
+
+
+def _run(
+    module: str, request: TrialRequest, directory: Path, log: Path, standby: Standby | None = None
+) -> TrialResult:
+    """What became of a worker whose files go to `directory`."""
+    started_at, started = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    inside = replace(request, result_path=str(directory / "result.json"))
+    returncode = _run_worker(module, inside, log, standby)
+    result = _read_result(Path(inside.result_path))
+    seconds = time.monotonic() - started
+    told = dict(result.phase_seconds)
+    # A worker that was killed has not told how long its last phase took.
+    rest = "start" if result.message or result.status == "ok" else result.phase
+    told[rest] = told.get(rest, 0.0) + max(0.0, seconds - sum(told.values()))
+    result = replace(result, started_at=started_at, trial_seconds=seconds, phase_seconds=told)
+    if log.stat().st_size > LOG_BYTES:
+        os.truncate(log, LOG_BYTES)
+        return replace(result, status="crashed", message=f"printed more than {LOG_BYTES >> 20} MiB; see {log.name}")
+    if returncode is None:
+        message = f"not done after {request.timeout_seconds:.0f} s, in phase {result.phase}; see {log.name}"
+        return replace(result, status="timeout", message=message)
+    if result.status == "crashed" and not result.message:
+        last = _last_line(log)
+        return replace(result, message=f"{_death(returncode)} in phase {result.phase}: {last}; see {log.name}")
+    return result
+
+
+def _run_worker(module: str, request: TrialRequest, log: Path, standby: Standby | None) -> int | None:
+    """-> the worker's return code (negative: a signal's number), None if its time or its log ran out."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    worker = standby.take(request, log) if standby else None
+    if worker is None:
+        worker = _start(module, log, request.candidate.plan.allocator)
+    try:
+        assert worker.stdin is not None
+        with suppress(BrokenPipeError), worker.stdin as pipe:  # a worker that is dead already says so below
+            pipe.write(to_json(request).encode())
+        if standby:
+            standby.start(log)
+        return _wait(worker, request, log, standby)
+    finally:
+        _end(worker)
+        if standby:
+            standby.hold(still=False)
+
+
+def _start(module: str, log: Path, allocator: str, *words: str) -> _Process:
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "autotune.measure.child", module, *words],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # its own process group, killed as a whole
+            env=worker_environment(compile_cache_dir(), allocator),
+        )
+
+
+def _wait(worker: _Process, request: TrialRequest, log: Path, standby: Standby | None) -> int | None:
+    """Until the worker ends, its time is over, or it has printed too much."""
+    deadline = time.monotonic() + request.timeout_seconds
+    while (left := deadline - time.monotonic()) > 0:
+        with suppress(subprocess.TimeoutExpired):
+            return worker.wait(timeout=min(_LOOK_SECONDS, left))
+        if log.stat().st_size > LOG_BYTES:
+            return None
+        if standby and _is_timed(Path(request.result_path)):
+            standby.hold(still=True)
+            standby = None
+    return None
+
+
+def _is_timed(path: Path) -> bool:
+    return path.exists() and any(phase in path.read_text() for phase in _TIMED)
+
+
+def _end(worker: _Process) -> None:
+    with suppress(ProcessLookupError):  # also what the worker has started: compilers, data loaders
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
+
+
+def _read_result(path: Path) -> TrialResult:
+    if not path.exists():
+        return TrialResult(status="crashed", phase="start")
+    try:
+        return result_from_json(path.read_text())
+    except (ValueError, ConfigError) as error:
+        return TrialResult(status="crashed", phase="start", message=f"the worker's result cannot be read: {error}")
+
+
+def _last_line(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].strip()[:300] if lines else "no output"
+
+
+def _death(returncode: int) -> str:
+    if returncode >= 0:
+        return f"worker ended with exit code {returncode}"
+    name = signal.Signals(-returncode).name
+    hint = " (the system kills so when main memory runs out)" if name == "SIGKILL" else ""
+    return f"worker killed by {name}{hint}"

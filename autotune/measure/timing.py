@@ -1,0 +1,82 @@
+"""Timing of micro steps and optimizer steps: warm up until steady, then the median with its interval."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+TARGET = 0.01
+"""Relative half width of the 95 % interval at which timing ends."""
+MIN_SAMPLES = 7
+"""Fewest samples for which two of them bound the median with 95 % confidence, and one can still be odd."""
+MAX_WARMUP = 20
+
+# Student's t, 97.5 %, by samples: below six, no two order statistics bound the median with 95 % confidence.
+_STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of one kind of work."""
+
+    median: float
+    ci95: float
+    """Distance from the median to the farther end of its 95 % interval, which need not be symmetric."""
+    samples: int
+
+
+def summarise(seconds: Sequence[float]) -> Timing:
+    """Median and its distribution-free interval from order statistics (Conover, Practical Nonparametric
+    Statistics, 3.2): normal approximation to the binomial ranks; of fewer than six samples Student's. One sample says
+    nothing of its spread: the interval is then as wide as the sample. Needs at least one."""
+    ordered = sorted(seconds)
+    count, median = len(ordered), statistics.median(ordered)
+    if count == 1:
+        return Timing(median=median, ci95=median, samples=1)
+    if count in _STUDENT:
+        return Timing(
+            median=median, ci95=_STUDENT[count] * statistics.stdev(ordered) / math.sqrt(count), samples=count
+        )
+    spread = 1.96 * math.sqrt(count) / 2
+    low = max(0, math.floor(count / 2 - spread))
+    high = min(count - 1, math.ceil(count / 2 + spread) - 1)
+    return Timing(median=median, ci95=max(median - ordered[low], ordered[high] - median), samples=count)
+
+
+class Stopwatch:
+    """Times a piece of work: by device events on CUDA, by the monotonic clock on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def time(self, work: Callable[[], object]) -> Callable[[], float]:
+        """Run `work`; the returned function gives its seconds (on CUDA once the device is synchronised)."""
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            work()
+            end.record()
+            return lambda: begin.elapsed_time(end) / 1e3
+        start = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - start
+        return lambda: seconds
+
+    def synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def warm_up(cycle: Callable[[], float], deadline: float) -> int:
+    """Run `cycle` (which returns its seconds) until one is within 5 % of the one before it, at least three
+    times and at most MAX_WARMUP; stops at `deadline` (time.monotonic) after the first. Returns how often."""
+    previous = math.inf
+    for done in range(1, MAX_WARMUP + 1):
+        seconds = cycle()
+        if time.monotonic() > deadline or (done >= 3 and abs(seconds - previous) <= 0.05 * previous):
+            return done
+        previous = seconds
+    return MAX_WARMUP

@@ -1,0 +1,109 @@
+"""Peaks against tensors of known size."""
+
+from types import SimpleNamespace
+
+import pynvml
+import pytest
+import torch
+
+from autotune.measure import memory
+from autotune.measure.memory import MemoryMeter
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+
+
+def megabytes(count: int) -> torch.Tensor:
+    return torch.ones(count * MIB, dtype=torch.uint8)
+
+
+def test_the_allocated_peak_is_exact_to_the_byte() -> None:
+    kept = megabytes(8)
+    meter = MemoryMeter(CPU, lambda: kept.nbytes)
+    with meter.stage("steady"):
+        first = megabytes(5)
+        second = megabytes(3)
+        del first
+        third = megabytes(4)
+        del second, third
+    assert meter.views()["steady"].allocated_bytes == (8 + 5 + 3) * MIB
+
+
+def test_a_stage_entered_again_keeps_its_largest_peak_and_stages_are_apart() -> None:
+    meter = MemoryMeter(CPU, lambda: 0)
+    for size in (2, 6, 1):
+        with meter.stage("steady"):
+            megabytes(size)
+    with meter.stage("evaluation"):
+        megabytes(3)
+    peaks = {name: view.allocated_bytes for name, view in meter.views().items()}
+    assert peaks == {"steady": 6 * MIB, "evaluation": 3 * MIB}
+
+
+def test_resident_size_follows_what_is_touched() -> None:
+    meter = MemoryMeter(CPU, lambda: 0)
+    with meter.stage("first_step"):
+        pass
+    with meter.stage("steady"):
+        megabytes(300)
+    views = meter.views()
+    grown = views["steady"].device_bytes - views["first_step"].device_bytes  # type: ignore[operator]
+    assert 290 * MIB < grown < 400 * MIB
+
+
+def test_what_the_cpu_cannot_know_is_none_and_not_zero() -> None:
+    meter = MemoryMeter(CPU, lambda: 0)
+    with meter.stage("steady"):
+        pass
+    view = meter.views()["steady"]
+    assert view.reserved_bytes is None
+    assert view.num_alloc_retries is None
+    assert meter.other_processes_bytes is None
+
+
+class Driver:
+    """NVML as it answers on three kinds of machine."""
+
+    NVMLError = pynvml.NVMLError
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.used = kind, 3000 * MIB
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        if self.kind == "no NVML":
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        assert uuid == "GPU-1234"
+        return "handle"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: object) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(used=self.used)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: object) -> list[SimpleNamespace]:  # noqa: N802
+        if self.kind == "refuses":
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
+        own = self.used - 2500 * MIB
+        return [SimpleNamespace(pid=1, usedGpuMemory=2500 * MIB), SimpleNamespace(pid=4711, usedGpuMemory=own)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "others", "held"),
+    [
+        ("accounts", 2500 * MIB, 1500 * MIB),  # its own 500 MiB before are not someone else's
+        ("refuses", 3000 * MIB, 1000 * MIB),  # all that was used before counts as others'
+        ("no NVML", None, None),  # unknown, not zero
+    ],
+)
+def test_the_drivers_view_and_what_stands_in_for_it(
+    kind: str, others: int | None, held: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(kind)
+    monkeypatch.setattr(memory, "pynvml", driver)
+    monkeypatch.setattr(memory.os, "getpid", lambda: 4711)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+    card = memory._Card.open(torch.device("cuda:0"))
+    driver.used = 4000 * MIB
+    assert card.others_bytes == others
+    assert card.process_bytes() == held
+    assert card.others_grown_bytes() == (0 if kind == "accounts" else None)

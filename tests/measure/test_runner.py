@@ -1,0 +1,239 @@
+"""Real trials in real worker processes: each outcome under its own status, nothing left behind."""
+
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autotune.config.candidate import Candidate, Plan, Recipe, Shape
+from autotune.measure import runner
+from autotune.measure.runner import run_trial, trials_in_a_row
+from autotune.measure.types import TrialRequest, TrialResult, request_from_json, result_from_json, to_json
+
+WORKER = "autotune.measure.worker"
+SHAPE = Shape(n_layer=2, n_head=2, n_embd=64, block_size=64)
+RECIPE = Recipe(shape=SHAPE, global_batch_size=7)
+REQUEST = TrialRequest(
+    candidate=Candidate(
+        recipe=RECIPE, plan=Plan(micro_batch_size=3, compile="off", loss="chunked", loss_chunk_tokens=192)
+    ),
+    device="cpu",
+    result_path="",
+    measure_seconds=1.0,
+    timeout_seconds=120.0,
+)
+
+
+def with_plan(**changes: object) -> TrialRequest:
+    candidate = REQUEST.candidate
+    return replace(REQUEST, candidate=replace(candidate, plan=replace(candidate.plan, **changes)))  # type: ignore[arg-type]
+
+
+MARK = f"AUTOTUNE_TESTS={os.getpid()}"
+"""In the environment of every process that these tests start; others may be measuring beside them."""
+
+
+@pytest.fixture(autouse=True)
+def marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(*MARK.split("="))
+
+
+def workers(words: str = WORKER) -> list[int]:
+    """Our processes with these words on their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if words in command and MARK.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> TrialResult:
+    return run_trial(REQUEST, tmp_path_factory.mktemp("logs") / "trial.log")
+
+
+def test_a_good_candidate_is_measured(measured: TrialResult) -> None:
+    assert (measured.status, measured.phase, measured.message) == ("ok", "done", "")
+    assert measured.tokens_per_second is not None
+    assert measured.tokens_per_second * (measured.step_seconds_p50 or 0) == pytest.approx(RECIPE.tokens_per_step)
+    assert measured.first_loss == pytest.approx(math.log(SHAPE.vocab_size), abs=0.1)
+    assert measured.trial_seconds is not None
+    assert measured.trial_seconds > measured.compile_seconds + measured.build_seconds  # type: ignore[operator]
+    assert sum(measured.phase_seconds.values()) == pytest.approx(measured.trial_seconds)
+    assert set(measured.phase_seconds) == {"start", "build", "verify", "compile", "warmup", "measure", "done"}
+    assert measured.mfu is None  # no data sheet peak for this processor
+
+
+def test_the_peak_counts_weights_moments_gradients_and_more(measured: TrialResult) -> None:
+    steady = measured.memory["steady"]
+    assert steady.allocated_bytes is not None
+    assert steady.device_bytes is not None
+    assert 16 * SHAPE.parameters < steady.allocated_bytes < steady.device_bytes
+    assert measured.peak("allocated_bytes") == steady.allocated_bytes
+    assert measured.peak("reserved_bytes") is None
+
+
+def test_a_finalist_covers_evaluation_and_checkpoint(tmp_path: Path) -> None:
+    result = run_trial(replace(REQUEST, final=True), tmp_path / "log")
+    assert result.status == "ok"
+    assert set(result.memory) == {"first_step", "steady", "evaluation", "checkpoint"}
+
+
+def test_what_cannot_win_is_not_measured_to_the_end(measured: TrialResult, tmp_path: Path) -> None:
+    least = 3 * (measured.tokens_per_second or 0.0)
+    patient = replace(REQUEST, measure_seconds=30.0)
+    slow = run_trial(replace(patient, stop_below_tokens_per_second=least), tmp_path / "log")
+    assert (slow.status, slow.phase) == ("ok", "done")
+    assert "timing ended early" in slow.message
+    assert (slow.tokens_per_second_ci95 or 0.0) > 0
+    assert slow.phase_seconds["measure"] < 20
+
+
+def test_losses_that_are_not_finite_are_incorrect(tmp_path: Path) -> None:
+    wild = replace(REQUEST.candidate.recipe, learning_rate=1e38)
+    result = run_trial(replace(REQUEST, candidate=replace(REQUEST.candidate, recipe=wild)), tmp_path / "log")
+    assert (result.status, result.phase) == ("incorrect", "measure")
+    assert "loss is nan" in result.message
+
+
+def test_trials_in_a_row_start_in_a_worker_that_has_loaded_torch(tmp_path: Path) -> None:
+    compiled = with_plan(compile="block")
+    with trials_in_a_row() as measure:
+        first = measure(compiled, tmp_path / "1.log")
+        waiting = workers()
+        assert len(waiting) == 1
+        second = measure(compiled, tmp_path / "2.log")
+        assert workers() != waiting
+        waiting = workers()
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(lambda: measure(REQUEST, tmp_path / "3.log"))
+        assert workers() == waiting  # an eager trial must not hold the compiler's memory
+    assert [first.status, second.status] == ["ok", "ok"]
+    assert second.phase_seconds["start"] < first.phase_seconds["start"]
+    assert second.peak("allocated_bytes") == first.peak("allocated_bytes")
+    assert workers() == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.log", "2.log", "3.log"]
+
+
+def interrupted(work: Callable[[], object]) -> None:
+    """`work`, with Ctrl-C after a second."""
+    timer = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        work()
+    finally:
+        timer.cancel()
+
+
+def test_needing_more_than_the_limit_says_how_much(measured: TrialResult, tmp_path: Path) -> None:
+    need = with_plan(loss="full", micro_batch_size=7)
+    tight = run_trial(replace(need, memory_limit_bytes=500 << 20), tmp_path / "log")
+    assert tight.status in ("oom", "over_limit")
+    if tight.status == "oom":
+        assert tight.wanted_bytes is not None
+        assert tight.wanted_bytes > 0
+    # the next one is none the worse for it
+    after = run_trial(with_plan(), tmp_path / "log")
+    assert after.status == "ok"
+    assert after.peak("allocated_bytes") == measured.peak("allocated_bytes")
+
+
+def test_what_the_machine_lacks_is_unsupported_with_the_reason(tmp_path: Path) -> None:
+    result = run_trial(with_plan(attention="sdpa_flash"), tmp_path / "log")
+    assert result.status == "unsupported"
+    assert "needs cuda, this is cpu" in result.message
+
+
+def test_a_worker_that_takes_too_long_is_killed_with_all_it_started(tmp_path: Path) -> None:
+    started = time.monotonic()
+    result = run_trial(replace(REQUEST, timeout_seconds=1.0), tmp_path / "log")
+    assert result.status == "timeout"
+    assert time.monotonic() - started < 5
+    assert workers() == []
+
+
+def test_a_killed_worker_leaves_word_of_its_phase(tmp_path: Path) -> None:
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            if pids := workers():
+                time.sleep(2.0)
+                os.kill(pids[0], 9)
+                return
+
+    assassin = threading.Thread(target=kill)
+    assassin.start()
+    result = run_trial(replace(REQUEST, measure_seconds=60.0), tmp_path / "log")
+    assassin.join()
+    assert result.status == "crashed"
+    assert "SIGKILL" in result.message
+    assert result.phase in result.message
+
+
+def test_all_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from autotune.measure.runner import Standby, run_trial; "
+        "from autotune.measure.types import request_from_json; "
+        f"run_trial(request_from_json(sys.stdin.read()), Path({str(tmp_path / 'log')!r}), Standby())"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True)
+    assert parent.stdin is not None
+    parent.stdin.write(to_json(replace(REQUEST, measure_seconds=60.0)))
+    parent.stdin.close()
+    eventually(lambda: len(workers()) == 2)
+    time.sleep(3.0)  # torch is imported, the worker has read its request, the other stands by
+    parent.kill()
+    parent.wait()
+    eventually(lambda: workers() == [])
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+WICKED = {
+    "garbage on stdout": ("print('{' * 1000000); sys.exit(3)", "exit code 3"),
+    "a result that is none": (
+        "import json; request = json.load(sys.stdin); open(request['result_path'], 'w').write('{\"status\": NaN')",
+        "the worker's result cannot be read",
+    ),
+    "a log without end": ("while True: print('x' * (1 << 20))", "printed more than 16 MiB"),
+    "a child that holds on": ("subprocess.Popen(['sleep', '1000']); os._exit(4)", "exit code 4"),
+    "a segmentation fault": ("os.kill(os.getpid(), 11)", "SIGSEGV"),
+}
+
+
+@pytest.mark.parametrize("what", WICKED)
+def test_a_wicked_worker_is_a_crash_and_nothing_stays(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, expected = WICKED[what]
+    fake = tmp_path / "python"
+    fake.write_text(f"#!{sys.executable}\nimport os, subprocess, sys\n{code}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(runner.sys, "executable", str(fake))
+    result = run_trial(REQUEST, tmp_path / "log")
+    assert result.status == "crashed"
+    assert expected in result.message
+    assert (tmp_path / "log").stat().st_size <= runner.LOG_BYTES
+    eventually(lambda: workers("sleep 1000") == [])
+
+
+def test_requests_and_results_survive_json(measured: TrialResult) -> None:
+    assert request_from_json(to_json(REQUEST)) == REQUEST
+    assert result_from_json(to_json(measured)) == measured
