@@ -1,0 +1,1 @@
+"""The trainer: the measured step, run to completion."""

@@ -1,0 +1,297 @@
+"""The loop of a training: steps in stretches, and between them evaluation, log and checkpoint."""
+
+import gc
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autotune.config.candidate import Candidate
+from autotune.config.toml import format_candidate, write_atomically
+from autotune.data.batches import BatchSource, open_batches
+from autotune.environment import Environment, describe
+from autotune.errors import AutotuneError, InterruptedByUser
+from autotune.measure.types import Stage, cache_text
+from autotune.measure.worker import out_of_memory
+from autotune.model.checkpoint import TrainState, checkpoints, save_checkpoint
+from autotune.model.optim import learning_rate
+from autotune.model.step import TrainStep, build, compile_cache
+from autotune.train.compare import other_machine
+from autotune.train.exchange import load_initial
+from autotune.train.feed import Feed, Work
+from autotune.train.health import Health
+from autotune.train.processes import Processes, joined
+from autotune.train.progress import TrainProgress
+from autotune.train.record import Record
+from autotune.train.resume import go_back, restore
+from autotune.train.settings import CHECKPOINTS, RECIPE, StoppedBy, TrainSettings, TrainSummary
+from autotune.train.signals import stop_signals
+from autotune.train.trainer import locked
+
+SETBACKS = 3
+"""How often a process goes back to a checkpoint before it gives up."""
+_GO_ON, _TIME_OVER, _ASKED = range(3)
+
+
+def run(settings: TrainSettings, group: Processes, notes: tuple[str, ...]) -> TrainSummary | None:
+    """Open, build, restore, and train; see `trainer.train`."""
+    candidate = settings.file.candidate
+    machine = describe(group.device(settings.device))
+    data = _open_data(candidate)
+    step = build(candidate, torch.device(machine.device))
+    if candidate.recipe.init_from and not (settings.resume and checkpoints(settings.out / CHECKPOINTS)):
+        notes += load_initial(Path(candidate.recipe.init_from), step.model)
+    with ExitStack() as stack:
+        if group.first:
+            stack.enter_context(locked(settings.out))
+        stack.enter_context(joined(group))
+        progress = stack.enter_context(TrainProgress(candidate.recipe.max_iters, quiet=not group.first))
+        for note in (*notes, *_machine_notes(settings, machine)):
+            progress.note(note)
+        state = restore(settings, group, step, progress)
+        if group.first:
+            write_atomically(settings.out / RECIPE, format_candidate(settings.file))
+        if group.count > 1:
+            step.over_processes()
+        feed = stack.enter_context(closing(Feed(data, group, candidate, step.device)))
+        record = stack.enter_context(closing(Record(settings, group, machine, step, feed, state, progress)))
+        return Training(settings, group, step, feed, state, record, progress).run()
+
+
+class Training:
+    """One training in progress."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        group: Processes,
+        step: TrainStep,
+        feed: Feed,
+        state: TrainState,
+        record: Record,
+        progress: TrainProgress,
+    ) -> None:
+        self.settings, self.group, self.step, self.feed = settings, group, step, feed
+        self.record, self.progress = record, progress
+        self.recipe, self.device = step.candidate.recipe, step.device
+        self.first = self.iteration = state.iteration
+        self.adopt(state)
+        self.setbacks = 0
+        self.values: list[tuple[float, float, float]] = []  # loss, gradient norm, rate of the steps last looked at
+        self.best_loss, self.best_iteration = state.best_validation_loss, state.best_iteration
+        self.ahead: torch.cuda.Event | None = None
+
+    def adopt(self, state: TrainState) -> None:
+        """Stand where the newest checkpoint stands."""
+        self.state, self.iteration, self.skipped = state, state.iteration, state.skipped_batches
+        self.health = Health(state.recent_losses)
+        self.pending: list[tuple[Tensor, Tensor, float]] = []  # loss, gradient norm, rate of steps not looked at yet
+
+    def run(self) -> TrainSummary | None:
+        """Step until the end, then say how it went."""
+        stopped_by: StoppedBy = "max_iters"
+        try:
+            with stop_signals(lambda: self.iteration > self.state.iteration) as asked:
+                if self.iteration < self.recipe.max_iters:
+                    self.feed.fetch(self.iteration + self.skipped)
+                    stopped_by = self._train(asked)
+        except KeyboardInterrupt:
+            raise self._interrupted() from None
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise AutotuneError(
+                f"the device ran out of memory at iteration {self.iteration}: {str(error).splitlines()[0]}; "
+                "free some, or lower plan.micro_batch_size, and go on with --resume"
+            ) from error
+        return self.record.finish(stopped_by, self.state, self.iteration - self.first)
+
+    def _train(self, asked: Callable[[], bool]) -> StoppedBy:
+        while True:
+            stage: Stage = "first_step" if self.iteration == self.first else "steady"
+            boundary, stop = self._boundary(stage), _GO_ON
+            with self.record.measured(stage):
+                while self.iteration < boundary and stop == _GO_ON:
+                    self._one_step()
+                    stop = self._stop(asked)
+            if stage == "first_step" and (compiled := compile_cache()):
+                self.progress.note(f"compiled, with {cache_text(*compiled)} from the compile cache")
+            if self._went_bad():
+                continue
+            finished = self.iteration >= self.recipe.max_iters
+            self._look(finished or stop == _TIME_OVER)
+            if finished:
+                return "max_iters"
+            if stop == _TIME_OVER:
+                return "max_time"
+            if stop == _ASKED:
+                if self.iteration > self.state.iteration:
+                    self._save()
+                raise self._interrupted()
+
+    def _one_step(self) -> None:
+        """One optimizer step, while the batch of the next one is fetched."""
+        lr = learning_rate(self.recipe, self.iteration)
+
+        def work() -> None:
+            loss = self._with_room("step", lambda: self.step.gradients(self.feed.batch(self.iteration + self.skipped)))
+            self.pending.append((loss, self.step.optimizer_step(lr), lr))
+
+        self.record.time(work)
+        self._wait_for_device()
+        self.iteration += 1
+        self.progress.step(self.iteration)
+
+    def _with_room(self, kind: Work, work: Callable[[], Tensor]) -> Tensor:
+        """The result of `work`, repeated with half as many sequences a forward while memory runs out in it.
+        The batch is the same one, so is what is learned from it."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                # one of several processes cannot do it alone: the others wait inside their backward
+                if not out_of_memory(error) or self.group.count > 1 or not self.feed.halve(kind):
+                    raise
+                reason = str(error).splitlines()[0]
+            # not inside `except`: the traceback would keep the failed step's tensors alive
+            self.step.optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+            self.progress.note(
+                f"warning: out of memory in iteration {self.iteration + 1} ({reason}); going on with "
+                f"{self.feed.sizes[kind]} sequences a forward in each {kind}, what is learned stays the same"
+            )
+
+    def _wait_for_device(self) -> None:
+        """Keep the host at most one step ahead of a CUDA device, or it would stop minutes after it was asked to."""
+        if self.device.type != "cuda":
+            return
+        if self.ahead is not None:
+            self.ahead.synchronize()
+        self.ahead = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.ahead.record()
+
+    def _stop(self, asked: Callable[[], bool]) -> int:
+        """_TIME_OVER, _ASKED or _GO_ON, the same in all processes."""
+        limit = self.settings.max_seconds
+        over = limit is not None and self.record.here >= limit
+        return self.group.largest(_ASKED if asked() else _TIME_OVER if over else _GO_ON)
+
+    def _boundary(self, stage: Stage) -> int:
+        """The iteration up to which nothing but steps is to be done."""
+        if stage not in self.record.meter.views():
+            return self.iteration + 1
+        intervals = (self.recipe.log_interval, self.recipe.eval_interval, self.recipe.checkpoint_interval)
+        return min(self.recipe.max_iters, *((self.iteration // interval + 1) * interval for interval in intervals))
+
+    def _went_bad(self) -> bool:
+        """Look at the steps since the last look. After a bad one: back to the newest checkpoint, and past its data."""
+        losses: list[float] = self.group.total(torch.stack([loss for loss, _, _ in self.pending])).tolist()
+        first = self.iteration - len(self.pending)
+        self.values = [
+            (loss, norm.item(), lr) for loss, (_, norm, lr) in zip(losses, self.pending, strict=True)
+        ]
+        self.pending.clear()
+        scaled = self.step.scaler.is_enabled()  # such a step leaves the weights alone where the norm is no number
+        for number, (loss, norm, _) in enumerate(self.values, first + 1):
+            if complaint := self.health.complaint(loss, 0.0 if scaled else norm):
+                self._go_back(number, f"{complaint} at iteration {number}")
+                return True
+        return False
+
+    def _go_back(self, bad: int, complaint: str) -> None:
+        advice = "lower training.learning_rate or choose plan.dtype = 'float32'"
+        if not checkpoints(self.settings.out / CHECKPOINTS):
+            raise AutotuneError(f"{complaint}, there is no checkpoint to go back to; {advice}")
+        if self.setbacks == SETBACKS:
+            raise AutotuneError(
+                f"{complaint}, after {SETBACKS} times of going back and skipping data; the newest checkpoint is of "
+                f"iteration {self.state.iteration}; {advice}, and look at the data"
+            )
+        self.setbacks += 1
+        skipped = self.skipped + bad - self.state.iteration
+        state = go_back(self.settings.out / CHECKPOINTS, self.step, self.group)
+        self.adopt(state)
+        self.skipped = skipped
+        self.record.go_back(self.iteration)
+        self.progress.note(
+            f"warning: {complaint}; going back to iteration {self.iteration} and past the data of the steps since "
+            f"(setback {self.setbacks} of at most {SETBACKS})"
+        )
+
+    def _look(self, stop: bool) -> None:
+        """Evaluate, log and save, whatever is due."""
+        evaluate = stop or self.iteration % self.recipe.eval_interval == 0
+        improved, validation = False, None
+        if evaluate:
+            validation = self._evaluate()
+            improved = self.best_loss is None or validation < self.best_loss
+            if improved:
+                self.best_loss, self.best_iteration = validation, self.iteration
+        if evaluate or self.iteration == 1 or self.iteration % self.recipe.log_interval == 0:
+            self.record.row(self.iteration, *self.values[-1], validation)
+        due = self.recipe.always_save_checkpoint and self.iteration % self.recipe.checkpoint_interval == 0
+        if improved or stop or due:
+            self._save()
+
+    def _evaluate(self) -> float:
+        """Mean loss over the same eval_iters validation batches each time, shared out over the processes."""
+
+        def batch_loss(index: int) -> Tensor:
+            parts = [self.step.evaluate(x, y) * share for x, y, share in self.feed.validation(index)]
+            return torch.stack(parts).sum()
+
+        total = torch.zeros((), device=self.device)
+        with self.record.measured("evaluation"):
+            for index in range(self.group.rank, self.recipe.eval_iters, self.group.count):
+                total += self._with_room("evaluation", lambda: batch_loss(index))  # noqa: B023 - called at once
+        return float(self.group.total(total)) / self.recipe.eval_iters
+
+    def _save(self) -> None:
+        state = TrainState(
+            iteration=self.iteration,
+            tokens=self.iteration * self.recipe.tokens_per_step,
+            candidate=self.step.candidate,
+            seconds=self.record.seconds,
+            best_validation_loss=self.best_loss,
+            best_iteration=self.best_iteration,
+            data_fingerprint=self.state.data_fingerprint,
+            skipped_batches=self.skipped,
+            recent_losses=self.health.recent,
+        )
+        self.record.save()
+        if self.group.first:
+            with self.record.measured("checkpoint"):
+                save_checkpoint(self.settings.out / CHECKPOINTS, self.step, state)
+        self.group.largest(0)  # torchrun ends all processes as soon as one leaves: none does before it is written
+        self.state = state
+
+    def _interrupted(self) -> InterruptedByUser:
+        out, kept = self.settings.out, checkpoints(self.settings.out / CHECKPOINTS)
+        where = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        return InterruptedByUser(
+            f"stopped after iteration {self.iteration}; {where}; go on with `autotune train {out / RECIPE} --resume`"
+        )
+
+
+def _machine_notes(settings: TrainSettings, machine: Environment) -> list[str]:
+    different = other_machine(settings.file.environment, machine)
+    if not different:
+        return []
+    return [
+        f"warning: the candidate was measured on another machine ({different}); "
+        "its speed and memory may differ here, `autotune search` measures them"
+    ]
+
+
+def _open_data(candidate: Candidate) -> BatchSource:
+    recipe, shape = candidate.recipe, candidate.shape
+    return open_batches(
+        Path(recipe.data),
+        seed=recipe.seed,
+        global_batch_size=recipe.global_batch_size,
+        block_size=shape.block_size,
+        vocab_size=shape.vocab_size,
+    )

@@ -1,0 +1,87 @@
+"""The processes of one training, as torchrun starts them; one process is the ordinary case."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from autotune.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Which of how many this one is. What they exchange is a no-op where there is one. Readable without torch."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    """Among those of this machine: the number of its CUDA device."""
+
+    @property
+    def first(self) -> bool:
+        """The one that writes and prints."""
+        return self.rank == 0
+
+    def rows(self, global_batch_size: int) -> slice:
+        """This process's part of a global batch; the parts differ by one row at most."""
+        return slice(self.rank * global_batch_size // self.count, (self.rank + 1) * global_batch_size // self.count)
+
+    def device(self, asked: str) -> str:
+        """`auto` and `cuda` mean the process's own card where there are several."""
+        import torch
+
+        if self.count == 1 or asked == "cpu" or not torch.cuda.is_available():
+            return asked
+        return f"cuda:{self.local_rank}"
+
+    def total(self, values: Any) -> Any:
+        """A tensor, summed over all processes."""
+        if self.count > 1:
+            import torch.distributed
+
+            torch.distributed.all_reduce(values)
+        return values
+
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers; all of them wait for it."""
+        if self.count == 1:
+            return number
+        import torch.distributed
+
+        shared = torch.tensor(number)  # on the CPU: the device is left to work
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        return int(shared)
+
+
+def processes() -> Processes:
+    """From torchrun's environment variables. Raises ConfigError for nonsense in them."""
+    try:
+        rank, count, local = (int(os.environ.get(name, d)) for name, d in _VARIABLES)
+    except ValueError as error:
+        raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK are not numbers: {error}; start it with torchrun") from None
+    return Processes(rank=rank, count=count, local_rank=local)
+
+
+_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def joined(group: Processes) -> Iterator[None]:
+    """Within the block the processes can talk: tensors on the CPU through gloo, on CUDA through NCCL."""
+    if group.count == 1:
+        yield
+        return
+    import torch.distributed
+
+    if not group.first:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # one that waits for a first one that has failed must end
+    cards = torch.cuda.is_available()
+    if cards:
+        torch.cuda.set_device(group.local_rank)
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()

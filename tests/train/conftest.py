@@ -1,0 +1,54 @@
+"""A text that is easy to learn, and an undisturbed training on it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from trainings import settings
+
+from autotune.config.candidate import Recipe, Shape
+from autotune.data.shards import write_shard
+from autotune.train.settings import TrainSummary
+from autotune.train.trainer import train
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny products gain nothing from a second one, and wait for it where cores are shared."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a walk over 211 tokens by steps of 1, 2 or 3: ln(3) nats a token."""
+    directory = tmp_path_factory.mktemp("text")
+    walk = np.cumsum(np.random.default_rng(0).integers(1, 4, 24_000)) % 211
+    write_shard(directory / "walk_val_000000.bin", walk[:4000])
+    write_shard(directory / "walk_train_000001.bin", walk[4000:])
+    return directory
+
+
+@pytest.fixture(scope="session")
+def recipe(text: Path) -> Recipe:
+    """Global batch 7 on micro batch 3 leaves a rest; dropout makes the random states count."""
+    return Recipe(
+        shape=Shape(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=256, dropout=0.1),
+        data=str(text),
+        global_batch_size=7,
+        max_iters=40,
+        lr_decay_iters=40,
+        warmup_iters=4,
+        learning_rate=5e-3,
+        min_lr=5e-4,
+        eval_interval=20,
+        eval_iters=2,
+        checkpoint_interval=10,
+        log_interval=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainSummary]:
+    out = tmp_path_factory.mktemp("whole") / "train"
+    return out, train(settings(recipe, out))

@@ -1,0 +1,39 @@
+"""When a loss is worth going back for."""
+
+import numpy as np
+import pytest
+
+from autotune.train.health import SUSTAINED, WINDOW, Health
+
+
+def complaints(losses: list[float], norm: float = 1.0) -> list[str]:
+    health = Health(())
+    return [health.complaint(loss, norm) for loss in losses]
+
+
+def test_learning_with_noise_is_healthy() -> None:
+    steps = np.arange(2000)
+    for noise in (0.02, 0.3, 1.0):
+        curve = 3 + 8 * np.exp(-steps / 150) + np.random.default_rng(0).normal(0, noise, len(steps))
+        assert set(complaints(curve.tolist())) == {""}
+
+
+def test_one_odd_batch_is_no_spike_several_are() -> None:
+    usual = [3.0 + 0.01 * (step % 7) for step in range(WINDOW)]
+    assert complaints([*usual, 9.0, *usual])[WINDOW:] == [""] * (WINDOW + 1)
+    said = complaints([*usual, *[9.0] * SUSTAINED])
+    assert said[:-1] == [""] * (len(said) - 1)
+    assert said[-1] == "the training loss has jumped from 3.03 to 9.00"
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (3.0, float("nan"))])
+def test_what_is_no_number_is_told_at_once(loss: float, norm: float) -> None:
+    assert Health(()).complaint(loss, norm)
+
+
+def test_it_goes_on_where_it_was() -> None:
+    before = Health(())
+    for step in range(100):
+        before.complaint(3.0 + 0.01 * (step % 7), 1.0)
+    after = Health(before.recent)
+    assert [bool(after.complaint(9.0, 1.0)) for _ in range(SUSTAINED)] == [False, False, False, True]

@@ -1,0 +1,38 @@
+"""The promise: a training's peak memory is the verdict's, within 1 %, whatever the plan."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from trainings import settings
+
+from autotune.config.candidate import Candidate, Plan, Recipe, Shape
+from autotune.measure.runner import run_trial
+from autotune.measure.types import TrialRequest
+from autotune.train.trainer import train
+
+PLANS = {
+    "full logits": {"loss": "full", "micro_batch_size": 8},
+    "chunked": {"loss": "chunked", "loss_chunk_tokens": 128, "micro_batch_size": 8},
+    "checkpointed": {"activation_checkpointing": "block", "micro_batch_size": 8},
+    "accumulated": {"loss": "chunked", "loss_chunk_tokens": 64, "micro_batch_size": 3},
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_fifty_steps_with_evaluation_and_checkpoint_peak_as_measured(
+    name: str, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = Shape(n_layer=2, n_head=2, n_embd=64, block_size=64)
+    trained = replace(
+        recipe, shape=shape, global_batch_size=8, max_iters=50, lr_decay_iters=50, eval_interval=25, log_interval=10
+    )
+    candidate = Candidate(recipe=trained, plan=Plan(compile="block", dtype="bfloat16", **PLANS[name]))  # type: ignore[arg-type]
+    request = TrialRequest(candidate=candidate, device="cpu", result_path="", measure_seconds=0.5, final=True)
+    verdict = run_trial(request, tmp_path / "trial.log")
+    assert verdict.status == "ok", verdict.message
+    assert (verdict.compile_cache_hits or 0) + (verdict.compile_cache_misses or 0) > 0
+    summary = train(settings(trained, tmp_path / "train", plan=candidate.plan))
+    assert summary.iterations == 50
+    assert "graphs from the compile cache" in capsys.readouterr().err
+    assert summary.peak_allocated_bytes == pytest.approx(verdict.peak("allocated_bytes"), rel=0.01)

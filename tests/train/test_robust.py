@@ -1,0 +1,90 @@
+"""Memory that others take, data that are bad: a training goes on, or says why it cannot."""
+
+import resource
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trainings import PLAN, curve, settings, start, wait_for_rows
+
+from autotune.config.candidate import Recipe, Shape
+from autotune.data.batches import open_batches, shuffled
+from autotune.data.shards import HEADER_BYTES
+from autotune.errors import AutotuneError
+from autotune.model.checkpoint import checkpoints, read_checkpoint
+from autotune.train.trainer import train
+
+
+def losses(out: Path) -> list[float]:
+    return [float(row[2]) for row in curve(out)]
+
+
+def data_bytes(process: int) -> int:
+    """What RLIMIT_DATA counts of a process."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmData")).split()[1]) * 1024
+
+
+def test_memory_that_others_take_halves_the_micro_batch_and_changes_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    """For real: once it runs, the process may no longer have all that its micro batch needs."""
+    shape = Shape(n_layer=1, n_head=1, n_embd=16, block_size=128, vocab_size=8192)  # logits of 33 MB in one piece
+    wide = replace(recipe, shape=shape, global_batch_size=8, max_iters=40, eval_iters=1, eval_interval=40)
+    plan = replace(PLAN, micro_batch_size=8)
+    train(settings(wide, tmp_path / "whole", plan))
+    process = start(wide, tmp_path / "train", plan)
+    wait_for_rows(tmp_path / "train", 4)
+    seen, now = [], len(curve(tmp_path / "train"))
+    while len(curve(tmp_path / "train")) < now + 4:
+        seen.append(data_bytes(process.pid))
+    before = resource.prlimit(process.pid, resource.RLIMIT_DATA)
+    limit = min(seen) + 6 * (max(seen) - min(seen)) // 10
+    resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, before[1]))
+    wait_for_rows(tmp_path / "train", len(curve(tmp_path / "train")) + 5)
+    resource.prlimit(process.pid, resource.RLIMIT_DATA, before)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "warning: out of memory in iteration" in said
+    assert "going on with 4 sequences a forward in each step, what is learned stays the same" in said
+    np.testing.assert_allclose(losses(tmp_path / "train"), losses(tmp_path / "whole"), rtol=1e-4)
+
+
+def spoiled(recipe: Recipe, directory: Path, steps: range) -> Recipe:
+    """The recipe on a copy of its data in which the batches of `steps` hold tokens never seen before."""
+    shutil.copytree(recipe.data, directory)
+    block, rows = recipe.shape.block_size, recipe.global_batch_size
+    source = open_batches(
+        directory, seed=recipe.seed, global_batch_size=rows, block_size=block, vocab_size=recipe.shape.vocab_size
+    )
+    places = np.arange(steps.start * rows, steps.stop * rows)
+    (shard,) = directory.glob("*_train_*")
+    tokens = np.memmap(shard, dtype="<u2", mode="r+", offset=HEADER_BYTES)
+    drawn = np.random.default_rng(1)
+    for window in shuffled(places, source.train_windows, recipe.seed, 0):
+        tokens[window * block : (window + 1) * block] = drawn.integers(220, 256, block)
+    tokens.flush()
+    return replace(recipe, data=str(directory))
+
+
+def test_a_loss_spike_goes_back_and_past_its_data(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = spoiled(replace(recipe, max_iters=70, lr_decay_iters=70), tmp_path / "data", range(54, 58))
+    summary = train(settings(bad, tmp_path / "train"))
+    said = capsys.readouterr().err
+    assert "going back to iteration 50 and past the data of the steps since (setback 1 of at most 3)" in said
+    assert [int(row[0]) for row in curve(tmp_path / "train")] == list(range(1, 71))
+    assert max(losses(tmp_path / "train")[50:]) < losses(tmp_path / "train")[30]
+    last = read_checkpoint(checkpoints(tmp_path / "train" / "checkpoints")[-1]).state
+    assert last.skipped_batches == 8  # 50 to 57, of which the last four were bad
+    assert summary is not None
+    assert summary.validation_loss == summary.best_validation_loss
+
+
+def test_it_does_not_go_back_for_ever(recipe: Recipe, tmp_path: Path) -> None:
+    endless = spoiled(replace(recipe, max_iters=85, lr_decay_iters=85), tmp_path / "data", range(54, 86))
+    with pytest.raises(AutotuneError, match=r"jumped from .* after 3 times of going back .* and look at the data"):
+        train(settings(endless, tmp_path / "train"))
+    kept = read_checkpoint(checkpoints(tmp_path / "train" / "checkpoints")[-1])
+    assert kept.state.iteration == 50
