@@ -1,0 +1,1 @@
+"""Ask for a candidate, measure it, tell the study; then the verdict."""

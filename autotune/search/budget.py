@@ -1,0 +1,93 @@
+"""The hard wall clock: how long the next trial may take, and what is kept back for confirming finalists."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from autotune.measure.records import TrialRecord
+from autotune.search.verdict import best_first, searched, unconfirmed
+
+CLOSING_SECONDS = 3.0
+"""Kept free at the end, at least, for killing the last worker, writing the files and drawing the report."""
+
+_RESERVED_SHARE = 0.3
+"""No more than this part of the budget is kept back for finalists, unless one of them needs more."""
+
+_PATIENCE_SECONDS = 60.0
+"""A trial that takes less than this is never taken for hanging..."""
+_FIRST_PATIENCE_SECONDS = 150.0
+"""...nor is one that finds nothing compiled yet: a minute on two slow cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Wall clock from `started` on; `clock` counts seconds."""
+
+    seconds: float
+    started: float
+    clock: Callable[[], float] = time.monotonic
+    closing_seconds: float = CLOSING_SECONDS
+    """Kept free at the end."""
+
+    def elapsed(self) -> float:
+        return self.clock() - self.started
+
+    def remaining(self) -> float:
+        """Seconds left for measuring."""
+        return self.seconds - self.closing_seconds - self.elapsed()
+
+
+def begin(seconds: float, started: float | None, clock: Callable[[], float]) -> Budget:
+    """A budget that runs since `started` by `clock`, or from now on. On a busy machine closing takes long, about as
+    long as the start did until here: both load libraries."""
+    now = clock()
+    since = now if started is None else started
+    closing = min(max(CLOSING_SECONDS, now - since), 0.1 * seconds)
+    return Budget(seconds=seconds, started=since, clock=clock, closing_seconds=closing)
+
+
+def measure_seconds(budget: Budget) -> float:
+    """Upper bound of the timed part of a search trial: 5 s of an hour, proportionally less below ten minutes."""
+    return min(5.0, max(0.5, budget.seconds / 120))
+
+
+def final_seconds(record: TrialRecord, budget: Budget) -> float:
+    """Expected wall clock of confirming `record`: its trial again (compilation now cached), the timed part
+    twice as long, and at least six whole optimizer steps."""
+    again = record.result.trial_seconds or 0.0
+    steps = 6 * (record.result.step_seconds_p50 or 0.0)
+    return 1.1 * again + max(measure_seconds(budget), steps)
+
+
+def reserve(budget: Budget, records: Sequence[TrialRecord], maximised: bool) -> float:
+    """Seconds to keep back for the finalists that are not confirmed yet: at least for one. Nothing where
+    even that one would not fit any more, for then only a faster candidate can be confirmed."""
+    ranked = best_first(searched(records), maximised)
+    if not ranked:
+        return 0.25 * budget.seconds
+    waiting = unconfirmed(records, maximised) or ranked[:1]  # should the next trial win, it is a finalist too
+    first = final_seconds(waiting[0], budget)
+    if first > budget.remaining():
+        return 0.0
+    wanted = sum(final_seconds(record, budget) for record in waiting)
+    return max(min(wanted, _RESERVED_SHARE * budget.seconds), first)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowance:
+    """What the next trial may take."""
+
+    seconds: float
+    ends_budget: bool
+    """Its timeout is the end of the budget, not of our patience: running into it is not the candidate's fault."""
+
+
+def next_allowance(budget: Budget, records: Sequence[TrialRecord], maximised: bool) -> Allowance | None:
+    """How long the next search trial may take; None: it could not finish before the reserve."""
+    left = budget.remaining() - reserve(budget, records, maximised)
+    lasted = sorted(record.result.trial_seconds or 0.0 for record in searched(records))
+    if left <= 0 or (lasted and left < lasted[len(lasted) // 2]):
+        return None
+    # While nothing has worked yet: half of what is left, so that there is time for another if this one hangs.
+    patience = max(_PATIENCE_SECONDS, 4 * lasted[-1]) if lasted else max(_FIRST_PATIENCE_SECONDS, left / 2)
+    return Allowance(seconds=min(left, patience), ends_budget=left < patience)

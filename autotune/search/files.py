@@ -1,0 +1,117 @@
+"""The files of a run. Each is replaced as a whole and can be written anew from the study."""
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from autotune.config.nanogpt import format_nanogpt
+from autotune.config.search import SearchSettings, write_settings
+from autotune.config.toml import CandidateFile, format_candidate, write_atomically
+from autotune.environment import Environment
+from autotune.errors import ConfigError
+from autotune.measure.records import TrialRecord, write_csv
+from autotune.search.objective import finish_recipe, training_tokens
+from autotune.search.verdict import Verdict, decide
+
+
+def publish(
+    directory: Path, settings: SearchSettings, environment: Environment, found: Sequence[TrialRecord]
+) -> Verdict | None:
+    """Replace trials.csv, and from the first feasible trial on best.toml and best_nanogpt.py."""
+    write_csv(directory / "trials.csv", found)
+    state = decide(found, settings)
+    if state is None:
+        return None
+    best = _best(state, settings, environment)
+    write_atomically(directory / "best.toml", format_candidate(best))
+    heading = f"Found by autotune: trial {state.winner.trial} of {settings.name}, on {environment.device_name}."
+    write_atomically(directory / "best_nanogpt.py", format_nanogpt(best.candidate, heading, settings.device))
+    return state
+
+
+def _best(state: Verdict, settings: SearchSettings, environment: Environment) -> CandidateFile:
+    winner, result = state.winner, state.winner.result
+    assert result.tokens_per_second is not None, "a winner is feasible"
+    recipe = winner.candidate.recipe
+    if not settings.keep_schedule:
+        recipe = finish_recipe(
+            recipe,
+            training_tokens(settings, result.tokens_per_second),
+            winner.candidate.plan.micro_batch_size,
+        )
+    measured: dict[str, Any] = {
+        "trial": winner.trial,
+        "status": "confirmed" if state.confirmed else "not confirmed",
+        "objective": settings.objective,
+        "tokens_per_second": result.tokens_per_second,
+        "tokens_per_second_ci95": result.tokens_per_second_ci95,
+        "step_seconds_p50": result.step_seconds_p50,
+        "mfu": result.mfu,
+        "peak_allocated_bytes": result.peak("allocated_bytes"),
+        "peak_reserved_bytes": result.peak("reserved_bytes"),
+        "peak_device_bytes": result.peak("device_bytes"),
+        "predicted_loss": winner.predicted_loss,
+        "compile_cache_hits": result.compile_cache_hits,
+        "compile_cache_misses": result.compile_cache_misses,
+    }
+    return CandidateFile(
+        candidate=replace(winner.candidate, recipe=recipe),
+        measured=measured,
+        environment={**asdict(environment), "fingerprint": environment.fingerprint},
+    )
+
+
+def write_inputs(directory: Path, settings: SearchSettings, environment: Environment) -> None:
+    """search.toml and environment.json: what was asked, and of which machine."""
+    write_settings(directory / "search.toml", settings)
+    facts = {**asdict(environment), "fingerprint": environment.fingerprint}
+    write_atomically(directory / "environment.json", json.dumps(facts, indent=2) + "\n")
+
+
+def refuse_another_machine(run_dir: Path, environment: Environment) -> None:
+    """Raise ConfigError, saying what differs, unless the run was measured on `environment`."""
+    file = run_dir / "environment.json"
+    try:
+        facts = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}; write it anew with `autotune report --rebuild`") from None
+    now = {**asdict(environment), "fingerprint": environment.fingerprint}
+    if facts.get("fingerprint") == environment.fingerprint:
+        return
+    listed = json.loads(json.dumps(now))  # tuples become lists, as in the file
+    changes = [f"{k} {facts.get(k)} -> {v}" for k, v in listed.items() if k != "fingerprint" and facts.get(k) != v]
+    raise ConfigError(
+        f"{run_dir} was measured elsewhere ({', '.join(changes)}), its numbers do not compare; start a new search"
+    )
+
+
+@contextlib.contextmanager
+def new_directory(run_dir: Path) -> Iterator[None]:
+    """Make `run_dir`; take it away again if the search cannot even start."""
+    try:
+        if run_dir.exists() and any(run_dir.iterdir()):
+            raise ConfigError(f"{run_dir} is not empty; go on with `--resume {run_dir}` or give another --name")
+        (run_dir / "logs").mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"{run_dir} cannot be made: {error.strerror}; choose another place") from None
+    try:
+        yield
+    except ConfigError:
+        shutil.rmtree(run_dir)
+        raise
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Only one search at a time; the lock goes with the process, however it ends."""
+    with (run_dir / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"the search of {run_dir} is still running; wait for it, or end it first") from None
+        yield

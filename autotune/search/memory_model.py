@@ -1,0 +1,348 @@
+"""A prediction of a candidate's peak memory from its structure, calibrated by measured trials.
+
+The peak is the largest of a few moments of a step: while the loss is computed, while the head's gradient is
+cast, at the end of the backward. What a moment holds is a sum: exact terms (weights, moments, gradients that
+add up, batches) plus terms `coefficient x size`, such as 40 bytes an element of (tokens, n_layer, n_embd) for
+compiled bfloat16 activations. The sizes follow from shape and plan. The coefficients are normal variables:
+their priors come from measurements on one machine, and Bayesian linear regression moves them to what the
+trials of this machine show (Bishop, Pattern Recognition and Machine Learning, 3.3). The model so knows how
+sure it is: the interval is wide before calibration and narrow where much was measured.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autotune.config.candidate import AUTOCAST, Candidate, Plan, Shape
+from autotune.config.tables import read_table
+from autotune.config.toml import write_atomically
+from autotune.environment import Environment
+from autotune.errors import ConfigError
+from autotune.measure.types import TrialResult
+
+Array = NDArray[np.float64]
+
+NOISE = 0.015
+"""Relative scatter of a measured peak around the structure's formula, one standard deviation."""
+ROUNDS = 40
+"""Each round asks anew which moment is the largest; it settles within a few."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """`coefficient x size` bytes of a moment."""
+
+    size: float
+    """Elements (the coefficient is bytes an element) or bytes (the coefficient is a ratio)."""
+    mean: float
+    """Of the coefficient, before any trial."""
+    sigma: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """One instant of a step that may hold the peak."""
+
+    exact: float
+    """Bytes that need no coefficient."""
+    terms: Mapping[str, Term]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """A peak that was not measured."""
+
+    peak_allocated_bytes: int
+    peak_device_bytes: int
+    """The peak as the card (or the resident size) would show it: what a limit is compared with."""
+    low_device_bytes: int
+    """2.5 % and 97.5 % bounds of it."""
+    high_device_bytes: int
+    trials: int
+    """Measured trials behind the calibration; 0: priors only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryModel:
+    """Coefficients and how sure they are; `calibrate` makes one, `predict` reads it."""
+
+    device: str
+    """`cpu` or `cuda`."""
+    fingerprint: str = ""
+    """Of the environment that the trials belong to; empty before calibration."""
+    names: tuple[str, ...] = ()
+    means: tuple[float, ...] = ()
+    covariance: tuple[float, ...] = ()
+    """Row by row."""
+    overhead: tuple[float, ...] = ()
+    """Device view minus allocated: mean and standard deviation, bytes; empty: the prior."""
+    trials: int = 0
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """Allocated peaks of the calibration, by candidate family and micro batch: for extrapolation."""
+
+
+def moments(candidate: Candidate) -> list[Moment]:
+    """What a step of `candidate` holds at the instants that can be its peak."""
+    shape, plan = candidate.shape, candidate.plan
+    low = plan.dtype in AUTOCAST
+    kind = ("low" if low else "f32", "eager" if plan.compile == "off" else "compiled")
+    accumulates = candidate.gradient_accumulation_steps > 1
+    parameters = 4.0 * shape.parameters
+    tokens = plan.micro_batch_size * shape.block_size
+    batches = 16.0 * tokens * min(candidate.gradient_accumulation_steps, 4)
+    # with the gradients that later micro steps add to
+    state = parameters * (2.0 if accumulates else 1.0) + _optimizer_bytes(candidate) + batches
+    body = _activations(candidate, tokens, kind)
+    head = _head(candidate, tokens, kind)
+    found = [Moment(exact=state, terms={**body, **head})]
+    if plan.loss == "full":  # logits are gone, the head's gradient exists twice: to be cast, or to be added
+        twice = Term(size=shape.vocab_size * shape.n_embd, mean=8.0, sigma=1.0)
+        found.append(Moment(exact=state, terms={**body, f"head twice/{kind[0]}/{plan.compile}": twice}))
+    return [*found, Moment(exact=state, terms=_backward_end(candidate, tokens, kind, accumulates))]
+
+
+def _optimizer_bytes(candidate: Candidate) -> float:
+    """Of the optimizer's state: two moments, for Muon one of the blocks' matrices."""
+    shape = candidate.shape
+    if candidate.recipe.optimizer == "muon":
+        return 8.0 * shape.parameters - 4.0 * _matrices(shape)
+    if candidate.recipe.optimizer == "adamw_8bit":
+        return (2.0 + 8.0 / 256) * shape.parameters  # a byte an element, and two scales for 256 of them
+    return 8.0 * shape.parameters
+
+
+def _matrices(shape: Shape) -> int:
+    """Elements of the blocks' matrices."""
+    return 12 * shape.n_layer * shape.n_embd**2
+
+
+def _activations(candidate: Candidate, tokens: int, kind: tuple[str, str]) -> dict[str, Term]:
+    """Saved for the backward when the loss is computed: by blocks that keep what they need, and by those that
+    are computed again as a whole."""
+    shape, plan = candidate.shape, candidate.plan
+    every = plan.recomputed_every
+    again = 0 if every is None else -(-shape.n_layer // every)
+    kept, keeps = shape.n_layer - again, "none" if every else plan.activation_checkpointing
+    width = tokens * shape.n_embd
+    key = f"{kind[0]}/{kind[1]}"
+    terms = {f"ends/{key}/{keeps if kept else 'block'}": Term(size=width, mean=8.0, sigma=4.0)}
+    if kept:
+        mean, sigma = _kept(plan, key)
+        terms[f"layer/{key}/{keeps}"] = Term(size=width * kept, mean=mean, sigma=sigma)
+        terms[f"layer/{key}/{keeps}/{plan.compile}"] = Term(size=width * kept, mean=0.0, sigma=0.375 * sigma)
+        # Inductor, given the whole model, computes scores again in the backward
+        scores = (0.0, 3.0) if plan.compile == "full" else (5.0, 2.0)
+        terms |= _of_attention(candidate, tokens * shape.n_head * kept, scores, f"{key}/{keeps}/{plan.compile}")
+        terms |= _casts(candidate, kind, kept, keeps)
+    if again:
+        terms[f"inputs/{key}/block"] = Term(size=width * again, mean=4.0, sigma=0.3)
+        terms |= _casts(candidate, kind, again, "block")
+    if again == shape.n_layer:  # else a block that keeps more than this is there before this one is computed again
+        terms[f"block/{key}/block/{plan.compile}"] = Term(size=width, mean=40.0, sigma=20.0)
+        terms |= _of_attention(candidate, tokens * shape.n_head, (5.0, 2.0), f"{key}/block/{plan.compile}")
+    return terms
+
+
+def _kept(plan: Plan, key: str) -> tuple[float, float]:
+    """Bytes an element of (tokens, n_layer, n_embd), and how sure that is."""
+    none = {"low/compiled": 41.0, "f32/compiled": 57.0, "low/eager": 55.0, "f32/eager": 67.0}
+    selective = {"low/compiled": 22.0, "f32/compiled": 44.0, "low/eager": 31.0, "f32/eager": 47.0}
+    if plan.memory_budget is not None:  # what the partitioner makes of it is not monotone: nearly nothing is known
+        return 6.0 + 0.7 * (none[key] - 6.0) * plan.memory_budget, 0.3 * none[key]
+    return (selective if plan.activation_checkpointing == "selective" else none)[key], 4.0
+
+
+def _of_attention(candidate: Candidate, rows: int, scores: tuple[float, float], key: str) -> dict[str, Term]:
+    """What attention keeps beside its output, for `rows` rows of scores."""
+    if candidate.plan.attention != "sdpa_math":
+        return {f"normalisers/{candidate.plan.attention}": Term(size=rows, mean=4.0, sigma=1.0)}
+    return {f"scores/{key}": Term(size=rows * candidate.shape.block_size, mean=scores[0], sigma=scores[1])}
+
+
+def _casts(candidate: Candidate, kind: tuple[str, str], layers: int, keeps: str) -> dict[str, Term]:
+    """The matrices of so many blocks in the dtype of matrix products."""
+    if kind[0] != "low":
+        return {}
+    return {f"casts/{kind[1]}/{keeps}": Term(size=12 * layers * candidate.shape.n_embd**2, mean=2.0, sigma=0.5)}
+
+
+_LIBRARIES = ("torch_linear_cross_entropy", "liger", "cce")
+
+
+def _loss_kind(plan: Plan) -> str:
+    """Losses that hold the same tensors share their coefficients."""
+    return "chunked" if plan.loss == "chunked_triton" else plan.loss
+
+
+def _head(candidate: Candidate, tokens: int, kind: tuple[str, str]) -> dict[str, Term]:
+    """Logits and what stands beside them."""
+    shape, plan = candidate.shape, candidate.plan
+    dtype, mode = kind
+    if plan.loss in _LIBRARIES:  # with buffers of their own: a prior so wide that only trials can rule one out
+        size = (tokens + shape.vocab_size) * shape.n_embd
+        return {f"head/{plan.loss}/{dtype}/{mode}": Term(size=size, mean=8.0, sigma=8.0)}
+    chunked = plan.loss != "full"
+    rows = min(tokens, plan.loss_chunk_tokens) if chunked else tokens
+    key = f"{_loss_kind(plan)}/{dtype}/{mode}"
+    itemsize = 2.0 if dtype == "low" else 4.0
+    eager = 10.0 if chunked and dtype == "low" else 12.0  # log-softmax, its gradient and the gradient before it
+    logits = itemsize if mode == "compiled" else eager
+    beside = _beside_logits(plan, dtype == "low")
+    return {
+        f"logits/{key}": Term(size=rows * shape.vocab_size, mean=logits, sigma=1.0),
+        f"head/{key}/{plan.compile}": Term(size=shape.vocab_size * shape.n_embd, mean=beside, sigma=1.0),
+    }
+
+
+def _beside_logits(plan: Plan, low: bool) -> float:
+    """Bytes an element of the head's weight: its cast, its gradient, while logits exist."""
+    if plan.loss != "full":
+        return 6.5 if low else 4.5
+    if plan.compile == "off":
+        return 2.0 if low else 0.0
+    return 4.5
+
+
+def _backward_end(candidate: Candidate, tokens: int, kind: tuple[str, str], accumulates: bool) -> dict[str, Term]:
+    """New gradients: all of them where a whole graph returns them at once, or none was there to add to."""
+    shape, plan = candidate.shape, candidate.plan
+    matrices = _matrices(shape)
+    steps = "several" if accumulates else "one"
+    whole = 4.0 if plan.compile == "full" or not accumulates else 0.0
+    embedding = 4.0 if plan.loss == "full" else 8.0
+    if not accumulates and (plan.loss == "full" or plan.compile == "off"):
+        embedding += 4.0
+    return {
+        f"embedding gradient/{_loss_kind(plan)}/{plan.compile}/{steps}": Term(
+            size=shape.vocab_size * shape.n_embd, mean=embedding, sigma=1.0
+        ),
+        f"matrix gradients/{plan.compile}/{steps}": Term(size=matrices, mean=whole, sigma=0.3),
+        f"end/{'/'.join(kind)}": Term(size=tokens * shape.n_embd, mean=8.0, sigma=4.0),
+    }
+
+
+def calibrate(
+    device: str, trials: Iterable[tuple[Candidate, TrialResult]], environment: Environment | None = None
+) -> MemoryModel:
+    """The priors moved to what `trials` measured; those without a measured peak are left out."""
+    data = [(c, r, float(peak)) for c, r in trials if (peak := r.peak("allocated_bytes")) and r.status in _MEASURED]
+    if not data:
+        return MemoryModel(device=device)
+    found = [(row, moment) for row, (candidate, _, _) in enumerate(data) for moment in moments(candidate)]
+    terms = {name: term for _, moment in found for name, term in moment.terms.items()}
+    names = tuple(sorted(terms))
+    owner = np.array([row for row, _ in found])  # (moments,): the candidate of each
+    sizes = np.array([[m.terms[name].size if name in m.terms else 0.0 for name in names] for _, m in found])
+    exact = np.array([moment.exact for _, moment in found])
+    prior = np.array([terms[name].mean for name in names])
+    precision = np.diag([terms[name].sigma ** -2.0 for name in names])
+    peaks = np.array([peak for _, _, peak in data])
+    means: Array = prior
+    for _ in range(ROUNDS):
+        # of each candidate the moment that is now the largest: sorted by candidate, then by bytes, the last one
+        largest = np.lexsort((exact + sizes @ means, owner))[np.append(np.diff(owner) > 0, True)]
+        rows, weights = sizes[largest], 1.0 / (NOISE * peaks) ** 2
+        covariance = np.linalg.inv(precision + rows.T @ (rows * weights[:, None]))
+        update = covariance @ (precision @ prior + rows.T @ (weights * (peaks - exact[largest])))
+        if np.allclose(update, means, rtol=1e-4, atol=1e-6):
+            break
+        means = 0.5 * (means + update)  # damped, or two moments of one size would take turns for ever
+    return MemoryModel(
+        device=device,
+        fingerprint=environment.fingerprint if environment else "",
+        names=names,
+        means=tuple(means.tolist()),
+        covariance=tuple(covariance.ravel().tolist()),
+        overhead=_overhead([(r, peak) for _, r, peak in data]),
+        trials=len(data),
+        measured={f"{family(c)}@{c.plan.micro_batch_size}": peak for c, _, peak in data},
+    )
+
+
+_MEASURED = ("ok", "over_limit")
+
+
+def _overhead(results: Sequence[tuple[TrialResult, float]]) -> tuple[float, ...]:
+    """Mean and scatter of what the device shows beyond the allocated bytes: context, cache, libraries."""
+    beyond = [device - peak for result, peak in results if (device := result.peak("device_bytes")) is not None]
+    if not beyond:
+        return ()
+    scatter = float(np.std(beyond)) if len(beyond) > 2 else 0.15 * abs(float(np.mean(beyond)))
+    return float(np.mean(beyond)), max(scatter, 16e6)
+
+
+def predict(model: MemoryModel, candidate: Candidate) -> Prediction:
+    """The peak of `candidate`, and how sure that is.
+
+    Where two or more micro batches of the same shape and plan were measured, the peak is extrapolated from the
+    two nearest (memory is affine in the micro batch); otherwise it comes from the structure.
+    """
+    allocated, sigma = _from_neighbours(model, candidate) or _from_structure(model, candidate)
+    prior = (450e6, 120e6) if model.device == "cpu" else (900e6 + 0.03 * allocated, 400e6 + 0.03 * allocated)
+    mean, scatter = model.overhead or prior
+    device, spread = allocated + mean, 1.96 * math.hypot(sigma, scatter)
+    return Prediction(
+        peak_allocated_bytes=round(allocated),
+        peak_device_bytes=round(device),
+        low_device_bytes=round(device - spread),
+        high_device_bytes=round(device + spread),
+        trials=model.trials,
+    )
+
+
+def _from_structure(model: MemoryModel, candidate: Candidate) -> tuple[float, float]:
+    """Allocated peak and its standard deviation, bytes."""
+    index = {name: place for place, name in enumerate(model.names)}
+    covariance = np.array(model.covariance).reshape(len(index), len(index))
+    best = (0.0, 0.0)
+    for moment in moments(candidate):
+        total, variance, known = moment.exact, 0.0, np.zeros(len(index))
+        for name, term in moment.terms.items():
+            if name in index:
+                known[index[name]] = term.size
+                total += term.size * model.means[index[name]]
+            else:
+                total += term.size * term.mean
+                variance += (term.size * term.sigma) ** 2
+        variance += float(known @ covariance @ known) + (NOISE * total) ** 2
+        best = max(best, (total, math.sqrt(variance)))
+    return best
+
+
+def family(candidate: Candidate) -> str:
+    """Equal for candidates that differ in nothing but the micro batch (and in whether it accumulates not at all)."""
+    plan = replace(candidate.plan, micro_batch_size=1)
+    accumulates = candidate.gradient_accumulation_steps > 1
+    return json.dumps([vars(candidate.shape), vars(plan), candidate.recipe.optimizer, accumulates], sort_keys=True)
+
+
+def _from_neighbours(model: MemoryModel, candidate: Candidate) -> tuple[float, float] | None:
+    own = family(candidate)
+    known = {int(key.rpartition("@")[2]): peak for key, peak in model.measured.items() if key.startswith(own + "@")}
+    size = candidate.plan.micro_batch_size
+    if size in known:
+        return known[size], NOISE / 6 * known[size]
+    if len(known) < 2:
+        return None
+    near, far = sorted(known, key=lambda other: abs(other - size))[:2]
+    slope = (known[far] - known[near]) / (far - near)
+    allocated = known[near] + slope * (size - near)
+    # a kink between moments may lie further out: the further, the less sure
+    return allocated, allocated * NOISE * (0.5 + abs(size - near) / max(near, far))
+
+
+def save(model: MemoryModel, path: Path) -> None:
+    write_atomically(path, json.dumps(asdict(model), indent=1) + "\n")
+
+
+def load(path: Path) -> MemoryModel:
+    """Raises ConfigError for a file that is missing or not a memory model."""
+    try:
+        return read_table(MemoryModel, json.loads(path.read_text()), path.name)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} is no memory model: {error}; a search writes memory_model.json") from None

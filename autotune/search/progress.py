@@ -1,0 +1,93 @@
+"""What a person sees of a running search: live on a terminal, plain lines on stderr otherwise."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from autotune.measure.records import TrialRecord
+from autotune.search.run import Event, Notify
+from autotune.search.space import in_words
+from autotune.units import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@contextlib.contextmanager
+def show_progress() -> Iterator[Notify]:
+    """A `notify` for `search`: a budget bar, the current trial and the best so far, or one line a trial."""
+    if not sys.stderr.isatty():
+        yield print_event
+        return
+    with _live() as notify:
+        yield notify
+
+
+def print_event(event: Event) -> None:
+    """One plain line for each trial that has ended."""
+    if event.kind == "end" and event.record is not None:
+        clock = f"[{format_duration(event.elapsed_seconds)}/{format_duration(event.budget_seconds)}]"
+        print(clock, trial_line(event.record) + _best_mark(event), file=sys.stderr, flush=True)
+
+
+def _best_mark(event: Event) -> str:
+    assert event.record is not None
+    return "  <- best" if event.verdict is not None and event.verdict.winner.trial == event.record.trial else ""
+
+
+def trial_line(record: TrialRecord) -> str:
+    """A record on one line: number, role, outcome, candidate."""
+    result = record.result
+    if record.objective is None:
+        outcome = result.status + (f" ({result.message})" if result.message else f" ({result.phase})")
+    else:
+        peak = format_bytes(result.peak("device_bytes") or result.peak("allocated_bytes"))
+        outcome = f"{result.tokens_per_second:,.0f} tokens/s, {peak}"
+        if record.predicted_loss is not None:
+            outcome += f", predicted loss {record.predicted_loss:.3f}"
+    return f"trial {record.trial:>3} {record.role:<8} {outcome}: {in_words(record.candidate)}"
+
+
+@contextlib.contextmanager
+def _live() -> Iterator[Notify]:
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(stderr=True)
+    seen: list[tuple[float, Event]] = []  # when the latest event came, and the event
+
+    def draw() -> "RenderableType":
+        return _picture(*seen[0]) if seen else ""
+
+    # Live calls `draw` by itself, so that the bar moves while a trial runs.
+    with Live(get_renderable=draw, console=console, refresh_per_second=4, transient=True) as live:
+
+        def notify(event: Event) -> None:
+            seen[:] = [(time.monotonic(), event)]
+            if event.kind == "end" and event.record is not None:
+                live.console.print(trial_line(event.record) + _best_mark(event), markup=False, highlight=False)
+
+        yield notify
+
+
+def _picture(since: float, event: Event) -> "RenderableType":
+    """Budget bar, current trial, best so far."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    waited = time.monotonic() - since
+    elapsed = min(event.elapsed_seconds + waited, event.budget_seconds)
+    bar = Table.grid(padding=(0, 1))
+    clock = f"{format_duration(elapsed)} of {format_duration(event.budget_seconds)}"
+    bar.add_row("budget", ProgressBar(total=event.budget_seconds, completed=elapsed, width=40), clock)
+    lines = [Text("between trials")]
+    if event.kind == "begin" and event.candidate is not None:
+        now = f"trial {event.trial} {event.role} for {format_duration(waited)}: {in_words(event.candidate)}"
+        lines = [Text(now, style="cyan")]
+    if event.verdict is not None:
+        lines.append(Text("best so far: " + trial_line(event.verdict.winner), style="green"))
+    return Group(bar, *lines)

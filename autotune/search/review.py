@@ -1,0 +1,105 @@
+"""What a search concludes from its trials beyond the winner: where its time went, what each choice costs."""
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from autotune.config.search import SearchSettings
+from autotune.measure.records import TrialRecord
+from autotune.measure.review import Review, Step
+from autotune.search.objective import law_of, maximised
+from autotune.search.space import Space, values_of
+from autotune.search.verdict import Verdict, searched
+
+if TYPE_CHECKING:
+    import optuna
+
+FEWEST_FOR_IMPORTANCE = 10
+
+
+def review(
+    settings: SearchSettings,
+    space: Space,
+    study: "optuna.Study",
+    found: Sequence[TrialRecord],
+    verdict: Verdict | None,
+    notes: Sequence[str],
+    spent_seconds: float,
+) -> Review:
+    """The whole search, as verdict.json keeps it."""
+    ran = [record for record in found if record.result.trial_seconds is not None]
+    seconds: dict[str, float] = {}
+    for record in ran:
+        for phase, spent in record.result.phase_seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
+    idle = spent_seconds - sum(record.result.trial_seconds or 0.0 for record in ran)
+    return Review(
+        confirmed=verdict is not None and verdict.confirmed,
+        tied_with=verdict.tied_with if verdict else (),
+        fell_through=verdict.fell_through if verdict else (),
+        drift=verdict.drift if verdict else None,
+        law=_law(settings),
+        notes=tuple(notes),
+        spent_seconds=spent_seconds,
+        trials=len(ran),
+        seconds={**seconds, "idle": max(0.0, idle)},
+        steps=tuple(_steps(settings, space, found, verdict)) if verdict else (),
+        importance=_importance(study, len(searched(found))),
+    )
+
+
+def _law(settings: SearchSettings) -> str:
+    if maximised(settings):
+        return ""
+    law = law_of(settings)
+    moved = f" moved by {settings.law_offset:+.2f} nats to this data" if settings.law_band is not None else ""
+    return f"{law.name!r}{moved}, within ±{law.band:.2f} nats where it was fitted, good for ranking only ({law.source})"
+
+
+def _steps(settings: SearchSettings, space: Space, found: Sequence[TrialRecord], verdict: Verdict) -> list[Step]:
+    """Trials that differ from the winner's in one choice; of a choice in numbers, the nearest on each side."""
+    own = next((r for r in searched(found) if r.candidate.id == verdict.winner.candidate.id), verdict.winner)
+    at = values_of(space, own.candidate)
+    nearest: dict[tuple[str, object], tuple[int, TrialRecord]] = {}
+    for record in searched(found):
+        there = values_of(space, record.candidate)
+        changed = [dimension for dimension in space.dimensions if there[dimension.name] != at[dimension.name]]
+        if len(changed) == 1:
+            name, choices = changed[0].name, changed[0].choices
+            distance = choices.index(there[name]) - choices.index(at[name])
+            key = (name, distance > 0 if changed[0].ordered else there[name])
+            if key not in nearest or abs(distance) < nearest[key][0]:
+                nearest[key] = abs(distance), record
+    return [
+        Step(
+            knob=name,
+            value=str(values_of(space, record.candidate)[name]),
+            winner=str(at[name]),
+            trial=record.trial,
+            objective=_change(own, record, maximised(settings)),
+            peak=_peak_ratio(own, record),
+        )
+        for (name, _), (_, record) in nearest.items()
+    ]
+
+
+def _change(own: TrialRecord, other: TrialRecord, maximise: bool) -> float:
+    assert own.objective is not None
+    assert other.objective is not None
+    return other.objective / own.objective - 1.0 if maximise else other.objective - own.objective
+
+
+def _peak_ratio(own: TrialRecord, other: TrialRecord) -> float | None:
+    peaks = [record.result.peak("device_bytes") or record.result.peak("allocated_bytes") for record in (own, other)]
+    return peaks[1] / peaks[0] if peaks[0] and peaks[1] else None
+
+
+def _importance(study: "optuna.Study", feasible: int) -> dict[str, float]:
+    if feasible < FEWEST_FOR_IMPORTANCE:
+        return {}
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the evaluator is experimental
+        shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=0.25))
+    return {name: float(share) for name, share in shares.items()}

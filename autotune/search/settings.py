@@ -1,0 +1,208 @@
+"""From the words on the command line to settings in which nothing is left open."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from autotune.config.candidate import Plan, Recipe, Shape
+from autotune.config.nanogpt import nanogpt_dtype, read_nanogpt
+from autotune.config.search import Objective, SearchSettings
+from autotune.data.batches import open_batches
+from autotune.environment import Environment
+from autotune.errors import ConfigError
+from autotune.search.objective import find_law
+from autotune.search.space import build_space, describe_space
+from autotune.units import MIB, format_bytes, format_count, format_duration, parse_bytes, parse_count, parse_duration
+
+# nanoGPT's batch for one card, and the batch and model of its README for laptops without one.
+_CUDA = Recipe(shape=Shape(), global_batch_size=512)
+_CPU = Recipe(shape=Shape(n_layer=4, n_head=4, n_embd=128, block_size=64), global_batch_size=64)
+_MICRO_BATCH_SIZE = 12
+_TRAIN_SECONDS = {"cuda": 24 * 3600.0, "cpu": 120.0}
+
+
+def resolve(
+    environment: Environment,
+    *,
+    budget: str = "1h",
+    objective: str = "",
+    memory_limit: str = "",
+    train_time: str = "",
+    train_tokens: str = "",
+    model: str = "",
+    from_file: Path | None = None,
+    data: Path | None = None,
+    workers: int = 1,
+    storage: str = "",
+    seed: int = 0,
+    name: str = "",
+    law: str = "lingle",
+    choices: Sequence[str] = (),
+    calibrate_loss: bool = False,
+) -> SearchSettings:
+    """The command line's words (empty: not given) as settings for the machine of `environment`.
+    Raises ConfigError for a word that is not understood and for flags that contradict each other, DataError for
+    a data directory that cannot be trained on."""
+    _refuse_contradictions(environment, objective, model, from_file, train_time, train_tokens, workers)
+    kind = environment.device.partition(":")[0]
+    recipe, baseline, source = _start(environment, model, from_file)
+    fixed = bool(model or from_file)
+    seconds = parse_duration(train_time) if train_time else None
+    tokens = parse_count(train_tokens) if train_tokens else None
+    _refuse_nothing("--train-time", train_time, seconds)
+    _refuse_nothing("--train-tokens", train_tokens, tokens)
+    if seconds is None and tokens is None and not from_file:
+        seconds = _TRAIN_SECONDS[kind]
+    chosen = objective or ("throughput" if fixed else "loss")
+    if calibrate_loss and (chosen != "loss" or data is None):
+        raise ConfigError(
+            "--calibrate-loss trains on your data to predict its loss; add --data, and leave out "
+            "--model, --from and --objective throughput"
+        )
+    settings = SearchSettings(
+        name=name or time.strftime("%Y%m%d-%H%M%S-") + chosen,
+        device=environment.device,
+        budget_seconds=parse_duration(budget),
+        objective=cast("Objective", chosen),
+        memory_limit_bytes=_memory_limit(environment, memory_limit),
+        train_seconds=seconds,
+        train_tokens=tokens,
+        recipe=replace(recipe, data=_data_dir(data, recipe)),
+        search_shape=not fixed,
+        choices=dict(_choices(words) for words in choices),
+        baseline=baseline,
+        baseline_source=source,
+        # A length given on the command line replaces the file's, and the schedule must follow it.
+        keep_schedule=from_file is not None and seconds is None and tokens is None,
+        law=find_law(law).name,
+        workers=workers,
+        storage=storage,
+        seed=seed,
+    )
+    build_space(settings, environment)  # raises for choices that it does not have
+    return settings
+
+
+def _choices(words: str) -> tuple[str, tuple[str, ...]]:
+    """`compile=off,block` as a name and its values."""
+    name, equals, values = words.partition("=")
+    if not equals or not all(values.split(",")):
+        raise ConfigError(f"--choices {words!r} is not understood; write for example compile=off,block")
+    return name.strip(), tuple(value.strip() for value in values.split(","))
+
+
+def _refuse_contradictions(
+    environment: Environment,
+    objective: str,
+    model: str,
+    from_file: Path | None,
+    train_time: str,
+    train_tokens: str,
+    workers: int,
+) -> None:
+    if model and from_file:
+        raise ConfigError(f"--model {model} and --from {from_file} both fix the shape; give one")
+    if train_time and train_tokens:
+        raise ConfigError(f"--train-time {train_time} and --train-tokens {train_tokens} exclude each other; give one")
+    if objective == "throughput" and not model and not from_file:
+        raise ConfigError(
+            "--objective throughput needs a shape, or the smallest model would always win; "
+            "add for example --model 12x12x768, or use --objective loss"
+        )
+    if objective == "loss" and (model or from_file):
+        raise ConfigError(
+            f"--objective loss compares shapes, but {'--model' if model else '--from'} fixes the shape; "
+            "leave one of the two out"
+        )
+    if workers != 1:
+        raise ConfigError(
+            f"--workers {workers} is not allowed: the search has one device ({environment.device}), where trials "
+            "at the same time would disturb each other; use 1"
+        )
+
+
+def _refuse_nothing(flag: str, word: str, value: float | None) -> None:
+    if value is not None and value <= 0:
+        raise ConfigError(f"{flag} {word} leaves nothing to train; give for example 24h or 10B")
+
+
+def _start(environment: Environment, model: str, from_file: Path | None) -> tuple[Recipe, Plan, str]:
+    """The recipe, trial 0's plan, and what that is called."""
+    if from_file is not None:
+        read = read_nanogpt(from_file, environment.device, environment.capability)
+        return read.recipe, read.plan, str(from_file)
+    recipe = _CPU if environment.device == "cpu" else _CUDA
+    if model:
+        shape = parse_shape(model, recipe.shape)
+        sequences = max(1, recipe.tokens_per_step // shape.block_size)
+        recipe = replace(recipe, shape=shape, global_batch_size=sequences)
+    plan = Plan(
+        micro_batch_size=min(_MICRO_BATCH_SIZE, recipe.global_batch_size),
+        compile="full",
+        dtype=nanogpt_dtype(environment.device, environment.capability),
+    )
+    return recipe, plan, "plain nanoGPT"
+
+
+def parse_shape(text: str, default: Shape) -> Shape:
+    """`12x12x768` (layers x heads x width), or `12x12x768x1024` with the block size. Raises ConfigError."""
+    words = text.lower().split("x")
+    if len(words) not in (3, 4) or not all(word.isdecimal() for word in words):
+        raise ConfigError(f"--model {text!r} is not understood; write layers x heads x width, for example 12x12x768")
+    n_layer, n_head, n_embd, *block = map(int, words)
+    return replace(default, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=(*block, default.block_size)[0])
+
+
+def _memory_limit(environment: Environment, word: str) -> int:
+    """As given; else all of a card but what its driver and desktop need, 80 % of main memory."""
+    whole = environment.device_memory_bytes
+    if not word:
+        return int(0.8 * whole) if environment.device == "cpu" else whole - max(512 * MIB, whole // 50)
+    limit = parse_bytes(word)
+    if limit > whole:
+        raise ConfigError(
+            f"--memory-limit {word} is more than {environment.device_name or environment.device} has "
+            f"({format_bytes(whole)}); give less, or leave it out"
+        )
+    return limit
+
+
+def _data_dir(data: Path | None, recipe: Recipe) -> str:
+    """The directory, looked into now: what it lacks must not cost a trial."""
+    if data is None:
+        return ""
+    if not data.is_dir():
+        raise ConfigError(f"--data {data} is not a directory; make it: `autotune data prepare SOURCE --out {data}`")
+    open_batches(
+        data,
+        seed=recipe.seed,
+        global_batch_size=recipe.global_batch_size,
+        block_size=recipe.shape.block_size,
+        vocab_size=recipe.shape.vocab_size,
+    )
+    return str(data.resolve())
+
+
+def describe_settings(settings: SearchSettings, environment: Environment) -> str:
+    """Settings and space in plain lines: what `--dry-run` prints."""
+    shape = settings.recipe.shape
+    length = (
+        format_duration(settings.train_seconds)
+        if settings.train_seconds is not None
+        else f"{format_count(settings.train_tokens or settings.recipe.max_tokens)} tokens"
+    )
+    facts = {
+        "name": settings.name,
+        "device": f"{environment.device} ({environment.device_name})",
+        "budget": format_duration(settings.budget_seconds),
+        "objective": settings.objective + (f" by the law {settings.law!r}" if settings.objective == "loss" else ""),
+        "memory limit": format_bytes(settings.memory_limit_bytes),
+        "training": f"{length}, {settings.recipe.tokens_per_step:,} tokens a step",
+        "data": settings.recipe.data or "synthetic tokens",
+        "baseline": f"{settings.baseline_source}: {shape.n_layer}x{shape.n_head}x{shape.n_embd}, "
+        f"micro batch {settings.baseline.micro_batch_size}",
+    }
+    lines = [f"{key:<12}  {value}" for key, value in facts.items()]
+    return "\n".join([*lines, "", describe_space(build_space(settings, environment))])

@@ -1,0 +1,121 @@
+"""Run directories as a search leaves them, written by the project's own writers."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from autotune.config.candidate import Candidate, Plan, Recipe, Shape
+from autotune.config.search import Objective, SearchSettings, write_settings
+from autotune.config.toml import CandidateFile, format_candidate
+from autotune.environment import Environment
+from autotune.measure.records import TrialRecord, write_csv
+from autotune.measure.types import MemoryView, TrialResult
+from autotune.units import GIB
+
+ENVIRONMENT = Environment(
+    device="cuda:0",
+    device_name="Test <Card>",
+    device_memory_bytes=24 * GIB,
+    torch="2.13.0",
+    python="3.11.9",
+    autotune="0.1.0",
+    cpu_count=2,
+    platform="Linux x86_64",
+)
+RECIPE = Recipe(shape=Shape(n_layer=6, n_head=6, n_embd=384), global_batch_size=64)
+
+
+def candidate(micro: int, loss: str = "chunked") -> Candidate:
+    return Candidate(recipe=RECIPE, plan=Plan(micro_batch_size=micro, loss=loss))
+
+
+def measured(trial: int, tokens_per_second: float, gib: float) -> TrialResult:
+    return TrialResult(
+        status="ok",
+        phase="done",
+        tokens_per_second=tokens_per_second,
+        tokens_per_second_ci95=tokens_per_second / 200,
+        memory={"steady": MemoryView(allocated_bytes=int(gib * GIB), device_bytes=int((gib + 1) * GIB))},
+        trial_seconds=50.0,
+        started_at=f"2025-01-01T00:{trial:02d}:00+00:00",
+    )
+
+
+def failed(trial: int, status: str, message: str) -> TrialResult:
+    return TrialResult(
+        status=status,  # type: ignore[arg-type]
+        phase="compile",
+        message=message,
+        trial_seconds=9.0,
+        started_at=f"2025-01-01T00:{trial:02d}:00+00:00",
+    )
+
+
+def records() -> list[TrialRecord]:
+    """A baseline, three that ran, one of them confirmed, and three that did not fit."""
+    best = candidate(24)
+    return [
+        TrialRecord(
+            trial=0,
+            role="baseline",
+            candidate=candidate(8, "full"),
+            result=measured(0, 10_000, 9),
+            objective=10_000.0,
+        ),
+        TrialRecord(trial=1, role="search", candidate=candidate(16), result=measured(1, 14_000, 5), objective=14_000.0),
+        TrialRecord(trial=2, role="search", candidate=best, result=measured(2, 15_100, 7), objective=15_100.0),
+        TrialRecord(
+            trial=3,
+            role="search",
+            candidate=candidate(64, "full"),
+            result=failed(3, "oom", "wanted 12.00 GiB"),
+            predicted_peak_bytes=30 * GIB,
+        ),
+        TrialRecord(
+            trial=4,
+            role="search",
+            candidate=candidate(48, "full"),
+            result=failed(4, "oom", "wanted 9.50 GiB"),
+            predicted_peak_bytes=26 * GIB,
+        ),
+        TrialRecord(
+            trial=5,
+            role="search",
+            candidate=candidate(32),
+            result=failed(5, "crashed", "<script>alert(1)</script> [bold] of worker"),
+        ),
+        TrialRecord(trial=6, role="final", candidate=best, result=measured(6, 15_000, 7), objective=15_000.0),
+    ]
+
+
+def write_run(
+    parent: Path,
+    trials: list[TrialRecord] | None = None,
+    best: Candidate | None = None,
+    name: str = "run",
+    device_name: str = ENVIRONMENT.device_name,
+    objective: Objective = "throughput",
+) -> Path:
+    """A run directory of these trials; `best` is the candidate of best.toml."""
+    path = parent / name
+    path.mkdir()
+    write_csv(path / "trials.csv", records() if trials is None else trials)
+    settings = SearchSettings(
+        name=name,
+        device="cuda:0",
+        budget_seconds=600.0,
+        objective=objective,
+        memory_limit_bytes=24 * GIB,
+        train_seconds=3600.0,
+        recipe=RECIPE,
+        search_shape=objective == "loss",
+        baseline=Plan(),
+        storage="postgresql://me:secret@host/db",
+    )
+    write_settings(path / "search.toml", settings)
+    machine = replace(ENVIRONMENT, device_name=device_name)
+    (path / "environment.json").write_text(json.dumps({**asdict(machine), "fingerprint": machine.fingerprint}))
+    if best is not None:
+        cached = {"compile_cache_hits": 4, "compile_cache_misses": 2}
+        (path / "best.toml").write_text(format_candidate(CandidateFile(candidate=best, measured=cached)))
+    return path

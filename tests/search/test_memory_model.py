@@ -1,0 +1,133 @@
+"""Predicted peaks: exact where the structure is known, honest about the rest, better with every trial."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autotune.config.candidate import Candidate, Plan, Recipe, Shape
+from autotune.config.presets import GUIDE
+from autotune.errors import ConfigError
+from autotune.measure.types import MemoryView, TrialResult
+from autotune.search.estimate import estimate, largest_micro_batch, with_micro_batch
+from autotune.search.memory_model import MemoryModel, calibrate, load, moments, predict, save
+from autotune.units import GIB
+
+PRIOR = MemoryModel(device="cpu")
+
+
+def candidates(count: int, seed: int = 0) -> list[Candidate]:
+    rng = np.random.default_rng(seed)
+
+    def one() -> Candidate:
+        heads = int(rng.integers(2, 7))
+        shape = Shape(
+            n_layer=int(rng.integers(1, 7)),
+            n_head=heads,
+            n_embd=64 * heads,
+            block_size=int(rng.choice([64, 128, 256])),
+        )
+        micro = int(rng.choice([1, 2, 3, 4, 6, 8]))
+        plan = Plan(
+            micro_batch_size=micro,
+            loss=str(rng.choice(["full", "chunked"])),
+            loss_chunk_tokens=int(rng.choice([128, 512])),
+            compile=str(rng.choice(["off", "full", "block"])),  # type: ignore[arg-type]
+            dtype=str(rng.choice(["bfloat16", "float32"])),  # type: ignore[arg-type]
+            activation_checkpointing=str(rng.choice(["none", "block", "every_2", "selective"])),  # type: ignore[arg-type]
+        )
+        return Candidate(recipe=Recipe(shape=shape, global_batch_size=micro * int(rng.choice([1, 4]))), plan=plan)
+
+    return [one() for _ in range(count)]
+
+
+def truth(candidate: Candidate, factor: float) -> TrialResult:
+    """A machine whose every coefficient is `factor` times the prior's."""
+    totals = [m.exact + sum(t.size * t.mean * factor for t in m.terms.values()) for m in moments(candidate)]
+    peak = round(max(totals))
+    view = MemoryView(allocated_bytes=peak, device_bytes=peak + 500_000_000)
+    return TrialResult(status="ok", phase="done", memory={"steady": view})
+
+
+def errors(model: MemoryModel, factor: float) -> np.ndarray:
+    held_out = candidates(40, seed=9)
+    peaks = [truth(c, factor).peak("allocated_bytes") or 0 for c in held_out]
+    return np.array([abs(predict(model, c).peak_allocated_bytes / p - 1) for c, p in zip(held_out, peaks, strict=True)])
+
+
+def test_calibration_moves_the_priors_to_another_machine() -> None:
+    before = errors(PRIOR, 1.25)
+    trials = [(c, truth(c, 1.25)) for c in candidates(60)]
+    after = errors(calibrate("cpu", trials), 1.25)
+    assert np.median(before) > 0.05
+    assert np.median(after) < 0.02
+    assert after.max() < before.max() / 2
+
+
+def test_the_interval_narrows_with_trials_and_covers_the_truth() -> None:
+    trials = [(c, truth(c, 1.1)) for c in candidates(60)]
+    model = calibrate("cpu", trials)
+    for candidate in candidates(30, seed=5):
+        wide, narrow = predict(PRIOR, candidate), predict(model, candidate)
+        width = narrow.high_device_bytes - narrow.low_device_bytes
+        assert width < wide.high_device_bytes - wide.low_device_bytes
+    device = [(predict(model, c), truth(c, 1.1).peak("device_bytes") or 0) for c in candidates(60, seed=6)]
+    covered = np.mean([p.low_device_bytes <= peak <= p.high_device_bytes for p, peak in device])
+    assert covered >= 0.9
+    assert PRIOR.trials == 0
+    assert model.trials == 60
+
+
+def test_two_measured_micro_batches_give_the_third() -> None:
+    base = candidates(1)[0]
+    known = [with_micro_batch(base, size) for size in (8, 16)]
+    # a machine on which the structure is quite wrong: 3 times the activations
+    model = calibrate("cpu", [(c, truth(c, 3.0)) for c in known])
+    third = with_micro_batch(base, 24)
+    expected = truth(third, 3.0).peak("allocated_bytes")
+    assert predict(model, third).peak_allocated_bytes == pytest.approx(expected, rel=0.02)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000))
+def test_more_of_anything_never_needs_less(seed: int) -> None:
+    candidate = candidates(1, seed)[0]
+    peak = predict(PRIOR, candidate).peak_allocated_bytes
+    assert peak > 12 * candidate.shape.parameters
+    bigger = replace(candidate.shape, n_layer=candidate.shape.n_layer + 1)
+    taller = replace(candidate, recipe=replace(candidate.recipe, shape=bigger))
+    assert predict(PRIOR, taller).peak_allocated_bytes > peak
+
+
+def test_a_failed_trial_calibrates_nothing() -> None:
+    oom = TrialResult(status="oom", phase="compile", wanted_bytes=10)
+    assert calibrate("cpu", [(candidates(1)[0], oom)]).trials == 0
+
+
+def test_the_guides_24_gb_row_does_not_fit_as_plain_nanogpt_and_does_when_chunked() -> None:
+    row = next(row for row in GUIDE if "4090" in row.card)
+    eager = Candidate(recipe=Recipe(shape=row.shape), plan=Plan(micro_batch_size=32, compile="off"))
+    chunked = replace(eager, plan=replace(eager.plan, loss="chunked", compile="full", loss_chunk_tokens=4096))
+    model = MemoryModel(device="cuda")
+    assert predict(model, eager).peak_allocated_bytes > 24 * GIB
+    assert largest_micro_batch(model, eager, 24 * GIB) < 32
+    assert largest_micro_batch(model, chunked, 24 * GIB) >= 32
+
+
+def test_estimate_rows_grow_with_the_micro_batch() -> None:
+    (row,) = estimate(PRIOR, [("row", candidates(1)[0])], limit_bytes=2 * GIB)
+    peaks = [prediction.peak_device_bytes for _, prediction in row.predictions]
+    assert peaks == sorted(peaks)
+    fitting = [size for size, p in row.predictions if p.high_device_bytes <= 2 * GIB]
+    assert row.largest >= max(fitting, default=0)
+
+
+def test_a_model_survives_its_file(tmp_path: Path) -> None:
+    model = calibrate("cpu", [(c, truth(c, 1.1)) for c in candidates(5)])
+    save(model, tmp_path / "memory_model.json")
+    assert load(tmp_path / "memory_model.json") == model
+    with pytest.raises(ConfigError, match=r"no memory model"):
+        load(tmp_path / "missing.json")

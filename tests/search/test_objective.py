@@ -1,0 +1,150 @@
+import math
+import os
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from fake_machine import CPU, CUDA, settings
+
+from autotune.config.candidate import Candidate, Recipe, Shape
+from autotune.config.search import SearchSettings
+from autotune.errors import ConfigError
+from autotune.measure.types import TrialResult
+from autotune.search.objective import (
+    LAWS,
+    Law,
+    find_law,
+    finish_recipe,
+    interval,
+    predict_loss,
+    score,
+    speed_needed,
+    training_tokens,
+)
+from autotune.search.space import baseline
+
+
+def observations() -> pd.DataFrame:
+    path = os.environ.get("AUTOTUNE_LOSS_OBSERVATIONS")
+    if not path:
+        pytest.skip("AUTOTUNE_LOSS_OBSERVATIONS names no table of published losses")
+    return pd.read_csv(path)
+
+
+def one_recipe() -> pd.DataFrame:
+    table = observations()
+    return table[table["recipe"] == "learning rate and batch size tuned"]
+
+
+def predictions(law: Law, table: pd.DataFrame) -> pd.Series:
+    losses = [law.loss(n, d) for n, d in zip(table.parameters_non_embedding, table.tokens, strict=True)]
+    return pd.Series(losses, index=table.index)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+def test_each_law_ranks_the_runs_of_one_recipe(law: Law) -> None:
+    table = one_recipe()
+    spearman = predictions(law, table).rank().corr(table.final_loss.rank())
+    assert len(table) == 21
+    assert spearman >= 0.95
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+def test_published_losses_lie_within_the_band_of_each_law(law: Law) -> None:
+    table = observations()
+    errors = predictions(law, table) - table.final_loss
+    print(f"{law.name}: {errors.min():+.3f} to {errors.max():+.3f} nats, band {law.band}")
+    assert errors.abs().max() <= law.band
+
+
+def test_the_default_law_fits_the_runs_it_was_fitted_to() -> None:
+    table = one_recipe()
+    errors = predictions(find_law("lingle"), table) - table.final_loss
+    assert (errors**2).mean() ** 0.5 < 0.02
+
+
+def test_an_unknown_law_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'hoffmann'"):
+        find_law("hofmann")
+
+
+def loss_settings(**words: object) -> SearchSettings:
+    return settings(CUDA, model="", **words)
+
+
+def test_more_speed_predicts_a_lower_loss_for_the_same_shape() -> None:
+    asked = loss_settings(train_time="1h")
+    slow, fast = (score(asked, baseline(asked), speed) for speed in (1e5, 2e5))
+    assert fast.objective < slow.objective
+    assert fast.objective == fast.predicted_loss
+
+
+def test_with_tokens_given_speed_only_decides_between_plans_of_one_shape() -> None:
+    asked = loss_settings(train_tokens="1B")
+    small = baseline(asked)
+    large = replace(small, recipe=replace(small.recipe, shape=Shape(n_layer=16)))
+    assert score(asked, small, 2e5).objective < score(asked, small, 1e5).objective
+    assert score(asked, small, 2e5).predicted_loss == score(asked, small, 1e5).predicted_loss
+    assert score(asked, large, 1e4).objective < score(asked, small, 1e6).objective
+
+
+def test_short_blocks_are_not_free() -> None:
+    law = find_law("lingle")
+    losses = [predict_loss(law, Shape(block_size=block), 1e9) for block in (64, 256, 1024)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(law.loss(Shape().parameters_non_embedding, 1e9), abs=0.002)
+
+
+def test_no_training_is_predicted_to_end_above_an_untrained_model() -> None:
+    law = find_law("lingle")
+    losses = [predict_loss(law, Shape(), tokens) for tokens in (1e3, 1e4, 1e5, 1e6, 1e7)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] <= math.log(Shape().vocab_size)
+
+
+def test_the_interval_of_a_loss_comes_from_the_interval_of_the_speed() -> None:
+    asked = loss_settings(train_time="1h")
+    result = TrialResult(status="ok", phase="done", tokens_per_second=1e5, tokens_per_second_ci95=1e3)
+    low, high = interval(asked, baseline(asked), result)
+    assert low < score(asked, baseline(asked), 1e5).objective < high
+
+
+@pytest.mark.parametrize("words", [{"train_time": "1h"}, {"train_tokens": "1B"}])
+def test_the_speed_that_is_needed_reaches_the_objective(words: dict[str, str]) -> None:
+    asked = loss_settings(**words)
+    candidate = baseline(asked)
+    wanted = score(asked, candidate, 123_456.0).objective
+    assert speed_needed(asked, candidate, wanted) == pytest.approx(123_456.0, rel=1e-6)
+    assert speed_needed(asked, candidate, 0.0) == pytest.approx(1e15, rel=1e-6)  # no speed reaches it
+    fixed = settings(CUDA)
+    assert speed_needed(fixed, baseline(fixed), 5e4) == pytest.approx(5e4)
+
+
+def test_the_training_is_as_long_as_was_asked() -> None:
+    assert training_tokens(loss_settings(train_tokens="1B"), 1e5) == 1e9
+    assert training_tokens(loss_settings(train_time="1h"), 1e5) == 3.6e8
+
+
+@pytest.mark.parametrize("tokens", [1, 5_000, 300_000, 10**7, 10**10])
+def test_a_finished_recipe_is_sane_for_any_length(tokens: int) -> None:
+    recipe = finish_recipe(settings(CPU, model="").recipe, tokens, 16)
+    assert recipe.max_iters == max(1, round(tokens / 4096))
+    assert recipe.lr_decay_iters == recipe.max_iters
+    assert recipe.warmup_iters <= recipe.max_iters // 10
+    assert 1 <= recipe.eval_interval <= recipe.max_iters
+    between = recipe.eval_interval * recipe.global_batch_size
+    assert recipe.eval_iters * 16 <= max(16, 0.3 * between)
+    assert 1e-4 <= recipe.learning_rate <= 3e-3
+    assert recipe.min_lr == pytest.approx(recipe.learning_rate / 10)
+
+
+def test_larger_models_learn_at_a_lower_rate() -> None:
+    shapes = [Shape(n_layer=layers, n_embd=width) for layers, width in ((12, 768), (24, 1536))]
+    rates = [finish_recipe(Recipe(shape=shape), 2.5e9, 16).learning_rate for shape in shapes]
+    assert rates[0] == pytest.approx(3e-3, rel=0.05)
+    assert rates[1] < rates[0]
+
+
+def test_finishing_changes_nothing_that_a_step_executes() -> None:
+    recipe = settings(CUDA).recipe
+    assert Candidate(recipe=finish_recipe(recipe, 1e9, 16)).id == Candidate(recipe=recipe).id

@@ -1,0 +1,99 @@
+"""Replays of a table that the formula machine answered."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+
+import pytest
+from fake_machine import CPU, answer
+
+from autotune.config.candidate import Candidate, Plan, Recipe, Shape
+from autotune.errors import ConfigError
+from autotune.measure.types import TrialRequest
+from autotune.search.replay import CHOICES, Table, limited, peak_of_best, quartiles, read_tables, replay, speed
+from autotune.search.settings import resolve
+from autotune.search.space import build_space, every_candidate
+from autotune.search.study import Sampler
+
+RECIPE = Recipe(shape=Shape(n_layer=2, n_head=2, n_embd=128, block_size=128, vocab_size=8192), global_batch_size=16)
+LIMIT = CPU.device_memory_bytes
+
+
+def line(candidate: Candidate) -> str:
+    asked = TrialRequest(candidate=candidate, device="cpu", result_path="", memory_limit_bytes=LIMIT)
+    seconds = {"off": 5.0, "block": 10.0, "full": 18.0}[candidate.plan.compile]
+    result = replace(answer(asked), trial_seconds=seconds)
+    return json.dumps({"id": candidate.id, "candidate": asdict(candidate), "result": asdict(result)}) + "\n"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = replace(resolve(CPU, model="2x2x128", choices=CHOICES), recipe=RECIPE, baseline=Plan(micro_batch_size=8))
+    path = tmp_path_factory.mktemp("table") / "trials.jsonl"
+    path.write_text("".join(map(line, every_candidate(build_space(settings, CPU)).values())))
+    path.with_suffix(".environment.json").write_text(json.dumps(asdict(CPU)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def table(file: Path) -> Table:
+    (found,) = read_tables(file)
+    return found
+
+
+def test_a_table_holds_each_candidate_once(table: Table) -> None:
+    assert table.results.keys() == every_candidate(table.space).keys()
+    assert len(table.results) == 168
+    assert table.settings.recipe == RECIPE
+    assert table.best == max(speed(result) for result in table.results.values()) > 0
+
+
+def test_a_table_that_lacks_a_candidate_is_refused(file: Path, tmp_path: Path) -> None:
+    short = tmp_path / "trials.jsonl"
+    short.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    short.with_suffix(".environment.json").write_text(json.dumps(asdict(CPU)))
+    with pytest.raises(ConfigError, match="lacks 1 of 168 candidates"):
+        read_tables(short)
+
+
+def half_of(table: Table) -> int:
+    """A limit that half of the candidates keep."""
+    return sorted(result.peak("allocated_bytes") or 0 for result in table.results.values())[len(table.results) // 2]
+
+
+@pytest.mark.parametrize("short_of_memory", [False, True])
+def test_ours_is_twice_as_fast_as_random_search(table: Table, short_of_memory: bool) -> None:
+    asked = limited(table, half_of(table)) if short_of_memory else table
+    samplers: tuple[Sampler, ...] = ("additive", "random")
+    ours, theirs = ([replay(asked, sampler, seed) for seed in range(9)] for sampler in samplers)
+    near = [median(trace.reached(0.02) for trace in traces) for traces in (ours, theirs)]
+    print(f"to 2 %: {near[0]:.0f} s, at random {near[1]:.0f} s, of {asked.seconds:.0f} s")
+    assert near[0] < 0.5 * near[1]
+    low, middle, high = quartiles(ours, [0.25 * asked.seconds, 0.5 * asked.seconds])
+    assert (low <= middle).all()
+    assert (middle <= high).all()
+    assert middle[0] <= 0.02
+    assert middle[1] <= 0.01
+
+
+def test_the_clock_is_the_recorded_one_and_a_replay_repeats(table: Table) -> None:
+    trace = replay(table, "additive", 3)
+    assert replay(table, "additive", 3) == trace
+    steps = {round(b - a, 6) for a, b in zip(trace.seconds[:-1], trace.seconds[1:], strict=True)}
+    assert steps <= {5.0, 10.0, 18.0}
+    assert list(trace.regret) == sorted(trace.regret, reverse=True)
+    assert trace.regret[-1] == 0.0
+    assert trace.at(0.0) == 1.0
+    assert trace.at(trace.reached(0.02)) <= 0.02
+
+
+def test_a_smaller_device_turns_away_what_allocates_more(table: Table) -> None:
+    limit = half_of(table)
+    assert peak_of_best(table) > limit
+    small = limited(table, limit)
+    assert small.settings.memory_limit_bytes == limit
+    for name, result in table.results.items():
+        fits = (result.peak("allocated_bytes") or 0) <= limit
+        assert small.results[name].status == ("ok" if fits else "over_limit")
+    assert small.best < table.best

@@ -1,0 +1,121 @@
+"""Our sampler through the study's doors, against the formula machine."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+
+import optuna
+import pytest
+from fake_machine import CUDA, answer, settings
+
+from autotune.config.candidate import Candidate
+from autotune.config.search import SearchSettings
+from autotune.measure.records import TrialRecord
+from autotune.measure.types import Status, TrialRequest, TrialResult
+from autotune.search import study as studies
+from autotune.search.objective import maximised, score
+from autotune.search.space import baseline, build_space
+
+Answer = Callable[[Candidate], TrialResult]
+
+SMALL = (
+    "micro_batch_size=4,8,16,32,64", "attention=sdpa,sdpa_cudnn", "loss=full,chunked", "loss_chunk_tokens=1024,4096",
+    "activation_checkpointing=none,block", "compile=off,full,block", "dtype=bfloat16", "allocator=default",
+)  # fmt: skip
+"""180 plans, whatever else there will be to choose from."""
+
+
+def searched(asked: SearchSettings, trials: int, sampler: studies.Sampler, answers: Answer) -> list[TrialRecord]:
+    """The baseline and what the sampler asks for after it."""
+    space = build_space(asked, CUDA)
+    direction = "maximize" if maximised(asked) else "minimize"
+    study = optuna.create_study(direction=direction, sampler=studies.optuna_sampler(sampler, asked.seed))
+    known: dict[str, TrialRecord] = {}
+    start = baseline(asked)
+    for number in range(trials):
+        found = studies.ask_new(study, space, known, asked, sampler) if known else None
+        trial, candidate = found or (studies.ask_for(study, space, start), start)
+        assert candidate.id not in known
+        result = answers(candidate)
+        speed = result.tokens_per_second if result.status == "ok" else None
+        objective = score(asked, candidate, speed).objective if speed else None
+        record = TrialRecord(trial=number, role="search", candidate=candidate, result=result, objective=objective)
+        studies.finish(study, trial, record, asked.memory_limit_bytes)
+        known[candidate.id] = record
+    return list(known.values())
+
+
+def formulas(asked: SearchSettings) -> Answer:
+    def measure(candidate: Candidate) -> TrialResult:
+        limit = asked.memory_limit_bytes
+        request = TrialRequest(candidate=candidate, device="cuda:0", result_path="", memory_limit_bytes=limit)
+        return replace(answer(request), trial_seconds=5.0)
+
+    return measure
+
+
+def best(records: list[TrialRecord], asked: SearchSettings) -> float:
+    """The larger, the better."""
+    sign = 1.0 if maximised(asked) else -1.0
+    return max(sign * record.objective for record in records if record.objective is not None)
+
+
+@pytest.mark.parametrize("words", [{}, {"memory_limit": "8GiB", "choices": SMALL}, {"model": ""}])
+def test_ours_beats_random_search_over_plans_and_over_shapes(words: dict[str, object]) -> None:
+    reached: dict[str, list[float]] = {"additive": [], "random": []}
+    for seed in range(3):
+        asked = settings(CUDA, seed=seed, **words)
+        reached["additive"].append(best(searched(asked, 10, "additive", formulas(asked)), asked))
+        reached["random"].append(best(searched(asked, 20, "random", formulas(asked)), asked))
+    print(reached)
+    assert median(reached["additive"]) > median(reached["random"])  # with half the trials
+
+
+def test_four_trials_gain_over_the_baseline() -> None:
+    asked = settings(CUDA)
+    found = searched(asked, 5, "additive", formulas(asked))
+    assert found[0].objective is not None
+    assert best(found, asked) > 1.05 * found[0].objective
+    assert all(record.candidate.plan.compile != "off" for record in found)
+
+
+@pytest.mark.parametrize(
+    "status", ["oom", "over_limit", "predicted_over_limit", "unsupported", "incorrect", "timeout", "crashed"]
+)
+def test_what_fails_is_not_proposed_again_and_again(status: Status) -> None:
+    """A third of the space, the third that would be the fastest, fails for one reason or another."""
+    asked = settings(CUDA, choices=SMALL)
+    measure = formulas(asked)
+
+    def answers(candidate: Candidate) -> TrialResult:
+        if candidate.plan.compile == "full":
+            return TrialResult(status=status, phase="compile", trial_seconds=5.0)
+        return measure(candidate)
+
+    found = searched(asked, 25, "additive", answers)
+    failed = [record.result.status == status for record in found]
+    print(status, sum(failed), "of", len(failed))
+    assert sum(failed) <= 6
+    assert sum(failed[12:]) <= 1
+
+
+def test_while_nothing_works_the_search_moves_away() -> None:
+    asked = settings(CUDA, choices=SMALL)
+    found = searched(asked, 10, "additive", lambda _: TrialResult(status="crashed", phase="build", trial_seconds=5.0))
+    plans = [record.candidate.plan for record in found]
+    assert len({plan.compile for plan in plans}) == 3
+    assert len({plan.micro_batch_size for plan in plans}) >= 3
+
+
+def test_the_same_records_give_the_same_candidate() -> None:
+    asked = settings(CUDA, model="", seed=5)
+    space = build_space(asked, CUDA)
+    records = searched(asked, 4, "additive", formulas(asked))
+    known = {record.candidate.id: record for record in random.Random(0).sample(records, len(records))}
+    chosen = []
+    for _ in range(2):
+        found = studies.ask_new(optuna.create_study(), space, known, asked)
+        assert found is not None
+        chosen.append(found[1].id)
+    assert chosen[0] == chosen[1]

@@ -1,0 +1,126 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_machine import CPU, CUDA, OLD_CUDA
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autotune.config.candidate import Shape
+from autotune.config.search import read_settings, write_settings
+from autotune.data.shards import write_shard
+from autotune.errors import ConfigError, DataError
+from autotune.search.settings import describe_settings, parse_shape, resolve
+from autotune.units import GIB
+
+
+def test_defaults_on_a_card() -> None:
+    asked = resolve(CUDA)
+    assert (asked.objective, asked.search_shape, asked.budget_seconds) == ("loss", True, 3600)
+    assert asked.recipe.tokens_per_step == 524288
+    assert (asked.train_seconds, asked.train_tokens) == (86400, None)
+    assert 23 * GIB < asked.memory_limit_bytes < 24 * GIB
+    assert (asked.baseline.micro_batch_size, asked.baseline.dtype, asked.baseline.compile) == (12, "bfloat16", "full")
+    assert resolve(OLD_CUDA).baseline.dtype == "float16"
+
+
+def test_defaults_on_the_cpu() -> None:
+    asked = resolve(CPU)
+    assert asked.recipe.tokens_per_step == 4096
+    assert asked.train_seconds == 120
+    assert asked.memory_limit_bytes == int(0.8 * 16 * GIB)
+    assert asked.baseline.dtype == "float32"  # nanoGPT does not autocast on the CPU
+
+
+def test_a_model_fixes_the_shape_and_asks_for_throughput() -> None:
+    asked = resolve(CUDA, model="24x16x1024x512")
+    assert asked.recipe.shape == Shape(n_layer=24, n_head=16, n_embd=1024, block_size=512)
+    assert (asked.objective, asked.search_shape) == ("throughput", False)
+    assert asked.recipe.tokens_per_step == 524288
+    assert not asked.keep_schedule
+
+
+def test_a_nanogpt_file_is_recipe_and_baseline(tmp_path: Path) -> None:
+    file = tmp_path / "config.py"
+    file.write_text("batch_size = 3\ngradient_accumulation_steps = 2\nmax_iters = 77\nlearning_rate = 1e-3\n")
+    asked = resolve(CUDA, from_file=file)
+    assert (asked.recipe.max_iters, asked.recipe.learning_rate, asked.keep_schedule) == (77, 1e-3, True)
+    assert (asked.baseline.micro_batch_size, asked.recipe.global_batch_size) == (3, 6)
+    assert asked.baseline_source == str(file)
+    assert not resolve(CUDA, from_file=file, train_tokens="1B").keep_schedule
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"model": "12x12x768", "from_file": Path("x.py")}, "--model 12x12x768 and --from x.py"),
+        ({"train_time": "1h", "train_tokens": "1B"}, "exclude each other"),
+        ({"objective": "throughput"}, "needs a shape"),
+        ({"objective": "loss", "model": "12x12x768"}, "--objective loss compares shapes, but --model"),
+        ({"objective": "speed"}, "'speed' is not known"),
+        ({"workers": 2}, "--workers 2 is not allowed"),
+        ({"workers": 0}, "--workers 0 is not allowed"),
+        ({"budget": "0"}, "leaves no time"),
+        ({"budget": "soon"}, "not understood"),
+        ({"train_time": "0s"}, "leaves nothing to train"),
+        ({"train_tokens": "0"}, "leaves nothing to train"),
+        ({"model": "12x768"}, "layers x heads x width"),
+        ({"model": "12x5x768"}, "not a multiple"),
+        ({"model": "0x12x768"}, "smallest value is 1"),
+        ({"memory_limit": "25GiB"}, "more than Paper Card has"),
+        ({"memory_limit": "0"}, "leaves no memory"),
+        ({"data": Path("/nowhere/data")}, "autotune data prepare"),
+        ({"law": "chinchila"}, "scaling law"),
+        ({"seed": -1}, "--seed"),
+        ({"from_file": Path("/nowhere/x.py")}, "cannot be read"),
+        ({"choices": ["compile"]}, "write for example compile=off,block"),
+        ({"choices": ["compile=off,,"]}, "is not understood"),
+        ({"choices": ["compiler=off"]}, "did you mean 'compile'"),
+        ({"choices": ["compile=of"]}, "--choices compile = 'of' is not known; did you mean 'off'"),
+        ({"choices": ["micro_batch_size=5"]}, "allowed: "),
+    ],
+)
+def test_what_is_not_allowed_is_refused_on_one_line(words: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        resolve(CUDA, **words)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [{}, {"model": "6x6x384"}, {"train_tokens": "1B"}, {"choices": ["compile=off"]}])
+@pytest.mark.parametrize("environment", [CPU, CUDA])
+def test_settings_come_back_from_their_file(tmp_path: Path, environment: object, words: dict[str, str]) -> None:
+    asked = resolve(environment, **words)  # type: ignore[arg-type]
+    write_settings(tmp_path / "search.toml", asked)
+    assert read_settings(tmp_path / "search.toml") == asked
+
+
+def test_a_file_that_is_not_settings(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_settings(tmp_path / "search.toml")
+    (tmp_path / "search.toml").write_text("= broken")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_settings(tmp_path / "search.toml")
+
+
+def test_a_dry_run_says_what_would_be_searched() -> None:
+    text = describe_settings(resolve(replace(CPU, device_name="Paper CPU"), budget="3m"), CPU)
+    for part in ("budget        3m00s", "12.80 GiB", "4,096 tokens a step", "plain nanoGPT: 4x4x128", "combinations"):
+        assert part in text
+
+
+@given(st.text(alphabet="0123456789xX -", max_size=14))
+def test_any_text_is_a_shape_or_a_config_error(text: str) -> None:
+    try:
+        shape = parse_shape(text, Shape())
+    except ConfigError:
+        return
+    assert shape.n_layer >= 1
+
+
+def test_a_data_directory_that_cannot_be_trained_on_costs_no_trial(tmp_path: Path) -> None:
+    write_shard(tmp_path / "text_train_000001.bin", np.arange(40_000) % 1000)
+    with pytest.raises(DataError, match="no validation tokens"):
+        resolve(CPU, data=tmp_path)
+    write_shard(tmp_path / "text_val_000000.bin", np.arange(1000))
+    assert resolve(CPU, data=tmp_path).recipe.data == str(tmp_path)
