@@ -1,0 +1,262 @@
+"""A run directory, read back: its trials, its best candidate, its machine; and what they say."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from autotune.config.candidate import Candidate
+from autotune.config.search import SearchSettings, read_settings
+from autotune.config.tables import read_table
+from autotune.config.toml import read_candidate
+from autotune.environment import Environment
+from autotune.errors import ConfigError
+from autotune.measure.records import COLUMNS
+from autotune.measure.review import Review, read_review
+from autotune.units import format_duration
+
+Row = Mapping[str, Any]
+"""One line of trials.csv by column; unknown values are None."""
+
+_TEXT = (
+    "role", "status", "phase", "attention", "loss", "activation_checkpointing", "compile", "dtype", "optimizer",
+    "allocator", "started_at", "candidate_id", "message",
+)  # fmt: skip
+_NUMBERS = (
+    "objective", "tokens_per_second", "tokens_per_second_ci95", "mfu", "step_seconds_p50", "predicted_loss",
+    "compile_seconds", "trial_seconds", "first_loss",
+)  # fmt: skip
+_DTYPES = {name: "string" if name in _TEXT else "Float64" if name in _NUMBERS else "Int64" for name in COLUMNS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What lies in a run directory."""
+
+    path: Path
+    """As the user wrote it, for the commands that are printed."""
+    trials: tuple[Row, ...]
+    """trials.csv."""
+    candidate: Candidate | None
+    """Of best.toml; None where no trial is feasible yet."""
+    measured: Mapping[str, Any]
+    """Of best.toml: numbers of the best trial, of which some are no columns."""
+    environment: Environment
+    settings: SearchSettings
+    """search.toml."""
+    review: Review | None
+    """verdict.json; None until the search has ended."""
+    training: Mapping[str, Any]
+    """train/summary.json; empty where nothing was trained yet."""
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.settings.objective == "loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Trials that failed in one way for one reason."""
+
+    status: str
+    reason: str
+    """Of the first of them; the others differ at most in their numbers."""
+    trials: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """The best trial against the baseline. None: unknown."""
+
+    speed: float | None
+    """Tokens/s over the baseline's."""
+    speed_ci95: float | None
+    """Half width, from both intervals."""
+    memory: float | None
+    """Peak over the baseline's, in the view of `peak_view`."""
+    loss: float | None
+    """Predicted loss minus the baseline's, in nats."""
+
+
+def load_run(path: Path) -> Run:
+    """Read a run directory. Raises ConfigError where it is none, or where a file of it is damaged."""
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a directory; give a run, for example results/<run>")
+    settings = read_settings(path / "search.toml")
+    best = read_candidate(path) if (path / "best.toml").exists() else None
+    summary = path / "train" / "summary.json"
+    machine = _read_json(path / "environment.json")
+    machine.pop("fingerprint", None)  # it follows from the rest
+    return Run(
+        path=path,
+        trials=_read_trials(path / "trials.csv"),
+        candidate=best.candidate if best else None,
+        measured=best.measured if best else {},
+        environment=read_table(Environment, machine, "environment"),
+        settings=settings,
+        review=_read_review(path / "verdict.json"),
+        training=_read_json(summary) if summary.exists() else {},
+    )
+
+
+def _read_review(path: Path) -> Review | None:
+    try:
+        return read_review(path) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise _not_a_run(path, str(error)) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise _not_a_run(path, "it does not exist") from None
+    except (OSError, ValueError) as error:
+        raise _not_a_run(path, str(error)) from None
+    if not isinstance(table, dict):
+        raise _not_a_run(path, "it is not a table")
+    return table
+
+
+def _read_trials(path: Path) -> tuple[Row, ...]:
+    try:
+        # Only an empty cell is unknown: "none" and "null" are words that a plan or a message may hold.
+        frame = pd.read_csv(path, dtype=_DTYPES, keep_default_na=False, na_values=[""])
+    except FileNotFoundError:
+        raise _not_a_run(path, "it does not exist: no trial has ended") from None
+    except (OSError, ValueError) as error:
+        raise _not_a_run(path, " ".join(str(error).split())) from None
+    missing = [name for name in COLUMNS if name not in frame]
+    if missing:
+        raise _not_a_run(path, f"it has no column {missing[0]!r}")
+    frame = frame.fillna(dict.fromkeys(_TEXT, ""))
+    plain = frame.astype(object).where(frame.notna(), None)
+    return tuple({str(key): value for key, value in row.items()} for row in plain.to_dict("records"))
+
+
+def _not_a_run(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"{path.parent} is not a readable run: {path.name}: {why}; "
+        "give the directory of a search, or mend it with `autotune report --rebuild`"
+    )
+
+
+def ranked(run: Run) -> list[Row]:
+    """The feasible trials: the verdict's own first, then by objective."""
+    best = best_trial(run)
+    sign = 1 if run.lower_is_better else -1
+    return sorted(_feasible(run), key=lambda row: (row is not best, sign * row["objective"]))
+
+
+def _feasible(run: Run) -> list[Row]:
+    return [row for row in run.trials if row["status"] == "ok" and row["objective"] is not None]
+
+
+def best_trial(run: Run) -> Row | None:
+    """The measurement behind best.toml, the last confirmation where there is one. None: nothing is feasible."""
+    feasible = _feasible(run)
+    if run.candidate is None or not feasible:
+        return None
+    return _last_word(feasible, run.candidate.id)
+
+
+def baseline_trial(run: Run) -> Row | None:
+    """The baseline, confirmed where it was run again; None where it did not run to its end."""
+    ended = [row for row in run.trials if row["status"] == "ok"]
+    first = next((row for row in ended if row["role"] == "baseline"), None)
+    return first and _last_word(ended, first["candidate_id"])
+
+
+def _last_word(measured: list[Row], candidate_id: str) -> Row | None:
+    same = [row for row in measured if row["candidate_id"] == candidate_id]
+    return max(same, key=lambda row: (row["role"] == "final", row["trial"]), default=None)
+
+
+def gain(best: Row, baseline: Row) -> Gain:
+    """What tuning brought."""
+    view = peak_view([best, baseline])
+    speed = _ratio(best["tokens_per_second"], baseline["tokens_per_second"])
+    relative = [_ratio(row["tokens_per_second_ci95"], row["tokens_per_second"]) for row in (best, baseline)]
+    known = [part for part in relative if part is not None]
+    losses = (best["predicted_loss"], baseline["predicted_loss"])
+    return Gain(
+        speed=speed,
+        speed_ci95=speed * sum(part**2 for part in known) ** 0.5 if speed and len(known) == 2 else None,
+        memory=_ratio(best[view], baseline[view]),
+        loss=None if None in losses else losses[0] - losses[1],
+    )
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if value is not None and base else None
+
+
+def peak_view(rows: Sequence[Row]) -> str:
+    """The column of the widest view of peak memory that is known for all of them."""
+    views = ("peak_device_bytes", "peak_reserved_bytes", "peak_allocated_bytes")
+    return next((view for view in views if all(row[view] is not None for row in rows)), views[-1])
+
+
+def pareto_front(rows: Sequence[Row], view: str, column: str = "tokens_per_second", sign: int = 1) -> list[Row]:
+    """The trials that no other beats in both `column` (times `sign`) and memory, the smallest first."""
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row[view], -sign * row[column])):
+        if not front or sign * row[column] > sign * front[-1][column]:
+            front.append(row)
+    return front
+
+
+def trade_offs(run: Run) -> list[Row]:
+    """What less memory costs: the Pareto front of the objective against peak memory, each candidate once."""
+    feasible = _feasible(run)
+    if not feasible:
+        return []
+    last = [row for name in {row["candidate_id"] for row in feasible} if (row := _last_word(feasible, name))]
+    column, sign = ("predicted_loss", -1) if run.lower_is_better else ("tokens_per_second", 1)
+    return pareto_front(last, peak_view(last), column, sign)
+
+
+def failures(run: Run) -> list[Failure]:
+    """The trials that are not `ok`, grouped by status and reason, the most frequent first."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in run.trials:
+        if row["status"] != "ok":
+            groups.setdefault((row["status"], re.sub(r"\d[\d.,]*", "#", row["message"])), []).append(row)
+    found = [
+        Failure(status=status, reason=same[0]["message"], trials=tuple(row["trial"] for row in same))
+        for (status, _), same in groups.items()
+    ]
+    return sorted(found, key=lambda failure: (-len(failure.trials), failure.trials))
+
+
+def as_json(run: Run) -> dict[str, Any]:
+    """Everything that the report says, in bytes, seconds and tokens; unknown values are null."""
+    best, baseline = best_trial(run), baseline_trial(run)
+    return {
+        "run": str(run.path),
+        "settings": asdict(replace(run.settings, storage="")),  # its URL may hold a password
+        "environment": vars(run.environment),
+        "best": best,
+        "measured": dict(run.measured) or None,
+        "baseline": baseline,
+        "gain": vars(gain(best, baseline)) if best and baseline else None,
+        "review": run.review and asdict(run.review) | {
+            "overhead": run.review.overhead, "trials_per_hour": run.review.trials_per_hour,
+        },
+        "trade_offs": [row["trial"] for row in trade_offs(run)],
+        "failures": [vars(failure) for failure in failures(run)],
+        "training": dict(run.training) or None,
+        "trials": list(run.trials),
+        "next_command": next_command(run),
+    }
+
+
+def next_command(run: Run) -> str:
+    """What to do with this run now."""
+    if run.candidate is None:
+        return f"autotune search --resume {run.path} --budget {format_duration(run.settings.budget_seconds)}"
+    return f"autotune sample {run.path}" if run.training else f"autotune train {run.path}"

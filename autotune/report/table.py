@@ -1,0 +1,294 @@
+"""Runs as text for a terminal: the verdict, the trials, what failed and why, and what to do next."""
+
+import sys
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from autotune.measure.review import Review
+from autotune.measure.types import cache_text
+from autotune.report.run import (
+    Failure,
+    Row,
+    Run,
+    baseline_trial,
+    best_trial,
+    failures,
+    gain,
+    next_command,
+    peak_view,
+    ranked,
+    trade_offs,
+)
+from autotune.units import format_bytes, format_count, format_duration
+
+_FIGURES = {
+    "trial", "predicted loss", "tokens/s", "MFU", "peak", "allocated", "predicted", "batch", "count",
+    "ok/trials", "best", "gain", "least memory", "share",
+}  # fmt: skip
+_PLAN = ("model", "attention", "loss", "recompute", "compile", "dtype", "optimizer", "allocator")
+
+
+def print_text(content: RenderableType, width: int | None = None) -> None:
+    """Write to stdout: coloured on a terminal and as wide as needed elsewhere. A reader that leaves
+    early raises BrokenPipeError, which rich itself would turn into an exit."""
+    console = Console(width=width or (None if sys.stdout.isatty() else 220), highlight=False)
+    with console.capture() as capture:
+        console.print(content)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def run_report(run: Run, top: int) -> Group:
+    """One run, its `top` best trials in full."""
+    feasible = ranked(run)
+    parts: list[RenderableType] = [_line(heading(run), "bold"), *map(_line, verdict(run))]
+    if feasible:
+        lines = [cells(run, row) for row in feasible[:top]]
+        same = _constant(lines)
+        parts.append(plain([{h: text for h, text in line.items() if h not in same} for line in lines]))
+        notes = ", ".join(f"{header} {text}" for header, text in same.items() if text != "-")
+        parts += [Text(f"All of these: {notes}.")] if notes else []
+        if len(feasible) > top:
+            parts.append(
+                _line(f"{len(feasible) - top} more in {run.path / 'trials.csv'}, or with --top {len(feasible)}.")
+            )
+    parts += [plain(lines) for lines in (trade_off_cells(run), step_cells(run), importance_cells(run)) if lines]
+    if failed := failures(run):
+        parts.append(plain([_failure_cells(failure) for failure in failed]))
+    return Group(*parts, _line(f"next: {next_command(run)}", "bold"))
+
+
+def comparison(runs: Sequence[Run]) -> Group:
+    """Several runs side by side, a line each."""
+    notes = []
+    if len({run.environment.fingerprint for run in runs}) > 1:
+        notes.append("These runs are of different machines or versions: their numbers do not compare plans alone.")
+    if len({run.settings.objective for run in runs}) > 1:
+        notes.append("These runs have different objectives.")
+    summaries = plain([_summary(run) for run in runs])
+    return Group(summaries, *map(_line, notes), *(_line(f"next: {next_command(run)}") for run in runs))
+
+
+def heading(run: Run) -> str:
+    """What was asked: where, on what, for what, for how long."""
+    asked, machine = run.settings, run.environment
+    objective = "least predicted loss" if run.lower_is_better else "most tokens/s"
+    limit, budget = format_bytes(asked.memory_limit_bytes), format_duration(asked.budget_seconds)
+    return (
+        f"{run.path}: {objective} within {limit} on {machine.device_name} ({machine.device}), "
+        f"torch {machine.torch}, budget {budget}"
+    )
+
+
+def verdict(run: Run) -> list[str]:
+    """The answer in a few lines, without markup."""
+    ended = len([row for row in run.trials if row["status"] == "ok"])
+    lines = [f"trials: {len(run.trials)}, of which {ended} ran to their end"]
+    best, baseline = best_trial(run), baseline_trial(run)
+    if best is None and run.candidate is None:
+        lines.append("No candidate is feasible: give more memory, a longer budget or a smaller model.")
+    elif best is None:
+        lines.append("best.toml is of none of these trials: mend the run with `autotune report --rebuild`.")
+    else:
+        confirmed = ", confirmed" if best["role"] == "final" else ", not confirmed in a second process"
+        cached = cache_text(run.measured.get("compile_cache_hits"), run.measured.get("compile_cache_misses"))
+        found = f", {cached} from the compile cache" if cached else ""
+        lines.append(f"best: trial {best['trial']}{confirmed}: {_measured(run, best)}{found}")
+    tried = baseline or next((row for row in run.trials if row["role"] == "baseline"), None)
+    lines.append(f"baseline: trial {tried['trial']}: {_measured(run, tried)}" if tried else "baseline: not measured")
+    if best and baseline:
+        lines.append(f"gain: {_gain_text(run, best, baseline)}")
+    lines += _review_lines(run.review) if run.review else []
+    if run.training:
+        lines.append(f"trained: {_training_text(run)}")
+    return lines
+
+
+def _review_lines(review: Review) -> list[str]:
+    lines = []
+    if review.tied_with:
+        trials = ", ".join(map(str, review.tied_with))
+        lines.append(f"a tie: trial {trials} lies within the intervals; the best needs the least memory of them")
+    if review.fell_through:
+        trials = ", ".join(map(str, review.fell_through))
+        lines.append(f"trial {trials} was better, but failed its confirmation")
+    if review.drift is not None:
+        lines.append(
+            f"warning: the baseline ran at {review.drift:.2f}x its first speed when it was confirmed: the machine "
+            "changed during the search; only the confirmed trials compare"
+        )
+    if review.law:
+        lines.append(f"predicted losses are by the law {review.law}")
+    if review.overhead is not None:
+        lines.append(_time_text(review))
+    return lines + [f"note: {note}" for note in review.notes]
+
+
+def _time_text(review: Review) -> str:
+    """Where the budget went."""
+    spent = dict(review.seconds)
+    starting = sum(spent.pop(phase, 0.0) for phase in ("start", "build", "verify", "done"))
+    named = {"compile": "compiling", "warmup": "warming up", "measure": "measuring", "idle": "between trials"}
+    parts = {**{name: spent.get(phase, 0.0) for phase, name in named.items()}, "starting trials": starting}
+    shares = ", ".join(f"{name} {seconds / review.spent_seconds:.0%}" for name, seconds in parts.items())
+    return (
+        f"time: {format_duration(review.spent_seconds)}: {shares}; harness overhead {review.overhead:.0%}, "
+        f"{review.trials_per_hour:.0f} trials an hour"
+    )
+
+
+def trade_off_cells(run: Run) -> list[dict[str, str]]:
+    """Speed against memory: the trials that no other beats in both. Empty where one beats all others."""
+    front = trade_offs(run)
+    if len(front) < 2:
+        return []
+    view = peak_view(front)
+    shown = ("tokens/s", "predicted loss", "batch", "model", "attention", "loss", "recompute", "compile", "dtype")
+    return [
+        {"least memory": format_bytes(row[view]), "trial": str(row["trial"])}
+        | {header: text for header, text in cells(run, row).items() if header in shown}
+        for row in front
+    ]
+
+
+def step_cells(run: Run) -> list[dict[str, str]]:
+    """What one step from the best costs, as far as it was measured."""
+    unit = "+.3f" if run.lower_is_better else "+.1%"
+    header = "predicted loss" if run.lower_is_better else "tokens/s"
+    return [
+        {
+            "one step from the best": f"{step.knob} {step.winner} -> {step.value}",
+            "trial": str(step.trial),
+            header: format(step.objective, unit),
+            "peak": "-" if step.peak is None else f"{step.peak - 1:+.1%}",
+        }
+        for step in (run.review.steps if run.review else ())
+    ]
+
+
+def importance_cells(run: Run) -> list[dict[str, str]]:
+    """How much each choice has to do with being among the best trials."""
+    shares = run.review.importance if run.review else {}
+    return [{"what matters": name, "share": f"{share:.0%}"} for name, share in shares.items()]
+
+
+def _measured(run: Run, row: Row) -> str:
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['message'] or '-'}"
+    parts = [f"{_rate(row)} tokens/s", f"peak {format_bytes(row[peak_view([row])])}"]
+    if run.lower_is_better:
+        parts.insert(0, f"predicted loss {_number(row['predicted_loss'], '.3f')}")
+    return ", ".join(parts)
+
+
+def _gain_text(run: Run, best: Row, baseline: Row) -> str:
+    if best["candidate_id"] == baseline["candidate_id"]:
+        return "none, the baseline is the best that was found"
+    gained = gain(best, baseline)
+    speed = f"{_number(gained.speed, '.2f')}x"
+    if gained.speed_ci95 is not None:
+        speed += f" ± {gained.speed_ci95:.2f}"
+    text = f"{speed} the baseline's tokens/s at {_number(gained.memory, '.2f')}x its peak memory"
+    if run.lower_is_better and gained.loss is not None:
+        return f"{gained.loss:+.3f} predicted loss; {text}"
+    return text
+
+
+def _training_text(run: Run) -> str:
+    """How the training of this run's winner went, and whether it kept what was measured."""
+    told = run.training
+    parts = [
+        f"{format_count(told.get('tokens'))} tokens",
+        f"validation loss {_number(told.get('validation_loss'), '.4f')}",
+        *told.get("comparison", ()),
+        *(f"warning: {text}" for text in told.get("warnings", ())),
+    ]
+    return "; ".join(parts)
+
+
+def cells(run: Run, row: Row) -> dict[str, str]:
+    """A trial as it is shown, by column header."""
+    best = best_trial(run)
+    loss = {"predicted loss": _number(row["predicted_loss"], ".3f")} if run.lower_is_better else {}
+    return {
+        "": "*" if best is not None and row["trial"] == best["trial"] else "",
+        "trial": str(row["trial"]),
+        "role": row["role"],
+        **loss,
+        "tokens/s": _rate(row),
+        "MFU": _number(row["mfu"], ".1%"),
+        "peak": format_bytes(row["peak_device_bytes"]),
+        "allocated": format_bytes(row["peak_allocated_bytes"]),
+        "predicted": format_bytes(row["predicted_peak_bytes"]),
+        "batch": f"{row['micro_batch_size']} x {row['gradient_accumulation_steps']}",
+        "model": f"{row['n_layer']}x{row['n_head']}x{row['n_embd']}, T {row['block_size']}, "
+        + format_count(row["parameters"]),
+        "attention": row["attention"],
+        "loss": row["loss"],
+        "recompute": row["activation_checkpointing"],
+        "compile": row["compile"],
+        "dtype": row["dtype"],
+        "optimizer": row["optimizer"],
+        "allocator": row["allocator"],
+    }
+
+
+def _rate(row: Row) -> str:
+    half = row["tokens_per_second_ci95"]
+    return _number(row["tokens_per_second"], ",.0f") + ("" if half is None else f" ± {half:,.0f}")
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _constant(lines: Sequence[dict[str, str]]) -> dict[str, str]:
+    """What all lines share of the plan, and columns in which nothing is known: said once, below the table."""
+    first = lines[0]
+    shared = {header for header in first if all(line[header] == first[header] for line in lines)}
+    return {h: first[h] for h in first if h in shared and (h in _PLAN or first[h] == "-")}
+
+
+def plain(lines: Sequence[dict[str, str]]) -> Table:
+    """Lines with the same headers. Figures are never broken, words are where the terminal is narrow."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in lines[0]:
+        figures = header in _FIGURES
+        table.add_column(header, justify="right" if figures else "left", no_wrap=figures or not header, overflow="fold")
+    for line in lines:
+        table.add_row(*map(escape, line.values()), style="bold green" if line.get("") else "")
+    return table
+
+
+def _line(text: str, style: str = "") -> Text:
+    """Left to the terminal to wrap, so that a path or a command can be copied whole."""
+    return Text(text, style=style, no_wrap=True, overflow="ignore")
+
+
+def _failure_cells(failure: Failure) -> dict[str, str]:
+    numbers = ", ".join(map(str, failure.trials[:4])) + (", ..." if len(failure.trials) > 4 else "")
+    count = str(len(failure.trials))
+    return {"not feasible": failure.status, "count": count, "trials": numbers, "reason": failure.reason or "-"}
+
+
+def _summary(run: Run) -> dict[str, str]:
+    best, baseline = best_trial(run), baseline_trial(run)
+    gained = gain(best, baseline) if best and baseline else None
+    ok = len([row for row in run.trials if row["status"] == "ok"])
+    line = {"run": str(run.path), "machine": run.environment.device_name, "ok/trials": f"{ok}/{len(run.trials)}"}
+    line |= {"objective": run.settings.objective, "best": str(best["trial"]) if best else "-"}
+    if best is None:
+        return line | dict.fromkeys(("predicted loss", "tokens/s", "gain", "peak", "model", "plan"), "-")
+    shown = cells(run, best)
+    return line | {
+        "predicted loss": _number(best["predicted_loss"], ".3f"),
+        "tokens/s": _rate(best),
+        "gain": f"{gained.speed:.2f}x" if gained and gained.speed is not None else "-",
+        "peak": format_bytes(best[peak_view([best])]),
+        "model": shown["model"],
+        "plan": " ".join(shown[key] for key in ("batch", *_PLAN[1:6])),
+    }

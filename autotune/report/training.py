@@ -1,0 +1,104 @@
+"""Trainings, read back from their directories: what was predicted and measured before, and what came of it."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from autotune.config.toml import CandidateFile, read_candidate
+from autotune.errors import ConfigError
+from autotune.report.table import plain
+from autotune.units import format_bytes, format_count, format_duration
+
+_FIGURES = (
+    "iteration", "tokens", "tokens_per_second", "peak_allocated_bytes", "peak_device_bytes", "train_loss",
+    "validation_loss", "seconds",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """A training, running or ended."""
+
+    path: Path
+    file: CandidateFile
+    """recipe.toml: what is trained, and what was measured of it."""
+    ended: bool
+    found: Mapping[str, float | None]
+    """Of the whole training where it has ended, else as of the last row of its log. None: not known."""
+
+
+def is_training(path: Path) -> bool:
+    """Whether `path` is a training's directory, and not a search's."""
+    return (path / "recipe.toml").exists() and not (path / "search.toml").exists()
+
+
+def trainings_of(paths: Sequence[Path]) -> list[TrainedRun]:
+    """Those among the directories, and those inside of them. Raises ConfigError for a damaged one."""
+    places = [place for path in paths for place in (path, path / "train") if is_training(place)]
+    return [load_training(place) for place in places]
+
+
+def load_training(path: Path) -> TrainedRun:
+    """Read a training's directory. Raises ConfigError where a file of it is damaged."""
+    try:
+        found = _last_row(path / "train_log.csv")
+        ended = (path / "summary.json").exists()
+        if ended:
+            summary = json.loads((path / "summary.json").read_text())
+            ended = summary["iterations"] >= found.get("iteration", 0)  # else of before a --resume that runs now
+            if ended:
+                found = {name: summary.get(name) for name in _FIGURES} | {"iteration": summary["iterations"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a readable training: {error}; go on with `autotune train --resume`") from None
+    return TrainedRun(path=path, file=read_candidate(path / "recipe.toml"), ended=ended, found=found)
+
+
+def _last_row(log: Path) -> dict[str, float | None]:
+    """The last whole row, and the last validation loss of any row."""
+    if not log.exists():
+        return {}
+    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    rows = list(csv.DictReader(lines))
+    if not rows:
+        return {}
+    seen = [row["validation_loss"] for row in rows if row["validation_loss"]]
+    last = rows[-1] | {"validation_loss": seen[-1] if seen else ""}
+    return {name: float(last[name]) if last[name] else None for name in _FIGURES}
+
+
+def training_table(trainings: Sequence[TrainedRun]) -> Table:
+    """A line each: what was predicted and measured, an arrow, what the training does."""
+    return plain([_cells(one) for one in trainings])
+
+
+def _cells(one: TrainedRun) -> dict[str, str]:
+    measured, found, recipe = one.file.measured, one.found, one.file.candidate.recipe
+    done = int(found.get("iteration") or 0)
+    view = "peak_device_bytes" if measured.get("peak_reserved_bytes") else "peak_allocated_bytes"
+    return {
+        "training": str(one.path),
+        "iterations": f"{done:,}" if one.ended else f"{done:,} of {recipe.max_iters:,}, not ended",
+        "tokens": format_count(int(found.get("tokens") or 0)),
+        "time": format_duration(found.get("seconds")),
+        "tokens/s": _both(measured.get("tokens_per_second"), found.get("tokens_per_second"), "{:,.0f}".format),
+        "peak": _both(measured.get(view), found.get(view), format_bytes),
+        "validation loss": _both(measured.get("predicted_loss"), found.get("validation_loss"), "{:.3f}".format),
+    }
+
+
+def _both(before: float | None, after: float | None, shown: Any) -> str:
+    """`1,000 -> 990 (-1.0%)`; - for what is not known."""
+    texts = " -> ".join("-" if value is None else shown(value) for value in (before, after))
+    return f"{texts} ({after / before - 1:+.1%})" if before and after else texts
+
+
+def as_json(one: TrainedRun) -> dict[str, Any]:
+    """In bytes, seconds and tokens; unknown values are null."""
+    return {
+        "training": str(one.path), "ended": one.ended, "measured": dict(one.file.measured), "found": dict(one.found)
+    }  # fmt: skip

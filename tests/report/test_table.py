@@ -1,0 +1,143 @@
+"""What a terminal shows."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from recorded_run import candidate, records
+
+from autotune.measure.review import Review, Step, write_review
+from autotune.measure.types import MemoryView, TrialResult
+from autotune.report.facts import trial_facts
+from autotune.report.run import load_run
+from autotune.report.table import comparison, print_text, run_report
+from autotune.units import GIB
+
+WriteRun = Callable[..., Path]
+
+
+def shown(capsys: pytest.CaptureFixture[str], content: object, width: int | None = None) -> str:
+    print_text(content, width)  # type: ignore[arg-type]
+    return capsys.readouterr().out
+
+
+def test_a_run(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_run(best=candidate(24))
+    text = shown(capsys, run_report(load_run(path), top=10))
+    assert "best: trial 6, confirmed: 15,000 ± 75 tokens/s, peak 8.00 GiB, 4 of 6 graphs from the compile cache" in text
+    assert "baseline: trial 0: 10,000 ± 50 tokens/s, peak 10.00 GiB" in text
+    assert "gain: 1.50x ± 0.01 the baseline's tokens/s at 0.80x its peak memory" in text
+    lines = text.splitlines()
+    marked = [line for line in lines if line.startswith(" *")]
+    assert len(marked) == 1
+    assert marked[0].split()[1:3] == ["6", "final"]
+    assert "All of these: model 6x6x384, T 1024, 30.3M, attention sdpa" in text
+    assert "MFU" not in text  # unknown in all of them
+    assert lines[-1] == f"next: autotune train {path}"
+
+
+def test_failures_with_their_reasons_and_markup_taken_literally(
+    write_run: WriteRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = shown(capsys, run_report(load_run(write_run()), top=10))
+    assert "wanted 12.00 GiB" in text
+    assert "3, 4" in text
+    assert "<script>alert(1)</script> [bold] of worker" in text
+
+
+def test_top_limits_and_says_so(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_run(best=candidate(24))
+    text = shown(capsys, run_report(load_run(path), top=1))
+    assert "15,100" not in text
+    assert f"3 more in {path / 'trials.csv'}, or with --top 4." in text
+
+
+def test_unknown_is_a_dash_never_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, trial_facts(TrialResult(status="ok", phase="done", memory={"steady": MemoryView()})))
+    assert text.split().count("-") == 11
+    assert not set(text) & set("0123456789")
+
+
+def test_a_trial_that_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    view = MemoryView(allocated_bytes=GIB, num_alloc_retries=0)
+    result = TrialResult(status="oom", phase="warmup", message="wanted 3.00 GiB [more]", memory={"first_step": view})
+    text = shown(capsys, trial_facts(result))
+    assert "oom in phase warmup" in text
+    assert "wanted 3.00 GiB [more]" in text
+    assert text.rstrip().splitlines()[-1].split() == ["first_step", "1.00", "GiB", "-", "-", "0"]
+
+
+def test_nothing_feasible_says_what_to_change(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_run([record for record in records() if record.result.status != "ok"])
+    text = shown(capsys, run_report(load_run(path), top=10))
+    assert "No candidate is feasible: give more memory, a longer budget or a smaller model." in text
+    assert "baseline: not measured" in text
+    assert text.splitlines()[-1] == f"next: autotune search --resume {path} --budget 10m00s"
+
+
+def test_a_baseline_that_failed_says_how(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *others = records()
+    broken = [type(first)(trial=0, role="baseline", candidate=first.candidate, result=others[2].result), *others]
+    text = shown(capsys, run_report(load_run(write_run(broken, best=candidate(24))), top=10))
+    assert "baseline: trial 0: oom: wanted 12.00 GiB" in text
+    assert "gain" not in text
+
+
+def test_a_baseline_that_is_the_best_is_no_gain(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, run_report(load_run(write_run(best=candidate(8, "full"))), top=10))
+    assert "gain: none, the baseline is the best that was found" in text
+
+
+def test_a_best_that_no_trial_measured_is_told(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, run_report(load_run(write_run(best=candidate(4))), top=10))
+    assert "best.toml is of none of these trials: mend the run with `autotune report --rebuild`." in text
+
+
+def test_what_the_search_concluded(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_run(best=candidate(24))
+    write_review(path / "verdict.json", REVIEW)
+    text = shown(capsys, run_report(load_run(path), top=10))
+    assert "a tie: trial 1 lies within the intervals" in text
+    assert "trial 2 was better, but failed its confirmation" in text
+    assert "warning: the baseline ran at 0.90x its first speed" in text
+    assert (
+        "time: 10m00s: compiling 50%, warming up 0%, measuring 40%, between trials 3%, starting trials 7%; "
+        "harness overhead 10%, 60 trials an hour"
+    ) in text
+    assert "note: the budget ended early" in text
+    told = [line.split() for line in text.splitlines()]
+    assert ["micro_batch_size", "24", "->", "16", "1", "-7.3%", "-25.0%"] in told
+    assert ["compile", "62%"] in told
+    front = [line for line in told if line[1:2] == ["GiB"]]
+    assert [line[:3] for line in front] == [["6.00", "GiB", "1"], ["8.00", "GiB", "6"]]
+
+
+REVIEW = Review(
+    confirmed=True,
+    tied_with=(1,),
+    fell_through=(2,),
+    drift=0.9,
+    notes=("the budget ended early",),
+    spent_seconds=600.0,
+    trials=10,
+    seconds={"start": 30.0, "build": 12.0, "compile": 300.0, "measure": 240.0, "idle": 18.0},
+    steps=(Step(knob="micro_batch_size", value="16", winner="24", trial=1, objective=-0.073, peak=0.75),),
+    importance={"compile": 0.62, "dtype": 0.38},
+)
+
+
+def test_several_runs_side_by_side(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [write_run(best=candidate(24), name="a"), write_run([], name="b", device_name="Other")]
+    text = shown(capsys, comparison([load_run(path) for path in paths]))
+    assert "1.50x" in text
+    assert "different machines" in text
+    assert f"next: autotune train {paths[0]}" in text
+    assert "nan" not in text.lower()
+
+
+def test_a_narrow_terminal_gets_every_number(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, run_report(load_run(write_run(best=candidate(24))), top=10), width=80)
+    rows = [line for line in text.splitlines() if any(f" {role} " in line for role in ("baseline", "search", "final"))]
+    assert len(rows) == 4
+    assert max(map(len, rows)) <= 80
+    assert "15,100 ± 76" in rows[1]

@@ -1,0 +1,68 @@
+"""What was measured against what came of it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from recorded_run import RECIPE, candidate, write_run
+
+from autotune import cli
+from autotune.config.toml import CandidateFile, format_candidate
+from autotune.errors import ConfigError
+from autotune.report.training import load_training
+from autotune.units import GIB
+
+HEADER = (
+    "iteration,tokens,train_loss,validation_loss,lr,grad_norm,tokens_per_second,mfu,data_wait_seconds,"
+    "peak_allocated_bytes,peak_device_bytes,seconds\n"
+)
+ROWS = "10,655360,5.5,5.25,0.1,1.0,980.0,,0.0,1000,2000,60.5\n20,1310720,4.5,,0.1,1.0,990.0,,0.0,1000,2000,120.5\n30,1"
+MEASURED = {"tokens_per_second": 1000.0, "peak_reserved_bytes": 1, "peak_device_bytes": GIB, "predicted_loss": 5.0}
+
+
+def write_training(path: Path, summary: dict[str, object] | None = None) -> Path:
+    path.mkdir()
+    trained = replace(candidate(8), recipe=replace(RECIPE, max_iters=30))
+    (path / "recipe.toml").write_text(format_candidate(CandidateFile(candidate=trained, measured=MEASURED)))
+    (path / "train_log.csv").write_text(HEADER + ROWS)
+    if summary is not None:
+        (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+SUMMARY = {
+    "iterations": 30, "tokens": 1966080, "tokens_per_second": 1010.0, "peak_device_bytes": 2 * GIB,
+    "validation_loss": 4.5, "seconds": 180.0,
+}  # fmt: skip
+
+
+def test_an_ended_training_beside_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path, best=candidate(24))
+    write_training(run / "train", SUMMARY)
+    assert cli.run(["report", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "next: autotune" in told
+    line = told.strip().splitlines()[-1]
+    assert str(run / "train") in line
+    assert "1,000 -> 1,010 (+1.0%)" in line
+    assert "1.00 GiB -> 2.00 GiB (+100.0%)" in line
+    assert "5.000 -> 4.500 (-10.0%)" in line
+
+
+def test_a_running_training_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = write_training(tmp_path / "mine")
+    assert cli.run(["report", str(out)]) == 0
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "20 of 30, not ended" in line
+    assert "5.000 -> 5.250 (+5.0%)" in line
+    assert cli.run(["report", str(out), "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["trainings"]
+    assert (told["ended"], told["found"]["train_loss"], told["found"]["seconds"]) == (False, 4.5, 120.5)
+
+
+def test_a_damaged_one_is_told(tmp_path: Path) -> None:
+    out = write_training(tmp_path / "mine")
+    (out / "summary.json").write_text("{")
+    with pytest.raises(ConfigError, match="mine is not a readable training"):
+        load_training(out)
