@@ -1,0 +1,477 @@
+"""The command line: parse, call, print. No logic; whatever is heavy is imported inside its command.
+
+Results go to stdout, progress to stderr. Exit codes stand in `autotune.errors`; 2 is wrong usage.
+"""
+
+import json as json_module
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import autotune
+from autotune.errors import AutotuneError, ConfigError, InterruptedByUser, NoFeasibleError
+from autotune.units import parse_bytes, parse_count, parse_duration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from autotune.search.run import Measure, Notify
+    from autotune.search.verdict import Verdict
+
+# Plain help: typer's rich help takes three times as long to come up.
+app = typer.Typer(name="autotune", rich_markup_mode=None, add_completion=False, no_args_is_help=False)
+data = typer.Typer(rich_markup_mode=None, help="Make and inspect data directories.")
+app.add_typer(data, name="data")
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, for example results/<run>.")]
+CandidateArgument = Annotated[Path, typer.Argument(metavar="RUN|TOML", help="Run directory or candidate file.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda:0, or auto: the first CUDA device, else the CPU.")]
+
+
+def main() -> None:
+    """Entry of the console script."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; its exit code. What goes wrong is one line on stderr, with --debug a traceback too."""
+    try:
+        # --debug is understood wherever it stands: it is added after the fact.
+        code = app([a for a in arguments if a != "--debug"], prog_name="autotune", standalone_mode=False)
+        sys.stdout.flush()
+        if code == InterruptedByUser.exit_code:  # typer's silent answer to Ctrl-C
+            raise KeyboardInterrupt
+        return int(code or 0)
+    except (BrokenPipeError, SystemExit):  # the reader, `head` for example, has seen enough; typer makes it an exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        message, code = _explained(error)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        return code
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+def _explained(error: BaseException) -> tuple[str, int]:
+    """What to tell, and the exit code."""
+    if isinstance(error, AutotuneError):
+        return str(error), error.exit_code
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "autotune"
+        return f"{error.format_message().rstrip('.')} (see `{command} --help`)", error.exit_code
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return "interrupted", InterruptedByUser.exit_code
+    if isinstance(error, OSError):
+        return f"{error}; run it again with --debug for a traceback", 1
+    return f"a defect in autotune: {type(error).__name__}: {error}; please report it with the output of --debug", 1
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"autotune {autotune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def autotune_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")] = False,
+) -> None:
+    """Measure, do not guess: memory profiling and autotuning for nanoGPT-style training.
+
+    autotune search --budget 1h, then autotune report RUN, then autotune train RUN."""
+    del version, debug
+
+
+@app.command()
+def search(
+    budget: Annotated[
+        str, typer.Option(metavar="TIME", help="Hard wall clock, everything included. [default: 1h]")
+    ] = "",
+    objective: Annotated[
+        str, typer.Option(metavar="loss|throughput", help="[default: loss, or throughput where the shape is fixed]")
+    ] = "",
+    memory_limit: Annotated[str, typer.Option(metavar="SIZE", help="24GiB. [default: what the device has]")] = "",
+    train_time: Annotated[
+        str, typer.Option(metavar="TIME", help="The training to predict for lasts so long: 24h.")
+    ] = "",
+    train_tokens: Annotated[str, typer.Option(metavar="COUNT", help="The training sees so many tokens: 10B.")] = "",
+    model: Annotated[str, typer.Option(metavar="LxHxW", help="Fix the shape: 12x12x768, layers x heads x width.")] = "",
+    from_file: Annotated[
+        Path | None, typer.Option("--from", metavar="FILE", help="Start from a nanoGPT config file and keep its shape.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Shards. [default: synthetic tokens]")] = None,
+    choices: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=A,B", help="Try only these; can be repeated. See --dry-run.")
+    ] = None,
+    device: Device = "auto",
+    workers: Annotated[int, typer.Option(help="Trials at the same time.")] = 1,
+    storage: Annotated[str, typer.Option(metavar="URL", help="Of an Optuna storage. [default: RUN/study.db]")] = "",
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a search; only with --budget.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    name: Annotated[str, typer.Option(help="Of results/NAME. [default: the time]")] = "",
+    law: Annotated[str, typer.Option(help="Scaling law of the objective loss.")] = "lingle",
+    calibrate_loss: Annotated[
+        bool, typer.Option("--calibrate-loss", help="First move the law by two pilots, in 1/5 of the budget.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print settings and space; measure nothing.")] = False,
+) -> None:
+    """Try real candidates within a budget.
+
+    Everything lands in results/NAME: trials.csv to review, best.toml to train, report.html."""
+    started = time.monotonic()  # the budget holds everything, also what the next lines take
+    from autotune.environment import probe
+    from autotune.search import run, settings
+
+    here = probe(device)
+    if resume is not None:
+        flags = {
+            "--objective": objective, "--memory-limit": memory_limit, "--train-time": train_time,
+            "--train-tokens": train_tokens, "--model": model, "--from": from_file, "--data": data,
+            "--choices": choices, "--workers": workers != 1, "--storage": storage, "--seed": seed, "--name": name,
+            "--law": law != "lingle", "--calibrate-loss": calibrate_loss, "--dry-run": dry_run,
+        }  # fmt: skip
+        _refuse_beside_resume([flag for flag, value in flags.items() if value])
+        seconds = parse_duration(budget) if budget else None
+        _watch(
+            resume,
+            lambda notify, measure: run.resume(
+                resume, here, budget_seconds=seconds, measure=measure, notify=notify, started=started
+            ),
+        )
+        return
+    asked = settings.resolve(
+        here,
+        budget=budget or "1h",
+        objective=objective,
+        memory_limit=memory_limit,
+        train_time=train_time,
+        train_tokens=train_tokens,
+        model=model,
+        from_file=from_file,
+        data=data,
+        choices=choices or (),
+        workers=workers,
+        storage=storage,
+        seed=seed,
+        name=name,
+        law=law,
+        calibrate_loss=calibrate_loss,
+    )
+    if dry_run:
+        print(settings.describe_settings(asked, here))
+        return
+    directory = Path("results", asked.name)
+    _watch(
+        directory,
+        lambda notify, measure: run.search(
+            asked, directory, here, measure=measure, notify=notify, started=started, calibrate_loss=calibrate_loss
+        ),
+    )
+
+
+def _refuse_beside_resume(flags: list[str]) -> None:
+    if flags:
+        raise ConfigError(f"--resume goes on with the run's own settings; leave out {', '.join(flags)}")
+
+
+def _watch(directory: Path, go: "Callable[[Notify, Measure], Verdict]") -> None:
+    """Run a search under the eyes of the user, then show its report, also of one in which nothing fits."""
+    from autotune.measure.runner import trials_in_a_row
+    from autotune.search import progress
+
+    try:
+        with progress.show_progress() as notify, trials_in_a_row() as measure:
+            go(notify, measure)
+    except NoFeasibleError:
+        _report([directory], html=True, json=False, top=10)
+        raise
+    _report([directory], html=True, json=False, top=10)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    html: Annotated[bool, typer.Option("--html", help="Write report.html and plots/ into each run.")] = False,
+    json: Json = False,
+    top: Annotated[int, typer.Option(min=1, help="How many of the best trials to show.")] = 10,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="First write the run's files again from study.db.")
+    ] = False,
+) -> None:
+    """Show what searches measured, and what became of it in training.
+
+    One run in full, several side by side; a training's directory alone shows the training."""
+    from autotune.search.run import rebuild as write_again
+
+    for path in runs if rebuild else []:
+        write_again(path)
+    _report(runs, html, json, top)
+
+
+def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
+    from autotune.report import html as page
+    from autotune.report import run as record
+    from autotune.report import table, training
+
+    loaded = [record.load_run(path) for path in runs if not training.is_training(path)]
+    trained = training.trainings_of(runs)
+    pages = [page.write_html(one) for one in loaded] if html else []
+    if json:
+        parts = {"runs": [record.as_json(one) for one in loaded], "trainings": [training.as_json(t) for t in trained]}
+        print(json_module.dumps(parts, allow_nan=False))
+    else:
+        if loaded:
+            table.print_text(table.run_report(loaded[0], top) if len(loaded) == 1 else table.comparison(loaded))
+        if trained:
+            print("Trained, as measured or predicted -> as it came:")
+            table.print_text(training.training_table(trained))
+    for written in pages:
+        print(f"wrote {written}", file=sys.stderr)
+
+
+@app.command()
+def trial(
+    toml: CandidateArgument,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. plan.loss=chunked.")
+    ] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure one candidate in the foreground.
+
+    The way to reproduce a row of trials.csv. Exit code 1 where the candidate is not ok."""
+    from autotune.config.toml import read_candidate
+    from autotune.environment import probe
+    from autotune.measure.runner import run_trial
+    from autotune.measure.types import TrialRequest, to_json
+
+    candidate = read_candidate(toml, tuple(assignments or ())).candidate
+    request = TrialRequest(candidate=candidate, device=probe(device).device, result_path="")
+    log = Path(tempfile.mkdtemp(prefix="autotune-trial-"), "trial.log")
+    print(f"measuring on {request.device}, the worker's output goes to {log}", file=sys.stderr)
+    result = run_trial(request, log)
+    if json:
+        print(to_json(result))
+    else:
+        from autotune.report import facts, table
+
+        table.print_text(facts.trial_facts(result))
+    raise typer.Exit(0 if result.status == "ok" else 1)
+
+
+@app.command()
+def profile(
+    tomls: Annotated[list[Path], typer.Argument(metavar="TOML...", help="Candidate file or run; two are compared.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where timeline and snapshot go.")] = Path("results/profile"),
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. plan.loss=chunked.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Show where the memory of one step goes: by category at the peak, and over time."""
+    from autotune.environment import probe
+    from autotune.report import profile as pages
+    from autotune.report import table
+
+    if len(tomls) > 2:
+        raise typer.BadParameter(f"{len(tomls)} candidates; give one, or two to compare")
+    named = pages.read_named(tomls, tuple(assignments or ()))
+    where = probe(device).device
+    print(f"recording one step on {where}; everything goes to {out}", file=sys.stderr)
+    found = pages.profile_candidates(named, out=out, device=where)
+    for one in found:
+        table.print_text(pages.profile_report(one))
+    if len(found) == 2:
+        table.print_text(pages.comparison(*found))
+
+
+@app.command()
+def estimate(
+    memory_limit: Annotated[str, typer.Option(metavar="SIZE", help="Of the card.")] = "24GiB",
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="LxHxW", help="12x12x768; may be repeated. [default: the guide's rows]")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. plan.loss=chunked.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Of a search on such a card. [default: none, wide intervals]")
+    ] = None,
+) -> None:
+    """Predict the peak memory of shapes and micro batches on a card; needs no device.
+
+    GiB by micro batch: - lies beyond the limit, ? only a trial can tell."""
+    from autotune.report import table
+    from autotune.search import estimate as estimates
+    from autotune.search import memory_model
+
+    limit = parse_bytes(memory_limit)
+    known = memory_model.MemoryModel(device="cuda")
+    if calibration is not None:
+        known = memory_model.load(calibration / "memory_model.json" if calibration.is_dir() else calibration)
+    rows = estimates.estimate(known, estimates.candidates(model or [], tuple(assignments or ())), limit)
+    table.print_text(table.plain([estimates.cells(row, limit) for row in rows]))
+    print(estimates.certainty(known, rows))
+
+
+@app.command()
+def train(
+    candidate: CandidateArgument,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
+    max_tokens: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Stop after so many tokens: 300M. [default: as the recipe says]")
+    ] = None,
+    max_time: Annotated[str | None, typer.Option(metavar="TIME", help="Stop after this wall clock: 24h.")] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Begin with these weights: nanoGPT's ckpt.pt, a GPT-2 directory, a run."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Of the training. [default: RUN/train]")] = None,
+    device: Device = "auto",
+) -> None:
+    """Train a candidate to completion.
+
+    By the very step that was measured; the summary says whether speed and memory are as measured.
+    On several cards: torchrun --nproc-per-node 2 -m autotune train RUN."""
+    from autotune.config.toml import read_candidate
+    from autotune.train import settings, trainer
+
+    file, default_out = settings.locate(candidate)
+    asked = settings.TrainSettings(
+        file=read_candidate(file),
+        out=out or default_out,
+        device=device,
+        resume=resume,
+        init_from=init_from,
+        max_tokens=None if max_tokens is None else parse_count(max_tokens),
+        max_seconds=None if max_time is None else parse_duration(max_time),
+    )
+    if summary := trainer.train(asked):
+        print(settings.summary_text(summary))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Run, training directory or checkpoint.")
+    ],
+    to: Annotated[str, typer.Option(metavar="hf|nanogpt", help="For transformers, or for nanoGPT's own scripts.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new directory.")],
+) -> None:
+    """Write a trained model for other tools.
+
+    hf: a directory for GPT2LMHeadModel.from_pretrained. nanogpt: a ckpt.pt for sample.py and train.py."""
+    from autotune.train import exchange
+
+    if note := exchange.export(checkpoint, to, out):
+        print(f"note: {note}", file=sys.stderr)
+    print(out)
+
+
+@app.command()
+def sample(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Run, training directory or checkpoint.")],
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+    tokens: Annotated[int, typer.Option(help="Length at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw among so many likeliest tokens; 0: among all.")] = 200,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 1337,
+    device: Device = "auto",
+) -> None:
+    """Print text from a trained model."""
+    from autotune.environment import describe
+    from autotune.train.sample import sample as draw
+
+    place = describe(device).device
+    text = draw(checkpoint, prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, device=place)
+    print(text)
+
+
+@data.command()
+def prepare(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the shards go.")],
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="[SOURCE]", help="HuggingFaceFW/fineweb, a parquet, jsonl or text file, or a folder."),
+    ] = None,
+    from_python_docs: Annotated[
+        bool, typer.Option("--from-python-docs", help="The documentation inside Python: real English, no download.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="Subset of a dataset on the hub: sample-10BT.")] = None,
+    max_tokens: Annotated[str | None, typer.Option(metavar="COUNT", help="Stop after so many tokens: 300M.")] = None,
+    shard_tokens: Annotated[str, typer.Option(metavar="COUNT", help="Tokens of a full shard.")] = "100M",
+    workers: Annotated[int | None, typer.Option(help="Threads. [default: one a core]")] = None,
+) -> None:
+    """Turn text into shards of GPT-2 tokens.
+
+    After an interruption the same command goes on."""
+    from autotune.data import info as look
+    from autotune.data import prepare as making
+    from autotune.data.sources import PYTHON_DOCS
+    from autotune.report import facts, table
+
+    if (source is None) != from_python_docs:
+        raise typer.BadParameter("give either SOURCE or --from-python-docs")
+    settings = making.PrepareSettings(
+        source=source or PYTHON_DOCS,
+        out=out,
+        name=name,
+        max_tokens=None if max_tokens is None else parse_count(max_tokens),
+        shard_tokens=parse_count(shard_tokens),
+        workers=workers,
+    )
+    with making.stderr_progress() as show:
+        prepared = making.prepare(settings, show)
+    print(f"{out}: {prepared.outcome}", file=sys.stderr)
+    table.print_text(facts.data_facts(look.info(out)))
+
+
+@data.command()
+def info(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Data directory.")]) -> None:
+    """Say what a data directory holds."""
+    from autotune.data import info as look
+    from autotune.report import facts, table
+
+    table.print_text(facts.data_facts(look.info(directory)))
+
+
+@app.command()
+def kernels() -> None:
+    """List the kernels and why some are absent."""
+    from autotune.environment import probe
+    from autotune.report import doctor, table
+
+    table.print_text(doctor.kernel_table(probe()))
+
+
+@app.command(name="doctor")
+def doctor_command() -> None:
+    """Say what is here and what is missing, and why.
+
+    Exit code 1 where no search is possible."""
+    from autotune.report import doctor, table
+
+    checks = doctor.examine()
+    table.print_text(doctor.check_table(checks))
+    raise typer.Exit(0 if doctor.can_search(checks) else 1)

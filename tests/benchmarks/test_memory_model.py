@@ -1,0 +1,105 @@
+"""The memory model against measured peaks of compiled candidates that it was not calibrated with.
+
+    scripts/bench -k memory_model                     # calibrate by the recorded trials, measure 60 others
+    python tests/benchmarks/test_memory_model.py 120 1 FILE   # record 120 trials, drawn with seed 1
+
+Peaks on the CPU are exact and the same on every machine, so the recorded trials calibrate here as well.
+"""
+
+import json
+import random
+import statistics
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from autotune.config.candidate import Candidate, Plan, Recipe, Shape
+from autotune.config.tables import read_table
+from autotune.measure.memory import MemoryMeter
+from autotune.measure.types import MemoryView, TrialResult
+from autotune.measure.worker import live_bytes, resident_batches
+from autotune.model.step import build
+from autotune.search.memory_model import calibrate, predict
+
+RECORDED = Path(__file__).parents[2] / "results" / "reference" / "cpu-torch-2.13" / "memory_trials.jsonl"
+HELD_OUT = 60
+
+
+def draw(rng: random.Random) -> Candidate:
+    """A small candidate: any shape, micro batch and plan of the CPU's space."""
+    head_size = rng.choice([32, 64])
+    width, block = head_size * rng.choice([2, 3, 4, 5, 6]), rng.choice([64, 128, 256])
+    micro = min(rng.choice([1, 2, 3, 4, 6, 8, 12, 16]), 2048 // block)
+    shape = Shape(n_layer=rng.choice([1, 2, 3, 4, 6]), n_head=width // head_size, n_embd=width, block_size=block)
+    plan = Plan(
+        micro_batch_size=micro,
+        loss=rng.choice(["full", "chunked"]),
+        loss_chunk_tokens=min(rng.choice([128, 256, 512, 1024]), micro * block),
+        compile=rng.choice(["full", "full", "block", "block", "off"]),  # type: ignore[arg-type]
+        activation_checkpointing=rng.choice(["none", "none", "block"]),  # type: ignore[arg-type]
+        dtype=rng.choice(["bfloat16", "bfloat16", "float32"]),  # type: ignore[arg-type]
+        attention=rng.choice(["sdpa", "sdpa", "sdpa_math"]),
+    )
+    return Candidate(recipe=Recipe(shape=shape, global_batch_size=micro * rng.choice([1, 1, 2, 4])), plan=plan)
+
+
+def measure(candidate: Candidate) -> TrialResult:
+    """First and steady steps as a trial has them, in this process."""
+    torch._dynamo.reset()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    step = build(candidate, device)
+    batches = resident_batches(candidate, device, whole_step=False)
+    meter = MemoryMeter(device, lambda: live_bytes(step, batches))
+    with meter.stage("first_step"):
+        step.step(batches[:2], 0.0)
+    with meter.stage("steady"):
+        step.step(batches[:2], 1e-4)
+    return TrialResult(status="ok", phase="done", memory=meter.views())
+
+
+def recorded() -> list[tuple[Candidate, TrialResult]]:
+    rows = [json.loads(line) for line in RECORDED.read_text().splitlines()]
+    return [(read_table(Candidate, row["candidate"], "candidate"), peak(row["peak_allocated_bytes"])) for row in rows]
+
+
+def peak(allocated_bytes: int) -> TrialResult:
+    return TrialResult(status="ok", phase="done", memory={"steady": MemoryView(allocated_bytes=allocated_bytes)})
+
+
+@pytest.mark.benchmark(group="memory model")
+def test_prediction_error(benchmark) -> None:
+    known = recorded()
+    model = calibrate("cpu", known)
+    seen, rng, held_out = {candidate.id for candidate, _ in known}, random.Random(3), []
+    while len(held_out) < HELD_OUT:
+        candidate = draw(rng)
+        if candidate.id not in seen and candidate.plan.compile != "off":
+            held_out.append(candidate)
+    errors = []
+    for candidate in held_out:
+        allocated = measure(candidate).peak("allocated_bytes")
+        assert allocated is not None
+        errors.append(abs(predict(model, candidate).peak_allocated_bytes / allocated - 1))
+        print(f"{errors[-1]:7.2%}  {allocated / 2**20:8.1f} MiB  {asdict(candidate.plan)}", flush=True)
+    benchmark.extra_info |= {"median": statistics.median(errors), "worst": max(errors), "calibrated_by": len(known)}
+    print(f"\n{len(errors)} compiled candidates: median {statistics.median(errors):.2%}, worst {max(errors):.2%}")
+    benchmark(lambda: predict(model, held_out[0]))
+    assert statistics.median(errors) <= 0.03
+    assert max(errors) <= 0.10
+
+
+def record(count: int, seed: int, path: Path) -> None:
+    rng = random.Random(seed)
+    with path.open("a") as file:
+        for _ in range(count):
+            candidate = draw(rng)
+            allocated = measure(candidate).peak("allocated_bytes")
+            file.write(json.dumps({"candidate": asdict(candidate), "peak_allocated_bytes": allocated}) + "\n")
+            file.flush()
+
+
+if __name__ == "__main__":
+    record(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,122 @@
+"""A training against the bare step, and against forty SIGKILLs.
+
+    scripts/bench -k train
+"""
+
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from trainings import curve, settings, start
+
+from autotune.config.candidate import Candidate, Plan, Recipe, Shape
+from autotune.data.batches import open_batches
+from autotune.data.shards import write_shard
+from autotune.model.checkpoint import checkpoints
+from autotune.model.step import build
+from autotune.train.feed import Feed
+from autotune.train.processes import Processes
+from autotune.train.trainer import train
+
+KILLS = 40
+STEPS = 24
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    drawn = np.random.default_rng(0).zipf(1.3, 400_000) % 8192
+    write_shard(tmp_path / "x_val_000000.bin", drawn[:20_000])
+    write_shard(tmp_path / "x_train_000001.bin", drawn[20_000:])
+    return tmp_path
+
+
+@pytest.mark.benchmark(group="train")
+def test_a_training_is_as_fast_as_its_bare_step(benchmark: Any, text: Path, tmp_path: Path) -> None:
+    """Alternately and on the same batches: STEPS steps of a training (its own seconds between the rows of its log,
+    which hold fetching, logging and progress, but neither evaluation nor checkpoints), STEPS bare ones in a loop."""
+    recipe = Recipe(
+        shape=Shape(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=8192), data=str(text),
+        global_batch_size=16, max_iters=STEPS, eval_interval=STEPS, eval_iters=1, checkpoint_interval=STEPS,
+        log_interval=4,
+    )  # fmt: skip
+    candidate = Candidate(recipe=recipe, plan=Plan(micro_batch_size=8, dtype="bfloat16", loss="chunked"))
+    step = build(candidate, torch.device("cpu"))
+    source = open_batches(text, seed=recipe.seed, global_batch_size=16, block_size=128, vocab_size=8192)
+    feed = Feed(source, Processes(), candidate, step.device)
+    batches = [feed.batch(number) for number in range(STEPS)]
+
+    def bare() -> float:
+        seconds = []
+        for batch in batches:
+            began = time.perf_counter()
+            step.step(batch, 1e-4)
+            seconds.append(time.perf_counter() - began)
+        return recipe.tokens_per_step / statistics.median(seconds[4:])
+
+    def trained(name: str) -> float:
+        out = tmp_path / name
+        train(settings(recipe, out, candidate.plan))
+        rows = [line.split(",") for line in (out / "train_log.csv").read_text().splitlines()[1:]]
+        wall = {int(row[0]): float(row[-1]) for row in rows}
+        # from the row of step 4 to that of STEPS - 4: no evaluation, checkpoint or profiled step lies between
+        return recipe.tokens_per_step * (STEPS - 8) / (wall[STEPS - 4] - wall[4])
+
+    bare(), trained("warm")
+    pairs = [(trained(str(number)), bare()) for number in range(5)]
+    ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+    benchmark.extra_info["ratio"] = ratio
+    print(f"\n4 layers, 128 wide, 2 x 8 x 128 tokens, bfloat16, compiled, {torch.get_num_threads()} threads")
+    for ours, theirs in pairs:
+        print(f"train {ours:8,.0f} tokens/s   bare step {theirs:8,.0f}   ratio {ours / theirs:.3f}")
+    print(f"median ratio {ratio:.3f}")
+    benchmark.pedantic(lambda: step.step(batches[0], 1e-4), rounds=3)
+    feed.close()
+    assert ratio >= 0.98
+
+
+@pytest.mark.benchmark(group="train")
+def test_forty_kills_of_a_training_change_nothing(benchmark: Any, tmp_path: Path) -> None:
+    """SIGKILL at random moments: while torch loads, in a step, in an evaluation, in the middle of a checkpoint."""
+    walk = np.cumsum(np.random.default_rng(0).integers(1, 4, 24_000)) % 211
+    write_shard(tmp_path / "walk_val_000000.bin", walk[:4000])
+    write_shard(tmp_path / "walk_train_000001.bin", walk[4000:])
+    recipe = Recipe(
+        shape=Shape(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=256, dropout=0.1), data=str(tmp_path),
+        global_batch_size=7, max_iters=400, lr_decay_iters=400, warmup_iters=4, learning_rate=5e-3, eval_interval=10,
+        eval_iters=2, checkpoint_interval=3, log_interval=1,
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    train(settings(recipe, tmp_path / "whole"))
+    out, chance, reached = tmp_path / "killed", random.Random(0), []
+
+    def life(rows: int, seconds: float) -> None:
+        flags = ("--resume",) if (out / "train_log.csv").exists() else ()
+        process = start(recipe, out, flags=flags)
+        assert process.stderr is not None
+        while rows and "iteration" in process.stderr.readline():
+            rows -= 1
+        time.sleep(seconds)
+        process.kill()
+        process.communicate()
+        reached.append(len(curve(out)))
+
+    def lives() -> None:
+        life(5, 0.0)
+        for _ in range(KILLS - 1):
+            rows = chance.choice((0, 2, 5, 10, 15))
+            life(rows, chance.uniform(0.0, 0.1) if rows else chance.uniform(0.0, 4.0))
+        train(settings(recipe, out, resume=True))
+
+    benchmark.pedantic(lives, rounds=1)
+    print(f"\nkilled at iterations {reached}")
+    assert max(reached) < 400, "the last kill came after the end"
+    assert len(set(reached)) > KILLS // 3
+    assert curve(out) == curve(tmp_path / "whole")
+    ends = [checkpoints(one / "checkpoints")[-1] / "model.safetensors" for one in (out, tmp_path / "whole")]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+    assert [path for path in (out / "checkpoints").iterdir() if path.name.startswith(".")] == []

@@ -1,0 +1,287 @@
+"""The command line: frozen commands and options, instant help, one line for a mistake, the right exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from recorded_run import candidate, write_run
+
+import autotune
+from autotune import cli
+from autotune.errors import CheckpointError, NoFeasibleError
+
+ROOT = Path(autotune.__file__).parent.parent
+OPTIONS = {
+    "": ["--version", "--debug"],
+    "search": [
+        "--budget", "--objective", "--memory-limit", "--train-time", "--train-tokens", "--model", "--from", "--data",
+        "--choices", "--device", "--workers", "--storage", "--resume", "--seed", "--name", "--law", "--calibrate-loss",
+        "--dry-run",
+    ],
+    "report": ["RUN...", "--html", "--json", "--top", "--rebuild"],
+    "trial": ["RUN|TOML", "--set", "--device", "--json"],
+    "profile": ["TOML...", "--out", "--set", "--device"],
+    "estimate": ["--memory-limit", "--model", "--set", "--calibration"],
+    "train": ["RUN|TOML", "--resume", "--max-tokens", "--max-time", "--init-from", "--out", "--device"],
+    "export": ["RUN|CHECKPOINT", "--to", "--out"],
+    "sample": ["CHECKPOINT", "--prompt", "--tokens", "--temperature", "--top-k", "--seed", "--device"],
+    "kernels": [],
+    "doctor": [],
+    "data prepare": ["--out", "[SOURCE]", "--from-python-docs", "--name", "--max-tokens", "--shard-tokens",
+                     "--workers"],
+    "data info": ["DIR"],
+}  # fmt: skip
+
+
+def named(command: object) -> list[str]:
+    """Options by their flag, arguments by their metavar."""
+    parameters = [p for p in command.params if p.name != "help"]  # type: ignore[attr-defined]
+    return [p.opts[0] if p.param_type_name == "option" else p.metavar for p in parameters]
+
+
+def test_commands_and_options_are_frozen() -> None:
+    root = typer.main.get_command(cli.app)
+    found = {"": named(root)}
+    for name, command in root.commands.items():  # type: ignore[attr-defined]
+        inside = getattr(command, "commands", None)
+        below = {f"{name} {sub}": named(one) for sub, one in inside.items()} if inside else {name: named(command)}
+        found |= below
+    assert found == OPTIONS
+
+
+def start(*arguments: str, cwd: Path = ROOT, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *flags, "-m", "autotune", *arguments]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=variables, check=False)
+
+
+def test_help_is_instant() -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert start("--help").returncode == 0
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["search", "--help"], ["data", "prepare", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    told = start(*arguments, flags=("-X", "importtime"))
+    loaded = {line.rpartition("|")[2].strip() for line in told.stderr.splitlines()}
+    assert told.returncode == 0
+    assert "autotune.cli" in loaded
+    assert not loaded & {"torch", "pandas", "optuna", "matplotlib", "numpy", "rich.console", "tiktoken", "datasets"}
+
+
+def told_by(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code and the single line on stderr; nothing is on stdout."""
+    code = cli.run(list(arguments))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return code, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "Missing command (see `autotune --help`)"),
+        (["data"], "Missing command (see `autotune data --help`)"),
+        (["serach"], "Did you mean 'search'?"),
+        (["search", "--budegt", "1h"], "--budget"),
+        (["search", "--seed", "x"], "'--seed'"),
+        (["search", "--budget"], "'--budget' requires an argument"),
+        (["report"], "Missing argument 'RUN...'"),
+        (["report", "x", "--top", "0"], "'--top'"),
+        (["train", "a", "b"], "unexpected extra argument"),
+        (["export", "x", "--to", "hf"], "Missing option '--out'"),
+        (["data", "prepare", "x"], "Missing option '--out'"),
+        (["data", "prepare", "--out", "x"], "give either SOURCE or --from-python-docs"),
+        (["data", "prepare", "--out", "x", "y", "--from-python-docs"], "give either SOURCE or --from-python-docs"),
+    ],
+)
+def test_wrong_usage_is_two(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    code, text = told_by(capsys, *arguments)
+    assert code == 2
+    assert said in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["report", "nowhere"], "nowhere is not a directory; give a run"),
+        (["report", "."], "search.toml does not exist"),
+        (["report", "--rebuild", "."], "study.db"),
+        (["train", "nowhere"], "nowhere does not exist; give a run directory or a TOML file"),
+        (["train", "."], "best.toml does not exist; the run has no feasible trial yet"),
+        (["train", "x.toml", "--max-tokens", "many"], "x.toml does not exist"),
+        (["trial", "x.toml"], "x.toml does not exist"),
+        (["trial", "best.toml", "--set", "plan.los=full"], "did you mean 'loss'?"),
+        (["profile", "x.toml"], "x.toml does not exist"),
+        (["profile", "best.toml", "--set", "plan.los=full"], "did you mean 'loss'?"),
+        (["train", "best.toml", "--max-time", "soon"], "duration 'soon' is not understood"),
+        (["train", "best.toml", "--max-time", "1h", "--max-tokens", "1M"], "exclude each other"),
+        (["export", "nowhere", "--to", "hf", "--out", "x"], "nowhere holds no checkpoint"),
+        (["export", "nowhere", "--to", "gguf", "--out", "x"], "--to = 'gguf' is not known; allowed: hf, nanogpt"),
+        (["data", "info", "nowhere"], "nowhere"),
+        (["data", "prepare", "nowhere.txt", "--out", "x"], "nowhere.txt"),
+        (["data", "prepare", "--from-python-docs", "--out", "x", "--max-tokens", "lots"], "count 'lots'"),
+    ],
+)
+def test_a_mistake_is_one(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "best.toml" in arguments:
+        (write_run(tmp_path, best=candidate(8)) / "best.toml").rename("best.toml")
+    before = sorted(tmp_path.iterdir())
+    code, text = told_by(capsys, *arguments)
+    assert code == 1
+    assert said in text
+    assert sorted(tmp_path.iterdir()) == before  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (CheckpointError("damaged"), 1),
+        (NoFeasibleError("none"), 3),
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "full"), 1),
+        (ZeroDivisionError("x"), 1),
+    ],
+)
+def test_every_error_has_its_exit_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("autotune.report.run.load_run", fail)
+    assert told_by(capsys, "report", "x")[0] == code
+    assert cli.run(["report", "x", "--debug"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_report_on_stdout_json_as_one_object_and_files_named_on_stderr(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = write_run(tmp_path, best=candidate(24))
+    assert cli.run(["report", str(run)]) == 0
+    assert f"next: autotune train {run}" in capsys.readouterr().out
+    assert cli.run(["report", str(run), str(run), "--json", "--html"]) == 0
+    out, err = capsys.readouterr()
+    assert [one["best"]["trial"] for one in json.loads(out)["runs"]] == [6, 6]
+    assert f"wrote {run / 'report.html'}" in err
+
+
+def test_an_unwritable_run_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = write_run(tmp_path, best=candidate(24))
+    (run / "plots").write_text("")
+    code, text = told_by(capsys, "report", str(run), "--html")
+    assert (code, "plots cannot be written" in text) == (1, True)
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path, flags: list[str]) -> None:
+    run = write_run(tmp_path, best=candidate(24))
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "autotune", "report", str(run), *flags]
+    told = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
+    )
+    os.close(writing)
+    assert (told.returncode, told.stderr) == (0, b"")
+
+
+def test_sigterm_is_an_interruption(tmp_path: Path) -> None:
+    """main() turns it into KeyboardInterrupt, so that workers are killed and what is measured is kept."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from autotune import cli\n"
+        "def slow(*_):\n    os.kill(os.getpid(), signal.SIGTERM); time.sleep(10)\n"
+        "import autotune.report.run\nautotune.report.run.load_run = slow\n"
+        "sys.argv = ['autotune', 'report', 'x']\ncli.main()\n"
+    )
+    command = [sys.executable, "-c", code]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=30)
+    assert told.returncode == 130
+    assert told.stderr == "error: interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # importing the command line changes nothing
+
+
+class TestSearch:
+    """`search` up to the point where a device is needed: the machine is given, no torch is started."""
+
+    @pytest.fixture(autouse=True)
+    def here(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        from recorded_run import ENVIRONMENT
+
+        monkeypatch.setattr("autotune.environment.probe", lambda device: ENVIRONMENT)
+        monkeypatch.chdir(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--budget", "0"], "--budget 0 leaves no time"),
+            (["--budget", "soon"], "duration 'soon' is not understood"),
+            (["--objective", "los"], "did you mean 'loss'?"),
+            (["--memory-limit", "1TiB"], "--memory-limit"),
+            (["--memory-limit", "0"], "--memory-limit"),
+            (["--model", "12x12"], "--model '12x12' is not understood"),
+            (["--model", "12x12x768", "--from", "x.py"], "--from"),
+            (["--train-time", "1h", "--train-tokens", "1B"], "exclude each other"),
+            (["--from", "x.py"], "x.py"),
+            (["--name", "../x"], "--name '../x' is not the plain name of a directory"),
+            (["--data", "nowhere"], "--data nowhere is not a directory"),
+            (["--law", "hofmann"], "scaling law 'hofmann' is not known; did you mean 'hoffmann'?"),
+            (["--calibrate-loss"], "--calibrate-loss trains on your data to predict its loss; add --data"),
+            (["--resume", "nowhere"], "nowhere/search.toml does not exist"),
+            (["--resume", "x", "--seed", "3", "--name", "y"], "leave out --seed, --name"),
+            (["--resume", "x", "--choices", "compile=off"], "leave out --choices"),
+        ],
+    )
+    def test_mistakes_are_one(self, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+        code, text = told_by(capsys, "search", *arguments)
+        assert code == 1
+        assert said in text
+        assert list(Path().iterdir()) == []
+
+    def test_a_dry_run_prints_and_leaves_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.run(["search", "--dry-run", "--name", "x"]) == 0
+        assert "budget        1h00m" in capsys.readouterr().out
+        assert list(Path().iterdir()) == []
+
+    def test_results_that_cannot_be_made_are_told(self, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("results").write_text("a file where a folder belongs")
+        code, text = told_by(capsys, "search", "--name", "x", "--model", "12x12x768")
+        assert (code, "results/x cannot be made" in text) == (1, True)
+
+    def test_nothing_feasible_shows_the_report_and_is_three(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        from recorded_run import records
+
+        def fails(settings: object, directory: Path, here: object, **watched: object) -> None:
+            directory.parent.mkdir()
+            write_run(directory.parent, [r for r in records() if r.result.status != "ok"], name=directory.name)
+            raise NoFeasibleError("no feasible candidate among 3")
+
+        monkeypatch.setattr("autotune.search.run.search", fails)
+        assert cli.run(["search", "--name", "x", "--model", "12x12x768"]) == 3
+        out, err = capsys.readouterr()
+        assert "wanted 12.00 GiB" in out
+        assert err.splitlines()[-1] == "error: no feasible candidate among 3"
+        assert (tmp_path / "results" / "x" / "report.html").exists()

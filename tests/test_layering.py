@@ -1,0 +1,94 @@
+"""Imports point down only, and the process that searches never loads torch. Rules, not prose."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import autotune
+
+PACKAGE = Path(autotune.__file__).parent
+_COMMON = {"errors", "units", "environment", "config"}
+_MEASURE = {*_COMMON, "measure", "model", "data", "kernels"}
+ALLOWED = {
+    "errors": set[str](),
+    "units": {"errors"},
+    "config": {"errors", "units", "config", "kernels"},
+    "environment": {"errors", "units", "config"},
+    "kernels": {"kernels"},
+    "data": {*_COMMON, "data", "kernels"},
+    "model": {*_COMMON, "model", "kernels"},
+    "measure": _MEASURE,
+    "search": {*_MEASURE, "search"},
+    "train": {*_MEASURE, "train"},
+    "report": {*_MEASURE, "report"},
+    "cli": {*_MEASURE, "search", "train", "report"},
+    "__main__": {"cli"},
+}
+"""What each room may import of the package."""
+WITHOUT_TORCH = ("cli", "config", "errors", "report", "search", "units")
+"""Rooms in which torch is not imported even inside a function."""
+SEARCHING = ("environment", "measure.records", "measure.runner", "measure.types", "kernels.registry")
+"""Modules of other rooms that the searching process loads."""
+
+
+def modules() -> Iterator[tuple[str, str, Path]]:
+    """Room, dotted name and file of every module that exists."""
+    for path in sorted(PACKAGE.iterdir()):
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path] if path.suffix == ".py" else []
+        for file in files:
+            parts = file.relative_to(PACKAGE).with_suffix("").parts
+            if parts != ("__init__",):
+                yield parts[0], ".".join(parts).removesuffix(".__init__"), file
+
+
+def imported(source: str) -> Iterator[str]:
+    """Every module that a source text imports, at any depth of it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import of {node.module} in line {node.lineno}; write it in full"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_room_has_its_rule() -> None:
+    assert {room for room, _, _ in modules()} == set(ALLOWED)
+
+
+@pytest.mark.parametrize(("room", "name", "file"), [pytest.param(*found, id=found[1]) for found in modules()])
+def test_imports_point_down(room: str, name: str, file: Path) -> None:
+    del name
+    ours = [target.split(".") for target in imported(file.read_text()) if target.split(".")[0] == "autotune"]
+    rooms = {parts[1] for parts in ours if len(parts) > 1 and parts[1] != "__version__"}
+    assert rooms <= ALLOWED[room]
+
+
+@pytest.mark.parametrize(
+    ("room", "file"), [pytest.param(room, file, id=name) for room, name, file in modules() if room in WITHOUT_TORCH]
+)
+def test_searching_rooms_name_no_torch(room: str, file: Path) -> None:
+    del room
+    assert not {target.split(".")[0] for target in imported(file.read_text())} & {"torch", "triton"}
+
+
+def test_the_searching_process_loads_no_torch() -> None:
+    names = [name for room, name, _ in modules() if room in WITHOUT_TORCH] + list(SEARCHING)
+    code = "\n".join(f"import autotune.{name}" for name in names) + "\nimport sys; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert run.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import torch.nn", ["torch.nn"]),
+        ("def f():\n    from autotune.search import run", ["autotune.search.run"]),
+        ("if x:\n    import a, b.c as d", ["a", "b.c"]),
+    ],
+)
+def test_the_walker_sees_imports_at_any_depth(source: str, found: list[str]) -> None:
+    assert list(imported(source)) == found
