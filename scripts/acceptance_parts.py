@@ -1,0 +1,739 @@
+"""The parts of `scripts/gpu_acceptance`: what is measured, and when it counts as good.
+
+Every measurement goes through a public door of the project: a worker process by `run_trial`, the command line in a
+process of its own, or pytest. An item is one measurement; a part is a list of them.
+"""
+
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from autotune.config.candidate import Candidate, Plan, Recipe, Shape
+from autotune.config.presets import GUIDE, GuideRow
+from autotune.config.tables import read_table
+from autotune.config.toml import CandidateFile, format_candidate, parse_candidate
+from autotune.data.batches import synthetic_batch
+from autotune.data.shards import write_shard
+from autotune.environment import Environment
+from autotune.measure.runner import run_trial
+from autotune.measure.types import TrialRequest, TrialResult
+from autotune.search.memory_model import calibrate, predict
+from autotune.search.settings import resolve
+from autotune.search.space import build_space, every_candidate
+from autotune.units import GIB, format_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+Row = dict[str, Any]
+
+AIM_TOKENS_PER_SECOND = 550_000.0
+"""For GPT-2 124M on one H200; the public mark of this class there is 489k (modded-nanogpt, track 3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One measurement of a part."""
+
+    name: str
+    seconds: float
+    """It is not begun with less time than this left."""
+    measure: Callable[[], Row]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """The machine, and where its rows go."""
+
+    environment: Environment
+    directory: Path
+    rehearse: bool
+    deadline: float
+    """time.monotonic()"""
+
+    @property
+    def device(self) -> str:
+        return self.environment.device
+
+    def seconds(self, expected: float) -> float:
+        return 0.0 if self.rehearse else expected
+
+    def shape(self, n_layer: int, n_head: int, n_embd: int) -> Shape:
+        """The shape itself on a card, a tiny stand-in for it in a rehearsal."""
+        if self.rehearse:
+            return Shape(n_layer=1 + n_layer % 2, n_head=2, n_embd=64, block_size=64, vocab_size=512)
+        return Shape(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+
+    def candidate(self, shape: Shape, plan: Plan, sequences: int = 512) -> Candidate:
+        sequences = 8 if self.rehearse else sequences
+        micro = min(plan.micro_batch_size, sequences)
+        recipe = Recipe(shape=shape, global_batch_size=sequences)
+        chunk = min(plan.loss_chunk_tokens, micro * shape.block_size)
+        return Candidate(recipe=recipe, plan=replace(plan, micro_batch_size=micro, loss_chunk_tokens=chunk))
+
+    def trial(self, candidate: Candidate, limit: int | None = None, final: bool = False, **changes: Any) -> TrialResult:
+        """In a fresh worker process, its log kept beside the rows' folder, outside the references."""
+        left = max(20.0, self.deadline - time.monotonic())
+        request = TrialRequest(
+            candidate=candidate, device=self.device, result_path="", memory_limit_bytes=limit,
+            measure_seconds=0.3 if self.rehearse else 4.0, timeout_seconds=min(240.0, left), final=final,
+        )  # fmt: skip
+        log = ROOT / "results" / "acceptance-logs" / f"{candidate.id}.log"
+        return run_trial(replace(request, **changes), log)
+
+    def rows(self, part: str) -> list[Row]:
+        """What an earlier part recorded."""
+        path = self.directory / f"{part}.json"
+        return [row for row in json.loads(path.read_text())["rows"] if row["ok"]] if path.exists() else []
+
+    def autotune(self, *words: object) -> str:
+        """The command line in a process of its own, from the repository's root; its output."""
+        command = [sys.executable, "-m", "autotune", *map(str, words)]
+        variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        run = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise RuntimeError((run.stderr.strip().splitlines() or ["no output"])[-1])
+        return run.stdout
+
+    def others_note(self) -> str:
+        """That the card is not ours alone; empty if it is, or on the CPU."""
+        if self.device == "cpu":
+            return ""
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        held = total - free
+        busy = held > 2 * GIB
+        return f"{format_bytes(held)} of the card are in use by other processes: speeds will be too low" * busy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A row of PARTS."""
+
+    name: str
+    shows: str
+    items: Callable[[Bench], Iterable[Item]]
+    headline: Callable[[list[Row]], str]
+    """Of at least one row, for the summary."""
+    default: bool = True
+    """False: takes long, runs only when it is named (or rehearsed)."""
+    parallel: int = 1
+    """Items at the same time: more than one only where nothing is timed."""
+
+
+def measured(result: TrialResult) -> Row:
+    """What a row says of a trial."""
+    return {
+        "status": result.status,
+        "message": result.message,
+        "tokens_per_second": result.tokens_per_second,
+        "tokens_per_second_ci95": result.tokens_per_second_ci95,
+        "mfu": result.mfu,
+        "peak_allocated_bytes": result.peak("allocated_bytes"),
+        "peak_reserved_bytes": result.peak("reserved_bytes"),
+        "peak_device_bytes": result.peak("device_bytes"),
+        "num_alloc_retries": result.num_alloc_retries,
+        "compile_seconds": result.compile_seconds,
+    }
+
+
+EAGER = Plan(micro_batch_size=16, compile="off", loss="full", attention="sdpa", dtype="bfloat16")
+COMPILED = replace(EAGER, compile="full")
+CHUNKED = replace(COMPILED, loss="chunked", loss_chunk_tokens=8192)
+PLANS = {"plain nanoGPT, eager": EAGER, "plain nanoGPT, compiled": COMPILED, "chunked loss, compiled": CHUNKED}
+
+
+# --- tests ---------------------------------------------------------------------------------------
+
+
+def _pytest(words: list[str]) -> Callable[[Bench], Iterator[Item]]:
+    def items(bench: Bench) -> Iterator[Item]:
+        yield Item(name=" ".join(words), seconds=bench.seconds(60), measure=partial(_run_pytest, words))
+
+    return items
+
+
+def _run_pytest(words: list[str]) -> Row:
+    with TemporaryDirectory() as directory:
+        report = Path(directory) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *words]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if not report.exists():
+            raise RuntimeError((run.stdout + run.stderr).strip().splitlines()[-1])
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    kinds = {name: [case for case in cases if case.find(name) is not None] for name in ("failure", "error", "skipped")}
+    bad = [f"{case.get('classname')}.{case.get('name')}" for case in kinds["failure"] + kinds["error"]]
+    passed = len(cases) - len(bad) - len(kinds["skipped"])
+    return {"ok": not bad, "passed": passed, "failed": bad, "skipped": len(kinds["skipped"]), "message": "; ".join(bad)}
+
+
+def _tests_headline(rows: list[Row]) -> str:
+    return "; ".join(
+        f"{r.get('passed')} passed, {len(r.get('failed', []))} failed, {r.get('skipped')} skipped" for r in rows
+    )
+
+
+def _kernel_speed(bench: Bench) -> Iterator[Item]:
+    """The kernel benchmark's ratios, at the guide's size on a card."""
+    for test in ("test_attention",) if bench.rehearse else ("test_losses", "test_attention"):
+        yield Item(name=test, seconds=bench.seconds(150), measure=partial(_run_benchmark, test))
+
+
+def _run_benchmark(test: str) -> Row:
+    with TemporaryDirectory() as directory:
+        report = Path(directory) / "report.json"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/benchmarks/test_kernels.py"]
+        command += ["-k", test, "--benchmark-enable", "--benchmark-only", f"--benchmark-json={report}"]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise RuntimeError((run.stdout + run.stderr).strip().splitlines()[-1])
+        found = [benchmark["extra_info"] for benchmark in json.loads(report.read_text())["benchmarks"]]
+    return {f"{name}: {what}": value for info in found for name, pair in info.items() for what, value in pair.items()}
+
+
+# --- faults and limits -----------------------------------------------------------------------------
+
+
+def _faults(bench: Bench) -> Iterator[Item]:
+    """Each fault, and whether the next trial measures what one before all faults did."""
+    reference = bench.candidate(bench.shape(4, 4, 256), replace(CHUNKED, compile="block", micro_batch_size=8), 32)
+    first: list[TrialResult] = []
+
+    def before() -> Row:
+        first.append(bench.trial(reference))
+        return {**measured(first[0]), "ok": first[0].status == "ok"}
+
+    def unaffected(fault: Callable[[], TrialResult], *statuses: str) -> Row:
+        result = fault()
+        earlier = first[0] if first else bench.trial(reference)
+        after = bench.trial(reference)
+        same = after.peak("allocated_bytes") == earlier.peak("allocated_bytes")
+        row: Row = {"status": result.status, "message": result.message, "wanted_bytes": result.wanted_bytes}
+        row |= {"next_status": after.status, "next_peak_is_the_same": same}
+        if after.tokens_per_second and earlier.tokens_per_second:
+            row["next_speed_ratio"] = after.tokens_per_second / earlier.tokens_per_second
+        return {**row, "ok": result.status in statuses and after.status == "ok" and same}
+
+    def out_of_memory() -> TrialResult:
+        large = bench.candidate(bench.shape(12, 12, 768), replace(EAGER, micro_batch_size=64))
+        return bench.trial(large, limit=400 << 20 if bench.rehearse else 4 * GIB)
+
+    def fault(name: str, run: Callable[[], TrialResult], *statuses: str) -> Item:
+        return Item(name=name, seconds=bench.seconds(60), measure=partial(unaffected, run, *statuses))
+
+    yield Item(name="before all faults", seconds=bench.seconds(40), measure=before)
+    yield fault("out of memory", out_of_memory, "oom", "over_limit")
+    yield fault("a hang", partial(_signalled, bench, reference, signal.SIGSTOP), "timeout")
+    yield fault("a killed worker", partial(_signalled, bench, reference, signal.SIGKILL), "crashed")
+    yield fault("a corrupted context", lambda: _corrupted(bench, reference), "crashed")
+
+
+def _signalled(bench: Bench, candidate: Candidate, number: signal.Signals) -> TrialResult:
+    """A trial whose worker gets a signal two seconds after its start."""
+
+    def send() -> None:
+        for _ in range(100):
+            time.sleep(0.1)
+            found = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True, check=False)
+            for pid in map(int, found.stdout.split()):
+                if b"autotune.measure.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    time.sleep(2.0)  # into its build, where torch loads fast
+                    os.kill(pid, number)
+                    return
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    result = bench.trial(candidate, measure_seconds=60.0, timeout_seconds=25.0)
+    thread.join()
+    return result
+
+
+def _corrupted(bench: Bench, candidate: Candidate) -> TrialResult:
+    """The worker's interpreter first reads beyond a tensor on the device: on CUDA all that follows fails."""
+    kind = bench.device.partition(":")[0]
+    code = (
+        "import torch, runpy, sys; "
+        f"torch.zeros(4, device='{kind}')[torch.tensor([10**6], device='{kind}')]; "
+        "sys.argv = ['worker']; runpy.run_module('autotune.measure.worker', run_name='__main__')"
+    )
+    with TemporaryDirectory() as directory:
+        fake = Path(directory) / "python"
+        fake.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}"\n')
+        fake.chmod(0o755)
+        real, sys.executable = sys.executable, str(fake)
+        try:
+            return bench.trial(candidate)
+        finally:
+            sys.executable = real
+
+
+def _limits(bench: Bench) -> Iterator[Item]:
+    """A smaller card emulated on this one: what fits runs below the limit, what does not is told so."""
+    for gib in (2, 1) if bench.rehearse else (24, 16):
+        for fits in (True, False):
+            name = f"{gib} GiB, {'fits' if fits else 'does not fit'}"
+            yield Item(name=name, seconds=bench.seconds(40), measure=partial(_limit, bench, gib, fits))
+
+
+def _limit(bench: Bench, gib: int, fits: bool) -> Row:
+    plan = replace(CHUNKED, micro_batch_size=8) if fits else replace(EAGER, micro_batch_size=64)
+    shape = bench.shape(12, 12, 768)
+    if bench.rehearse and not fits:  # a gigabyte of logits and more
+        shape = replace(shape, vocab_size=1_000_000)
+    result = bench.trial(bench.candidate(shape, plan), limit=gib * GIB)
+    peak = result.peak("device_bytes") or 0
+    expected = ("ok",) if fits else ("oom", "over_limit")
+    held = peak <= gib * GIB
+    return {**measured(result), "limit_bytes": gib * GIB, "held": held, "ok": result.status in expected and held}
+
+
+# --- throughput, the promise, the breakdown --------------------------------------------------------
+
+MODELS = {"124M": (12, 12, 768), "354M": (24, 16, 1024)}
+
+
+def _throughput(bench: Bench) -> Iterator[Item]:
+    """Plain nanoGPT's plan eager and compiled, and the winner of a search, at half a million tokens a step."""
+    for model, sizes in MODELS.items():
+        for name in ("plain nanoGPT, eager", "plain nanoGPT, compiled"):
+            for micro in (16, 64):
+                plan = replace(PLANS[name], micro_batch_size=micro)
+                candidate = bench.candidate(bench.shape(*sizes), plan)
+                label = f"{model}: {name}, micro batch {micro}"
+                yield Item(name=label, seconds=bench.seconds(45), measure=partial(_good, bench, candidate))
+        yield Item(name=f"{model}: winner", seconds=bench.seconds(190), measure=partial(_winner, bench, model))
+        yield Item(
+            name=f"{model}: winner at micro batch 64", seconds=bench.seconds(45), measure=partial(_at_64, bench, model)
+        )
+
+
+def _good(bench: Bench, candidate: Candidate, **changes: Any) -> Row:
+    result = bench.trial(candidate, **changes)
+    return {**measured(result), "candidate": asdict(candidate), "ok": result.status == "ok"}
+
+
+def _winner(bench: Bench, model: str) -> Row:
+    """`autotune search` for three minutes over the plans of the shape."""
+    shape = bench.shape(*MODELS[model])
+    name, budget = f"acceptance-{model}-{time.time():.0f}", "150s" if bench.rehearse else "3m"
+    bench.autotune(
+        "search", "--device", bench.device, "--model", _in_words(shape), "--budget", budget,
+        "--data", synthetic_data(), "--name", name,
+    )  # fmt: skip
+    toml = (ROOT / "results" / name / "best.toml").read_text()
+    best = tomllib.loads(toml)
+    trials = len((ROOT / "results" / name / "trials.csv").read_text().splitlines()) - 1
+    return {"model": model, "trials": trials, **best["measured"], **best["plan"], "run": name, "toml": toml}
+
+
+def synthetic_data() -> Path:
+    """Shards of Zipf's law, enough for a hundred steps of half a million tokens: made once."""
+    directory = ROOT / "results" / "acceptance-data"
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, sequences in (("fineweb_val_000000.bin", 2_000), ("fineweb_train_000001.bin", 50_000)):
+        if not (directory / name).exists():
+            tokens, _ = synthetic_batch(
+                seed=len(name), step=0, global_batch_size=sequences, block_size=1024, vocab_size=50257
+            )
+            write_shard(directory / name, tokens.ravel())
+    return directory
+
+
+def _winner_candidate(bench: Bench, model: str) -> CandidateFile:
+    row = next((row for row in bench.rows("throughput") if row["item"] == f"{model}: winner"), None)
+    if row is None:
+        raise RuntimeError(f"no winner of {model} is recorded; run scripts/gpu_acceptance --only throughput")
+    return parse_candidate(row["toml"], "the winner")
+
+
+def _at_64(bench: Bench, model: str) -> Row:
+    """The winner's plan at micro batch 64, whose peak is held against the compiled plain plan's."""
+    candidate = _winner_candidate(bench, model).candidate
+    micro = min(64, candidate.recipe.global_batch_size)
+    row = _good(bench, replace(candidate, plan=replace(candidate.plan, micro_batch_size=micro)))
+    plain = next(
+        (r for r in bench.rows("throughput") if r["item"] == f"{model}: plain nanoGPT, compiled, micro batch 64"), None
+    )
+    if plain and row["peak_allocated_bytes"]:
+        row["peak_against_plain"] = row["peak_allocated_bytes"] / plain["peak_allocated_bytes"]
+    return {"model": model, **row}
+
+
+def _throughput_headline(rows: list[Row]) -> str:
+    """The winner's tokens/s, against the best compiled plain plan, for each model."""
+    words = []
+    for model in MODELS:
+        plain = [
+            r["tokens_per_second"]
+            for r in rows
+            if r["item"].startswith(f"{model}: plain nanoGPT, compiled") and r["ok"]
+        ]
+        best = [r["tokens_per_second"] for r in rows if r["item"] == f"{model}: winner" and r["ok"]]
+        if plain and best:
+            words.append(f"{model} {best[0]:,.0f} tokens/s, {best[0] / max(plain):.2f}x plain compiled")
+    return "; ".join(words)
+
+
+def _promise(bench: Bench) -> Iterator[Item]:
+    """The search's winner trained for sixty steps: tokens/s within 2 % of the verdict, peaks within 1 %."""
+    for model in MODELS:
+        yield Item(name=model, seconds=bench.seconds(150), measure=partial(_trained, bench, model))
+
+
+def _trained(bench: Bench, model: str) -> Row:
+    file = _winner_candidate(bench, model)
+    tokens = (10 if bench.rehearse else 60) * file.candidate.recipe.tokens_per_step
+    with TemporaryDirectory() as directory:
+        toml, out = Path(directory) / "winner.toml", Path(directory) / "train"
+        toml.write_text(format_candidate(file))
+        bench.autotune("train", toml, "--device", bench.device, "--out", out, "--max-tokens", tokens)
+        summary = json.loads((out / "summary.json").read_text())
+    kept = bench.rehearse or not summary["warnings"]  # a CPU shared with other programs promises nothing
+    numbers = {
+        key: summary[key] for key in ("tokens_per_second", "peak_allocated_bytes", "peak_device_bytes", "seconds")
+    }
+    return {"ok": kept, **numbers, "message": "; ".join(summary["comparison"])}
+
+
+def _breakdown(bench: Bench) -> Iterator[Item]:
+    """Where the winner's step spends the device's time."""
+    for model in MODELS:
+        yield Item(name=model, seconds=bench.seconds(60), measure=partial(_profiled, bench, model))
+
+
+def _profiled(bench: Bench, model: str) -> Row:
+    with TemporaryDirectory() as directory:
+        toml = Path(directory) / "winner.toml"
+        toml.write_text(format_candidate(_winner_candidate(bench, model)))
+        command = [sys.executable, str(ROOT / "scripts" / "step_breakdown"), str(toml), bench.device]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError((run.stderr.strip().splitlines() or ["no output"])[-1])
+    return dict(json.loads(run.stdout))
+
+
+def _breakdown_headline(rows: list[Row]) -> str:
+    return "; ".join(
+        f"{row['item']}: " + ", ".join(f"{k} {v:.0%}" for k, v in row["shares"].items()) for row in rows if row["ok"]
+    )
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+CALIBRATION, HELD_OUT = 40, 60
+
+
+def _memory(bench: Bench) -> Iterator[Item]:
+    """Compiled candidates drawn by chance; the first ones calibrate, the others are predicted."""
+    rng, counts = random.Random(7), (3, 3) if bench.rehearse else (CALIBRATION, HELD_OUT)
+    for role, count in zip(("calibration", "held out"), counts, strict=True):
+        for number in range(count):
+            candidate = _draw(rng, bench)
+            yield Item(name=f"{role} {number:02}", seconds=bench.seconds(60), measure=partial(_peaks, bench, candidate))
+
+
+def _draw(rng: random.Random, bench: Bench) -> Candidate:
+    head = rng.choice([64, 128])
+    heads = rng.choice([4, 6, 8, 12]) * 64 // head
+    shape = Shape(
+        n_layer=rng.choice([2, 4, 6, 8, 12]), n_head=heads, n_embd=heads * head, block_size=rng.choice([512, 1024])
+    )
+    if bench.rehearse:
+        shape = replace(bench.shape(shape.n_layer, 2, 64), n_layer=rng.choice([1, 2, 3]))
+    plan = Plan(
+        micro_batch_size=rng.choice([1, 2, 3, 4, 6, 8, 12, 16, 24]),
+        loss=rng.choice(["full", "chunked"]),
+        loss_chunk_tokens=rng.choice([1024, 2048, 4096, 8192]),
+        compile=rng.choice(["full", "block"]),
+        activation_checkpointing=rng.choice(["none", "none", "block"]),
+        attention="sdpa",
+        dtype="bfloat16",
+    )
+    return bench.candidate(shape, plan, plan.micro_batch_size * rng.choice([1, 2, 4]))
+
+
+def _peaks(bench: Bench, candidate: Candidate) -> Row:
+    result = bench.trial(candidate, measure_seconds=0.1)
+    rows = {"candidate": asdict(candidate), "result": asdict(result)}
+    return {**measured(result), **rows, "ok": result.status == "ok"}
+
+
+def _memory_error(bench: Bench) -> Iterator[Item]:
+    """The memory model's error over the held-out candidates of `memory_trials`."""
+    rows = bench.rows("memory_trials")
+    known = [_pair(row) for row in rows if row["item"].startswith("calibration")]
+    model = calibrate(bench.device.partition(":")[0], known, bench.environment)
+    for row in (row for row in rows if row["item"].startswith("held out")):
+        candidate, result = _pair(row)
+
+        def compare(candidate: Candidate = candidate, result: TrialResult = result) -> Row:
+            prediction = predict(model, candidate)
+            pairs = {
+                "allocated": (prediction.peak_allocated_bytes, result.peak("allocated_bytes")),
+                "device": (prediction.peak_device_bytes, result.peak("device_bytes")),
+            }
+            errors = {f"{view}_error": p / m - 1 for view, (p, m) in pairs.items() if m}
+            worst = max(abs(error) for error in errors.values())
+            return {
+                "predicted_peak_bytes": prediction.peak_allocated_bytes,
+                **errors,
+                "ok": bench.rehearse or worst <= 0.10,
+            }
+
+        yield Item(name=row["item"], seconds=0.0, measure=compare)
+
+
+def _pair(row: Row) -> tuple[Candidate, TrialResult]:
+    return read_table(Candidate, row["candidate"], "candidate"), read_table(TrialResult, row["result"], "result")
+
+
+def _error_headline(rows: list[Row]) -> str:
+    words = []
+    for view in ("allocated", "device"):
+        errors = [abs(row[f"{view}_error"]) for row in rows if f"{view}_error" in row]
+        if errors:
+            words.append(f"{view}: median {statistics.median(errors):.2%}, worst {max(errors):.1%} of {len(errors)}")
+    return "; ".join(words)
+
+
+def _guide(bench: Bench) -> Iterator[Item]:
+    """Each row of the guide as it stands, plain and with a chunked loss: does it fit the card it is meant for?"""
+    for row in GUIDE:
+        for name, plan in PLANS.items():
+            yield Item(
+                name=f"{row.card}: {name}", seconds=bench.seconds(40), measure=partial(_guide_row, bench, row, plan)
+            )
+
+
+def _guide_row(bench: Bench, row: GuideRow, plan: Plan) -> Row:
+    shape = bench.shape(row.shape.n_layer, row.shape.n_head, row.shape.n_embd)
+    plan = replace(plan, micro_batch_size=row.micro_batch_size)
+    result = bench.trial(bench.candidate(shape, plan, row.micro_batch_size * row.gradient_accumulation_steps))
+    peak, memory = result.peak("device_bytes"), row.memory_bytes or 12 * GIB
+    facts = {"claimed": row.claimed, "parameters": shape.parameters, "card_bytes": memory}
+    fits = None if peak is None else result.status == "ok" and peak <= memory
+    # a card too small for the row is an answer too
+    return {**facts, **measured(result), "fits": fits, "ok": result.status in ("ok", "oom", "over_limit")}
+
+
+def _guide_headline(rows: list[Row]) -> str:
+    fitting = {name: sum(bool(r.get("fits")) for r in rows if r["item"].endswith(name)) for name in PLANS}
+    return "rows that fit their card: " + ", ".join(f"{count} {name}" for name, count in fitting.items())
+
+
+def _largest(bench: Bench) -> Iterator[Item]:
+    """The largest micro batch of each of the guide's shapes that runs below an emulated limit."""
+    for row in GUIDE[:1] if bench.rehearse else GUIDE:
+        for name in ("plain nanoGPT, compiled", "chunked loss, compiled"):
+            for gib in (1,) if bench.rehearse else (24, 16):
+                yield Item(
+                    name=f"{row.card}: {name}, {gib} GiB",
+                    seconds=bench.seconds(120),
+                    measure=partial(_largest_micro_batch, bench, row, PLANS[name], gib * GIB),
+                )
+
+
+def _largest_micro_batch(bench: Bench, row: GuideRow, plan: Plan, limit: int) -> Row:
+    """Two small micro batches measured, the third predicted from them, then tried and moved until it is the last."""
+    shape = bench.shape(row.shape.n_layer, row.shape.n_head, row.shape.n_embd)
+    sequences = 8 if bench.rehearse else 512
+
+    def at(micro: int) -> Candidate:
+        return bench.candidate(shape, replace(plan, micro_batch_size=micro), sequences)
+
+    known = [(at(micro), bench.trial(at(micro), measure_seconds=0.1)) for micro in (2, 4)]
+    model = calibrate(bench.device.partition(":")[0], known, bench.environment)
+    fitting = [micro for micro in range(1, sequences) if predict(model, at(micro)).peak_device_bytes * 1.01 <= limit]
+    micro, best, failed = max(fitting, default=1), 0, sequences
+    result = known[0][1]
+    for _ in range(5):
+        tried = bench.trial(at(micro), limit=limit, measure_seconds=0.5)
+        if tried.status == "ok":
+            best, result = micro, tried
+        else:
+            failed = micro
+        if failed - best <= max(1, best // 50):
+            break
+        micro = best + max(1, best // 50) if tried.status == "ok" else micro - max(1, micro // 50)
+        if not 0 < micro < sequences:
+            break
+    facts = {"limit_bytes": limit, "largest_micro_batch": best, "smallest_that_failed": failed}
+    return {**measured(result), **facts, "ok": best > 0}
+
+
+# --- the search on the card ------------------------------------------------------------------------
+
+
+SEARCHED = (
+    "micro_batch_size=8,16,24,32,48,64", "loss=full,chunked", "loss_chunk_tokens=2048,8192",
+    "activation_checkpointing=none,block", "compile=off,full,block", "attention=sdpa,sdpa_flash", "allocator=default",
+)  # fmt: skip
+"""Some 200 plans of 124M."""
+
+
+def _exhaustive(bench: Bench) -> Iterator[Item]:
+    """Every plan of the space `SEARCHED`, in an order of chance: what searches can be replayed against."""
+    shape, choices = bench.shape(12, 12, 768), () if bench.rehearse else SEARCHED
+    settings = resolve(bench.environment, model=_in_words(shape), choices=choices)
+    found = every_candidate(build_space(settings, bench.environment))
+    order = random.Random(0).sample(list(found.values()), len(found))
+    for candidate in order[:3] if bench.rehearse else order:
+        yield Item(name=candidate.id, seconds=bench.seconds(60), measure=partial(_recorded, bench, candidate))
+
+
+def _in_words(shape: Shape) -> str:
+    """For --model."""
+    return f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}x{shape.block_size}"
+
+
+def _recorded(bench: Bench, candidate: Candidate) -> Row:
+    result = bench.trial(candidate, measure_seconds=2.0)
+    whole = {"candidate": asdict(candidate), "result": asdict(result)}
+    return {**measured(result), **whole, "ok": result.status in ("ok", "oom", "over_limit", "unsupported")}
+
+
+def _search_quality(bench: Bench) -> Iterator[Item]:
+    """A search of fifteen minutes over the space of `exhaustive`, against the best of it."""
+    yield Item(name="fifteen minutes", seconds=bench.seconds(910), measure=partial(_searched, bench))
+
+
+def _searched(bench: Bench) -> Row:
+    rows = bench.rows("exhaustive")
+    if not rows:
+        raise RuntimeError("no exhaustive table is recorded; run scripts/gpu_acceptance --only exhaustive")
+    minutes, name = 2.5 if bench.rehearse else 15.0, f"acceptance-quality-{time.time():.0f}"
+    choices = [word for choice in (() if bench.rehearse else SEARCHED) for word in ("--choices", choice)]
+    model = _in_words(bench.shape(12, 12, 768))
+    bench.autotune(
+        "search",
+        "--device",
+        bench.device,
+        "--model",
+        model,
+        "--budget",
+        f"{minutes * 60:.0f}s",
+        "--name",
+        name,
+        *choices,
+    )
+    run = ROOT / "results" / name
+    best = parse_candidate((run / "best.toml").read_text(), "the winner")
+    trials = len((run / "trials.csv").read_text().splitlines()) - 1
+    row = {"trials": trials, "trials_an_hour": trials * 60 / minutes, **best.measured}
+    if bench.rehearse:  # three trials are no table
+        return row
+    speeds = {row["item"]: row["tokens_per_second"] or 0.0 for row in rows}
+    regret = 1 - speeds[best.candidate.id] / max(speeds.values())
+    return {**row, "regret": regret, "ok": regret <= 0.02}
+
+
+def _quality_headline(rows: list[Row]) -> str:
+    return "; ".join(
+        f"{r['trials_an_hour']:.0f} trials an hour, regret {r.get('regret', 0):.1%}" for r in rows if r["ok"]
+    )
+
+
+def _trials_headline(rows: list[Row]) -> str:
+    speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
+    return f"{len(rows)} trials, best {max(speeds):,.0f} tokens/s" if speeds else f"{len(rows)} trials"
+
+
+def _ratio(part: str) -> Callable[[list[Row]], str]:
+    return lambda rows: f"{sum(row['ok'] for row in rows)} of {len(rows)} {part}"
+
+
+PARTS = (
+    Part(
+        name="kernels",
+        shows="every kernel row against float64",
+        items=_pytest(["tests/kernels", "-m", "gpu"]),
+        headline=_tests_headline,
+    ),
+    Part(
+        name="tests",
+        shows="the other tests that need a card",
+        items=_pytest(["tests/measure", "tests/model", "tests/train", "-m", "gpu"]),
+        headline=_tests_headline,
+    ),
+    Part(
+        name="faults",
+        shows="a fault costs its own trial and nothing else",
+        items=_faults,
+        headline=_ratio("faults left the next trial as it was"),
+    ),
+    Part(
+        name="kernel_speed",
+        shows="every kernel row against torch's own, in seconds and bytes",
+        items=_kernel_speed,
+        headline=_ratio("benchmarks ran"),
+    ),
+    Part(name="limits", shows="emulated smaller cards", items=_limits, headline=_ratio("limits held")),
+    Part(
+        name="throughput",
+        shows="plain nanoGPT eager, compiled, and the search's winner",
+        items=_throughput,
+        headline=_throughput_headline,
+    ),
+    Part(
+        name="promise",
+        shows="what was measured is what is trained",
+        items=_promise,
+        headline=_ratio("trainings kept the promise"),
+    ),
+    Part(
+        name="memory_trials",
+        shows="peaks of candidates drawn by chance",
+        items=_memory,
+        headline=_ratio("measured"),
+        parallel=6,
+    ),
+    Part(
+        name="memory_error",
+        shows="the memory model's error on those held out",
+        items=_memory_error,
+        headline=_error_headline,
+    ),
+    Part(
+        name="breakdown",
+        shows="where the winner's step spends its time",
+        items=_breakdown,
+        headline=_breakdown_headline,
+    ),
+    Part(
+        name="guide", shows="the guide's rows on the cards they are meant for", items=_guide, headline=_guide_headline
+    ),
+    Part(
+        name="largest",
+        shows="largest micro batch below emulated limits",
+        items=_largest,
+        headline=_ratio("limits filled"),
+        default=False,
+    ),
+    Part(
+        name="exhaustive",
+        shows="every plan of a space of 124M",
+        items=_exhaustive,
+        headline=_trials_headline,
+        default=False,
+    ),
+    Part(
+        name="search_quality",
+        shows="a search against that table",
+        items=_search_quality,
+        headline=_quality_headline,
+        default=False,
+    ),
+)
