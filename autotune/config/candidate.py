@@ -44,8 +44,7 @@ class Shape:
             at_least(f"model.{name}", getattr(self, name), 1)
         if self.n_embd % self.n_head:
             raise ConfigError(
-                f"model.n_embd = {self.n_embd} is not a multiple of model.n_head = {self.n_head}; "
-                "change one of them"
+                f"model.n_embd = {self.n_embd} is not a multiple of model.n_head = {self.n_head}; change one of them"
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"model.dropout = {self.dropout} is not allowed; choose a number from 0 up to 1")

@@ -87,9 +87,7 @@ class BatchSource:
         windows = np.arange(index * batch_size, (index + 1) * batch_size) % self.validation_windows
         return self._gather(self.val, self._val_ends, windows)
 
-    def _gather(
-        self, shards: tuple[Shard, ...], ends: npt.NDArray[np.int64], windows: npt.NDArray[np.int64]
-    ) -> Batch:
+    def _gather(self, shards: tuple[Shard, ...], ends: npt.NDArray[np.int64], windows: npt.NDArray[np.int64]) -> Batch:
         rows = np.empty((len(windows), self.block_size + 1), dtype=np.int64)  # (B, T + 1)
         files = np.searchsorted(ends, windows, side="right")
         for file in np.unique(files):
@@ -152,9 +150,7 @@ def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def synthetic_batch(
-    *, seed: int, step: int, global_batch_size: int, block_size: int, vocab_size: int
-) -> Batch:
+def synthetic_batch(*, seed: int, step: int, global_batch_size: int, block_size: int, vocab_size: int) -> Batch:
     """For where there are no shards: x, y of (global_batch_size, block_size) from p(id) ~ 1 / (id + 2.7).
 
     That is the Zipf-Mandelbrot law. Its skew matters: the gradients of frequent tokens' embeddings collide

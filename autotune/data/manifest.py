@@ -86,9 +86,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         raise DataError(f"{path} cannot be read: {error}; delete {directory} and prepare again") from error
     version = table.get("version") if isinstance(table, dict) else None
     if version != MANIFEST_VERSION:
-        raise DataError(
-            f"{path} has version {version!r}, allowed is {MANIFEST_VERSION}; prepare another directory"
-        )
+        raise DataError(f"{path} has version {version!r}, allowed is {MANIFEST_VERSION}; prepare another directory")
     try:
         table.pop("totals", None)
         return Manifest(**table | {"shards": tuple(_record(row) for row in table["shards"])})

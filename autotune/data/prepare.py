@@ -339,9 +339,7 @@ def _drained(ahead: deque[Tokens], stream: Iterator[Tokens]) -> Iterator[Tokens]
     yield from stream
 
 
-def _packed(
-    split: Split, stream: Iterable[Tokens], shard_tokens: int, start: Position
-) -> Iterator[Packed]:
+def _packed(split: Split, stream: Iterable[Tokens], shard_tokens: int, start: Position) -> Iterator[Packed]:
     """Full shards (shard_tokens,) and a last shorter one; documents straddle them as in llm.c.
 
     The array is reused: a shard's tokens are valid until the next one is asked for.

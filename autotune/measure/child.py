@@ -1,6 +1,6 @@
 """Entry of every worker process: dies with its parent, loads torch ahead of its request, then runs its module.
 
-    python -m autotune.measure.child autotune.measure.worker [standby] < request.json
+python -m autotune.measure.child autotune.measure.worker [standby] < request.json
 """
 
 import ctypes

@@ -118,9 +118,7 @@ def run_profile(request: TrialRequest, directory: Path, log: Path) -> tuple[Tria
     return result, profile_from_json((directory / "profile.json").read_text())
 
 
-def _run(
-    module: str, request: TrialRequest, directory: Path, log: Path, standby: Standby | None = None
-) -> TrialResult:
+def _run(module: str, request: TrialRequest, directory: Path, log: Path, standby: Standby | None = None) -> TrialResult:
     """What became of a worker whose files go to `directory`."""
     started_at, started = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     inside = replace(request, result_path=str(directory / "result.json"))

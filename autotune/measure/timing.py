@@ -37,9 +37,7 @@ def summarise(seconds: Sequence[float]) -> Timing:
     if count == 1:
         return Timing(median=median, ci95=median, samples=1)
     if count in _STUDENT:
-        return Timing(
-            median=median, ci95=_STUDENT[count] * statistics.stdev(ordered) / math.sqrt(count), samples=count
-        )
+        return Timing(median=median, ci95=_STUDENT[count] * statistics.stdev(ordered) / math.sqrt(count), samples=count)
     spread = 1.96 * math.sqrt(count) / 2
     low = max(0, math.floor(count / 2 - spread))
     high = min(count - 1, math.ceil(count / 2 + spread) - 1)

@@ -33,6 +33,9 @@ from autotune.model.step import TrainStep, build, compile_cache
 
 CYCLE = 4
 """Micro steps before each optimizer step while timing; a longer accumulation is composed from them."""
+COMPILING_STEPS = 2
+"""Dynamo guards on autograd's state, which is another one inside a first call than in all later ones: an operator
+that compiles a part of itself is compiled twice."""
 LOSS_TOLERANCE = 0.3
 """Nats by which the first loss may differ from what the initialisation gives."""
 REPEAT_FAVOUR = 1.3
@@ -86,10 +89,8 @@ def run(request: TrialRequest, report: Report) -> None:
     report.enter(phase="compile", first_loss=first_loss)
     started = time.perf_counter()
     with meter.stage("first_step"):
-        step.step(batches[:2], 0.0)
-        # Dynamo guards on autograd's state, which is another one inside a first call than in all later ones:
-        # an operator that compiles a part of itself is compiled twice
-        step.step(batches[:2], 0.0)
+        for _ in range(COMPILING_STEPS):
+            step.step(batches[:2], 0.0)
     hits, misses = compile_cache() or (None, None)
     report.enter(
         phase="warmup",

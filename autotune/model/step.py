@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
@@ -19,6 +20,9 @@ from autotune.kernels import registry
 from autotune.model.gpt import GPT
 from autotune.model.optim import make_optimizer
 from autotune.model.recompute import budget, compile_blocks, run_block
+
+RECOMPILE_LIMIT = 32
+"""Versions of one code (sizes, training or evaluation) that a process may compile; one more is an error."""
 
 
 class TrainStep:
@@ -200,6 +204,9 @@ def _compiled(model: GPT, candidate: Candidate) -> Callable[..., Tensor]:
     plan = candidate.plan
     if plan.compile != "off":
         drop_torn_libraries(compile_cache_dir())
+        # past torch's limit of 8, one more version of a code would silently run uncompiled, in far more memory
+        dynamo_config.recompile_limit = RECOMPILE_LIMIT
+        dynamo_config.fail_on_recompile_limit_hit = True
     compiler: Callable[..., Any] = partial(torch.compile, dynamic=False)
     if plan.loss == "auto_chunker":
         from autotune.kernels.loss_auto_chunker import compile_in_chunks

@@ -244,8 +244,11 @@ def as_json(run: Run) -> dict[str, Any]:
         "measured": dict(run.measured) or None,
         "baseline": baseline,
         "gain": vars(gain(best, baseline)) if best and baseline else None,
-        "review": run.review and asdict(run.review) | {
-            "overhead": run.review.overhead, "trials_per_hour": run.review.trials_per_hour,
+        "review": run.review
+        and asdict(run.review)
+        | {
+            "overhead": run.review.overhead,
+            "trials_per_hour": run.review.trials_per_hour,
         },
         "trade_offs": [row["trial"] for row in trade_offs(run)],
         "failures": [vars(failure) for failure in failures(run)],

@@ -123,4 +123,3 @@ def _gain(winner: TrialRecord, baseline: TrialRecord | None, maximise: bool) -> 
     if baseline is None or winner.objective is None or baseline.objective is None:
         return None
     return winner.objective / baseline.objective if maximise else baseline.objective - winner.objective
-

@@ -14,7 +14,7 @@ from autotune.data.batches import BatchSource, open_batches
 from autotune.environment import Environment, describe
 from autotune.errors import AutotuneError, InterruptedByUser
 from autotune.measure.types import Stage, cache_text
-from autotune.measure.worker import out_of_memory
+from autotune.measure.worker import COMPILING_STEPS, out_of_memory
 from autotune.model.checkpoint import TrainState, checkpoints, save_checkpoint
 from autotune.model.optim import learning_rate
 from autotune.model.step import TrainStep, build, compile_cache
@@ -110,13 +110,13 @@ class Training:
 
     def _train(self, asked: Callable[[], bool]) -> StoppedBy:
         while True:
-            stage: Stage = "first_step" if self.iteration == self.first else "steady"
+            stage: Stage = "first_step" if self.iteration < self.first + COMPILING_STEPS else "steady"
             boundary, stop = self._boundary(stage), _GO_ON
             with self.record.measured(stage):
                 while self.iteration < boundary and stop == _GO_ON:
                     self._one_step()
                     stop = self._stop(asked)
-            if stage == "first_step" and (compiled := compile_cache()):
+            if self.iteration == self.first + COMPILING_STEPS and (compiled := compile_cache()):
                 self.progress.note(f"compiled, with {cache_text(*compiled)} from the compile cache")
             if self._went_bad():
                 continue
@@ -181,7 +181,7 @@ class Training:
 
     def _boundary(self, stage: Stage) -> int:
         """The iteration up to which nothing but steps is to be done."""
-        if stage not in self.record.meter.views():
+        if stage == "first_step" or stage not in self.record.meter.views():
             return self.iteration + 1
         intervals = (self.recipe.log_interval, self.recipe.eval_interval, self.recipe.checkpoint_interval)
         return min(self.recipe.max_iters, *((self.iteration // interval + 1) * interval for interval in intervals))
@@ -190,9 +190,7 @@ class Training:
         """Look at the steps since the last look. After a bad one: back to the newest checkpoint, and past its data."""
         losses: list[float] = self.group.total(torch.stack([loss for loss, _, _ in self.pending])).tolist()
         first = self.iteration - len(self.pending)
-        self.values = [
-            (loss, norm.item(), lr) for loss, (_, norm, lr) in zip(losses, self.pending, strict=True)
-        ]
+        self.values = [(loss, norm.item(), lr) for loss, (_, norm, lr) in zip(losses, self.pending, strict=True)]
         self.pending.clear()
         scaled = self.step.scaler.is_enabled()  # such a step leaves the weights alone where the norm is no number
         for number, (loss, norm, _) in enumerate(self.values, first + 1):

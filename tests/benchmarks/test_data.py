@@ -56,7 +56,5 @@ def test_training_batches(benchmark: Any, tmp_path: Path) -> None:
 def test_synthetic_batches(benchmark: Any) -> None:
     steps = iter(range(1_000_000))
     benchmark(
-        lambda: synthetic_batch(
-            seed=1, step=next(steps), global_batch_size=64, block_size=1024, vocab_size=50304
-        )
+        lambda: synthetic_batch(seed=1, step=next(steps), global_batch_size=64, block_size=1024, vocab_size=50304)
     )

@@ -1,6 +1,6 @@
 """A training against the bare step, and against forty SIGKILLs.
 
-    scripts/bench -k train
+scripts/bench -k train
 """
 
 import random

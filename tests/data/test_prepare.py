@@ -128,9 +128,7 @@ def stop_at(count: int, before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("shard_tokens", [400, 1700, 10_000])  # 8 shards; rather small; small
-def test_resuming_after_any_file_gives_the_same_bytes(
-    source: Path, tmp_path: Path, shard_tokens: int
-) -> None:
+def test_resuming_after_any_file_gives_the_same_bytes(source: Path, tmp_path: Path, shard_tokens: int) -> None:
     options = {"shard_tokens": shard_tokens, "max_tokens": 3001}
     prepare(wanted(source, tmp_path / "whole", **options))
     files = 2 * len(list((tmp_path / "whole").glob("*.bin"))) + 2
@@ -239,9 +237,7 @@ def test_a_finished_directory_is_left_alone_and_a_damaged_one_mended(source: Pat
         ({"name": "x"}, "name None, now 'x'"),
     ],
 )
-def test_other_settings_are_refused(
-    source: Path, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_other_settings_are_refused(source: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     prepare(wanted(source, tmp_path / "out"))
     before = contents(tmp_path / "out")
     with pytest.raises(DataError, match=f"{message}; nothing was touched"):

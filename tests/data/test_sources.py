@@ -141,9 +141,7 @@ def test_damaged_files_name_the_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["nowhere", "./a/b", "data/x.jsonl", "a/b/c", ""])
-def test_an_unknown_source_says_what_is_allowed(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_source_says_what_is_allowed(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="allowed: owner/name on the hub"):
         find_source(source)

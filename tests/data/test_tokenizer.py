@@ -60,8 +60,6 @@ def test_no_network_and_the_user_s_cache_is_left_alone(tmp_path: Path) -> None:
         "print(encode('hello').tolist(), os.environ['TIKTOKEN_CACHE_DIR'], 'torch' in sys.modules)\n"
     )
     environment = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path)}
-    shown = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert shown.stdout.split() == ["[31373]", str(tmp_path), "False"]
     assert not list(tmp_path.iterdir())

@@ -46,8 +46,14 @@ COMPILED = [
     replace(REFERENCE, compile="block", activation_checkpointing="selective"),
     replace(REFERENCE, compile="block", activation_checkpointing="budget_0.5"),
     replace(REFERENCE, compile="block", activation_checkpointing="every_2", dtype="bfloat16"),
-    replace(REFERENCE, compile="block", activation_checkpointing="block", dtype="bfloat16", loss="chunked",
-            loss_chunk_tokens=50),
+    replace(
+        REFERENCE,
+        compile="block",
+        activation_checkpointing="block",
+        dtype="bfloat16",
+        loss="chunked",
+        loss_chunk_tokens=50,
+    ),
     replace(REFERENCE, compile="block", loss="auto_chunker", loss_chunk_tokens=112),
 ]
 

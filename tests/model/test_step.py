@@ -202,9 +202,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
 
 def test_warmup_stable_decay() -> None:
     """Up in ten steps, level to eight tenths of lr_decay_iters, in a straight line to min_lr, and level again."""
-    recipe = Recipe(
-        schedule="wsd", learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=100, decay_share=0.2
-    )
+    recipe = Recipe(schedule="wsd", learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=100, decay_share=0.2)
     rates = [learning_rate(recipe, i) for i in range(120)]
     assert rates[:10] == [(i + 1) / 11 for i in range(10)]
     assert rates[10:81] == pytest.approx([1.0] * 71)
@@ -212,3 +210,15 @@ def test_warmup_stable_decay() -> None:
     assert rates[100:] == [0.1] * 20
     with pytest.raises(ConfigError, match=r"training\.decay_share = 0\.0 must lie in \(0, 1\]"):
         replace(recipe, decay_share=0.0)
+
+
+def test_one_more_version_of_a_code_than_torch_likes_is_still_compiled() -> None:
+    """torch's own limit is 8; past it, code would run uncompiled without a word in the results."""
+    step = build(
+        Candidate(recipe=RECIPE, plan=replace(PLAIN, compile="block", loss="chunked", loss_chunk_tokens=32)), CPU
+    )
+    before = counters["stats"]["unique_graphs"]
+    for rows in range(1, 11):
+        hidden, targets = torch.zeros(rows, 64), torch.zeros(rows, dtype=torch.long)
+        assert step.model.loss(hidden, step.model.wte.weight, targets, 32).item() == pytest.approx(np.log(256))
+    assert counters["stats"]["unique_graphs"] - before == 2 * 10  # the operator, and the softmax inside it

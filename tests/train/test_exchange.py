@@ -120,7 +120,7 @@ def test_a_training_begins_where_another_ended(recipe: Recipe, whole: tuple[Path
         losses.append(summary.validation_loss)
     assert losses[0] == losses[1]
     assert losses[0] == pytest.approx(whole[1].validation_loss, abs=1e-3)  # type: ignore[attr-defined]
-    assert f"init_from = \"{whole[0]}\"" in (tmp_path / "train-1" / "recipe.toml").read_text()
+    assert f'init_from = "{whole[0]}"' in (tmp_path / "train-1" / "recipe.toml").read_text()
 
 
 def test_mistakes_leave_nothing(tmp_path: Path) -> None:
