@@ -26,8 +26,9 @@ from autotune.search.calibrate import calibrate_law
 from autotune.search.memory_model import MemoryModel, Prediction, calibrate, predict, save
 from autotune.search.objective import maximised, score, speed_needed
 from autotune.search.review import review
+from autotune.search.sampler import doubted
 from autotune.search.space import Space, baseline, build_space, guide_candidate, in_words
-from autotune.search.verdict import Verdict, decide, unconfirmed
+from autotune.search.verdict import Verdict, decide, searched, unconfirmed
 from autotune.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -255,6 +256,8 @@ def _confirm(run: _Run) -> list[str]:
     skipped: dict[str, str] = {}
     while True:
         waiting = unconfirmed(run.found, maximised(run.settings))
+        best_first = not any(record.role == "final" for record in run.found)  # should there be time for one only
+        waiting = waiting[:best_first] + _doubted(run) + waiting[best_first:]
         record = next((record for record in waiting if record.candidate.id not in skipped), None)
         if record is None:
             return list(skipped.values())
@@ -271,6 +274,13 @@ def _confirm(run: _Run) -> list[str]:
         final = _measure(run, trial, "final", record.candidate, allowance)
         if final.result.status == "interrupted":
             skipped[name] = f"trial {record.trial} was not confirmed: the budget ended first; give a larger --budget"
+
+
+def _doubted(run: _Run) -> list[TrialRecord]:
+    """The trial that was most likely disturbed, if there is one and it was not run again."""
+    again = {record.candidate.id for record in run.found if record.role == "final"}
+    names = [dimension.name for dimension in run.space.dimensions]
+    return [r for r in doubted(names, searched(run.found), run.settings)[:1] if r.candidate.id not in again]
 
 
 def _measure(run: _Run, trial: "optuna.Trial", role: Role, candidate: Candidate, allowance: Allowance) -> TrialRecord:

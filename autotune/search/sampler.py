@@ -55,6 +55,9 @@ _DOUBT = 0.01
 """Improvement, in standard deviations, that is expected of every candidate: where the model sees none, what surely
 fails must not look better than what surely works."""
 
+_SURPRISE = 2.0
+"""A trial so many standard deviations slower than all others say may have been disturbed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Kernel:
@@ -99,6 +102,30 @@ def propose(
         if worth > best:
             best, chosen = worth, pool[i]
     return chosen
+
+
+def doubted(names: Sequence[str], known: Sequence[TrialRecord], settings: SearchSettings) -> list[TrialRecord]:
+    """Trials that would be the best of all had they been as fast as all others say (each left out in turn: Rasmussen
+    and Williams, Gaussian Processes for Machine Learning, 5.4.2), the likeliest first. Another program that takes
+    the device for as long as a trial is timed leaves no other trace."""
+    timed = [record for record in known if record.objective is not None and record.result.tokens_per_second]
+    if not timed:
+        return []
+    apart = _distances([_knobs(record.candidate, names) for record in timed], len(timed))
+    kind, sign = settings.device.partition(":")[0], 1.0 if maximised(settings) else -1.0
+    answers = np.log([record.result.tokens_per_second or 1.0 for record in timed])
+    rest = answers - np.array([_expected(record.candidate, kind)[0] for record in timed])
+    rest -= np.median(rest)
+    lower, _, scale = _likeliest(apart, rest)[1]
+    whitened = np.linalg.inv(lower)
+    precision = (whitened**2).sum(0)
+    above = whitened.T @ (whitened @ rest) / precision  # what was measured, over what the others say
+    sd = np.sqrt(scale / precision)
+    at_best = np.exp(answers - above + sd).tolist()
+    best = max(sign * (record.objective or 0.0) for record in timed)
+    slow = np.flatnonzero(above < -_SURPRISE * sd)
+    worth = {i: sign * score(settings, timed[i].candidate, at_best[i]).objective for i in slow}
+    return [timed[i] for i in sorted(worth, key=lambda i: -worth[i]) if worth[i] > best]
 
 
 def _knobs(candidate: Candidate, names: Sequence[str]) -> list[float | str]:

@@ -141,6 +141,18 @@ def test_a_failed_confirmation_falls_back(tmp_path: Path) -> None:
     assert verdict.fell_through
 
 
+def test_a_disturbed_trial_is_measured_again_before_the_verdict(tmp_path: Path) -> None:
+    choices = ("attention=sdpa", "loss=full", "activation_checkpointing=none,block", "allocator=default")
+    asked = settings(budget="240s", choices=choices)
+    undisturbed = go(tmp_path / "first", Machine(), asked)
+    best, machine = undisturbed.winner.candidate, Machine()
+    result = undisturbed.winner.result
+    machine.results[best.id] = replace(result, tokens_per_second=0.6 * (result.tokens_per_second or 0.0))
+    verdict = go(tmp_path / "second", machine, asked)
+    assert verdict.winner.candidate == best
+    assert verdict.confirmed
+
+
 def test_the_guide_is_measured_where_shapes_are_searched(tmp_path: Path) -> None:
     machine = Machine()
     verdict = go(tmp_path / "run", machine, settings(model="", budget="60s"))

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import optuna
@@ -15,7 +16,11 @@ from autotune.measure.records import TrialRecord
 from autotune.measure.types import Status, TrialRequest, TrialResult
 from autotune.search import study as studies
 from autotune.search.objective import maximised, score
-from autotune.search.space import baseline, build_space
+from autotune.search.replay import Table, read_tables, speed
+from autotune.search.sampler import doubted
+from autotune.search.space import baseline, build_space, every_candidate
+
+RECORDED = Path(__file__).parents[2] / "results" / "reference" / "cpu-torch-2.13" / "trials.jsonl"
 
 Answer = Callable[[Candidate], TrialResult]
 
@@ -119,3 +124,27 @@ def test_the_same_records_give_the_same_candidate() -> None:
         assert found is not None
         chosen.append(found[1].id)
     assert chosen[0] == chosen[1]
+
+
+def test_a_disturbed_trial_is_doubted_and_no_other() -> None:
+    """Thirty of the recorded trials of real models, as a search would have chosen them; then the best at 0.6 of its
+    speed, as when another program runs beside it."""
+    table = read_tables(RECORDED)[-1]
+    names = [dimension.name for dimension in table.space.dimensions]
+    ranked = sorted(table.results, key=lambda name: -speed(table.results[name]))
+    noticed = 0
+    for seed in range(6):
+        rng = random.Random(seed)
+        drawn = dict.fromkeys(rng.sample(ranked[: len(ranked) // 2], 15) + rng.sample(ranked, 15))
+        records = [recorded(table, name) for name in drawn if speed(table.results[name])]
+        assert doubted(names, records, table.settings) == []
+        best = max(range(len(records)), key=lambda i: records[i].objective or 0.0)
+        records[best] = recorded(table, records[best].candidate.id, pace=0.6)
+        noticed += doubted(names, records, table.settings)[:1] == [records[best]]
+    assert noticed >= 4
+
+
+def recorded(table: Table, name: str, pace: float = 1.0) -> TrialRecord:
+    candidate, result = every_candidate(table.space)[name], table.results[name]
+    result = replace(result, tokens_per_second=pace * speed(result))
+    return TrialRecord(trial=0, role="search", candidate=candidate, result=result, objective=result.tokens_per_second)
