@@ -127,13 +127,15 @@ def test_trials_in_a_row_start_in_a_worker_that_has_loaded_torch(tmp_path: Path)
 
 
 def interrupted(work: Callable[[], object]) -> None:
-    """`work`, with Ctrl-C after a second."""
+    """`work`, with Ctrl-C after a second; a shell's background jobs ignore it from birth."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
     try:
         work()
     finally:
         timer.cancel()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_needing_more_than_the_limit_says_how_much(measured: TrialResult, tmp_path: Path) -> None:
