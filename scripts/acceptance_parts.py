@@ -15,12 +15,12 @@ import threading
 import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.presets import GUIDE, GuideRow
@@ -38,12 +38,16 @@ from autotune.units import GIB, format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
+Choice = TypeVar("Choice")
 
 AIM_TOKENS_PER_SECOND = 550_000.0
 """For GPT-2 124M on one H200; the public mark of this class there is 489k (modded-nanogpt, track 3)."""
 
+REHEARSED_MINUTES = 1.5
+"""Of a search: time for two or three trials on two cores."""
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True)
 class Item:
     """One measurement of a part."""
 
@@ -69,6 +73,10 @@ class Bench:
 
     def seconds(self, expected: float) -> float:
         return 0.0 if self.rehearse else expected
+
+    def some(self, choices: Sequence[Choice]) -> Sequence[Choice]:
+        """All of them on a card, the first in a rehearsal."""
+        return choices[:1] if self.rehearse else choices
 
     def shape(self, n_layer: int, n_head: int, n_embd: int) -> Shape:
         """The shape itself on a card, a tiny stand-in for it in a rehearsal."""
@@ -119,7 +127,7 @@ class Bench:
         return f"{format_bytes(held)} of the card are in use by other processes: speeds will be too low" * busy
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Part:
     """A row of PARTS."""
 
@@ -159,25 +167,36 @@ PLANS = {"plain nanoGPT, eager": EAGER, "plain nanoGPT, compiled": COMPILED, "ch
 # --- tests ---------------------------------------------------------------------------------------
 
 
-def _pytest(words: list[str]) -> Callable[[Bench], Iterator[Item]]:
+OTHER_TESTS = ("tests/measure", "tests/model", "tests/train")
+
+
+def _pytest(*paths: str) -> Callable[[Bench], Iterator[Item]]:
+    """The tests marked `gpu` in these folders."""
+
     def items(bench: Bench) -> Iterator[Item]:
-        yield Item(name=" ".join(words), seconds=bench.seconds(60), measure=partial(_run_pytest, words))
+        yield Item(" ".join(paths), bench.seconds(60), partial(_run_tests, paths))
 
     return items
 
 
-def _run_pytest(words: list[str]) -> Row:
-    with TemporaryDirectory() as directory:
-        report = Path(directory) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *words]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if not report.exists():
-            raise RuntimeError((run.stdout + run.stderr).strip().splitlines()[-1])
-        cases = list(ElementTree.parse(report).iter("testcase"))
+def _run_tests(paths: Iterable[str]) -> Row:
+    _, report = _pytest_report("--junit-xml", *paths, "-m", "gpu")
+    cases = list(ElementTree.fromstring(report).iter("testcase"))
     kinds = {name: [case for case in cases if case.find(name) is not None] for name in ("failure", "error", "skipped")}
     bad = [f"{case.get('classname')}.{case.get('name')}" for case in kinds["failure"] + kinds["error"]]
     passed = len(cases) - len(bad) - len(kinds["skipped"])
     return {"ok": not bad, "passed": passed, "failed": bad, "skipped": len(kinds["skipped"]), "message": "; ".join(bad)}
+
+
+def _pytest_report(kind: str, *words: str) -> tuple[bool, str]:
+    """Whether all passed, and what pytest writes into the file that `kind` asks for."""
+    with TemporaryDirectory() as directory:
+        report = Path(directory) / "report"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{kind}={report}", *words]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if not report.exists():
+            raise RuntimeError((run.stdout + run.stderr).strip().splitlines()[-1])
+        return run.returncode == 0, report.read_text()
 
 
 def _tests_headline(rows: list[Row]) -> str:
@@ -188,20 +207,16 @@ def _tests_headline(rows: list[Row]) -> str:
 
 def _kernel_speed(bench: Bench) -> Iterator[Item]:
     """The kernel benchmark's ratios, at the guide's size on a card."""
-    for test in ("test_attention",) if bench.rehearse else ("test_losses", "test_attention"):
-        yield Item(name=test, seconds=bench.seconds(150), measure=partial(_run_benchmark, test))
+    for test in bench.some(("test_attention", "test_losses")):
+        yield Item(test, bench.seconds(150), partial(_run_benchmark, test))
 
 
 def _run_benchmark(test: str) -> Row:
-    with TemporaryDirectory() as directory:
-        report = Path(directory) / "report.json"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/benchmarks/test_kernels.py"]
-        command += ["-k", test, "--benchmark-enable", "--benchmark-only", f"--benchmark-json={report}"]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if run.returncode:
-            raise RuntimeError((run.stdout + run.stderr).strip().splitlines()[-1])
-        found = [benchmark["extra_info"] for benchmark in json.loads(report.read_text())["benchmarks"]]
-    return {f"{name}: {what}": value for info in found for name, pair in info.items() for what, value in pair.items()}
+    words = ("tests/benchmarks/test_kernels.py", "-k", test, "--benchmark-enable", "--benchmark-only")
+    passed, report = _pytest_report("--benchmark-json", *words)
+    tables = [benchmark["extra_info"] for benchmark in json.loads(report)["benchmarks"]]
+    pairs = {f"{name}: {what}": v for info in tables for name, pair in info.items() for what, v in pair.items()}
+    return {**pairs, "ok": passed}
 
 
 # --- faults and limits -----------------------------------------------------------------------------
@@ -232,9 +247,9 @@ def _faults(bench: Bench) -> Iterator[Item]:
         return bench.trial(large, limit=400 << 20 if bench.rehearse else 4 * GIB)
 
     def fault(name: str, run: Callable[[], TrialResult], *statuses: str) -> Item:
-        return Item(name=name, seconds=bench.seconds(60), measure=partial(unaffected, run, *statuses))
+        return Item(name, bench.seconds(60), partial(unaffected, run, *statuses))
 
-    yield Item(name="before all faults", seconds=bench.seconds(40), measure=before)
+    yield Item("before all faults", bench.seconds(40), before)
     yield fault("out of memory", out_of_memory, "oom", "over_limit")
     yield fault("a hang", partial(_signalled, bench, reference, signal.SIGSTOP), "timeout")
     yield fault("a killed worker", partial(_signalled, bench, reference, signal.SIGKILL), "crashed")
@@ -285,7 +300,7 @@ def _limits(bench: Bench) -> Iterator[Item]:
     for gib in (2, 1) if bench.rehearse else (24, 16):
         for fits in (True, False):
             name = f"{gib} GiB, {'fits' if fits else 'does not fit'}"
-            yield Item(name=name, seconds=bench.seconds(40), measure=partial(_limit, bench, gib, fits))
+            yield Item(name, bench.seconds(40), partial(_limit, bench, gib, fits))
 
 
 def _limit(bench: Bench, gib: int, fits: bool) -> Row:
@@ -307,17 +322,15 @@ MODELS = {"124M": (12, 12, 768), "354M": (24, 16, 1024)}
 
 def _throughput(bench: Bench) -> Iterator[Item]:
     """Plain nanoGPT's plan eager and compiled, and the winner of a search, at half a million tokens a step."""
-    for model, sizes in MODELS.items():
+    for model, sizes in bench.some(list(MODELS.items())):
         for name in ("plain nanoGPT, eager", "plain nanoGPT, compiled"):
-            for micro in (16, 64):
+            for micro in bench.some((64, 16)):
                 plan = replace(PLANS[name], micro_batch_size=micro)
                 candidate = bench.candidate(bench.shape(*sizes), plan)
                 label = f"{model}: {name}, micro batch {micro}"
-                yield Item(name=label, seconds=bench.seconds(45), measure=partial(_good, bench, candidate))
-        yield Item(name=f"{model}: winner", seconds=bench.seconds(190), measure=partial(_winner, bench, model))
-        yield Item(
-            name=f"{model}: winner at micro batch 64", seconds=bench.seconds(45), measure=partial(_at_64, bench, model)
-        )
+                yield Item(label, bench.seconds(45), partial(_good, bench, candidate))
+        yield Item(f"{model}: winner", bench.seconds(190), partial(_winner, bench, model))
+        yield Item(f"{model}: winner at micro batch 64", bench.seconds(45), partial(_at_64, bench, model))
 
 
 def _good(bench: Bench, candidate: Candidate, **changes: Any) -> Row:
@@ -327,16 +340,20 @@ def _good(bench: Bench, candidate: Candidate, **changes: Any) -> Row:
 
 def _winner(bench: Bench, model: str) -> Row:
     """`autotune search` for three minutes over the plans of the shape."""
-    shape = bench.shape(*MODELS[model])
-    name, budget = f"acceptance-{model}-{time.time():.0f}", "150s" if bench.rehearse else "3m"
-    bench.autotune(
-        "search", "--device", bench.device, "--model", _in_words(shape), "--budget", budget,
-        "--data", synthetic_data(), "--name", name,
-    )  # fmt: skip
-    toml = (ROOT / "results" / name / "best.toml").read_text()
+    run, trials = _search(
+        bench, bench.shape(*MODELS[model]), REHEARSED_MINUTES if bench.rehearse else 3.0, "--data", synthetic_data()
+    )
+    toml = (run / "best.toml").read_text()
     best = tomllib.loads(toml)
-    trials = len((ROOT / "results" / name / "trials.csv").read_text().splitlines()) - 1
-    return {"model": model, "trials": trials, **best["measured"], **best["plan"], "run": name, "toml": toml}
+    return {"model": model, "trials": trials, **best["measured"], **best["plan"], "run": run.name, "toml": toml}
+
+
+def _search(bench: Bench, shape: Shape, minutes: float, *words: object) -> tuple[Path, int]:
+    """A search's directory, and how many trials it made."""
+    run = ROOT / "results" / f"acceptance-{_in_words(shape)}-{time.time():.0f}"
+    fixed = ("--device", bench.device, "--model", _in_words(shape), "--name", run.name)
+    bench.autotune("search", *fixed, "--budget", f"{60 * minutes:.0f}s", *words)
+    return run, len((run / "trials.csv").read_text().splitlines()) - 1
 
 
 def synthetic_data() -> Path:
@@ -389,8 +406,8 @@ def _throughput_headline(rows: list[Row]) -> str:
 
 def _promise(bench: Bench) -> Iterator[Item]:
     """The search's winner trained for sixty steps: tokens/s within 2 % of the verdict, peaks within 1 %."""
-    for model in MODELS:
-        yield Item(name=model, seconds=bench.seconds(150), measure=partial(_trained, bench, model))
+    for model in bench.some(list(MODELS)):
+        yield Item(model, bench.seconds(150), partial(_trained, bench, model))
 
 
 def _trained(bench: Bench, model: str) -> Row:
@@ -410,8 +427,8 @@ def _trained(bench: Bench, model: str) -> Row:
 
 def _breakdown(bench: Bench) -> Iterator[Item]:
     """Where the winner's step spends the device's time."""
-    for model in MODELS:
-        yield Item(name=model, seconds=bench.seconds(60), measure=partial(_profiled, bench, model))
+    for model in bench.some(list(MODELS)):
+        yield Item(model, bench.seconds(60), partial(_profiled, bench, model))
 
 
 def _profiled(bench: Bench, model: str) -> Row:
@@ -442,7 +459,7 @@ def _memory(bench: Bench) -> Iterator[Item]:
     for role, count in zip(("calibration", "held out"), counts, strict=True):
         for number in range(count):
             candidate = _draw(rng, bench)
-            yield Item(name=f"{role} {number:02}", seconds=bench.seconds(60), measure=partial(_peaks, bench, candidate))
+            yield Item(f"{role} {number:02}", bench.seconds(60), partial(_peaks, bench, candidate))
 
 
 def _draw(rng: random.Random, bench: Bench) -> Candidate:
@@ -493,7 +510,7 @@ def _memory_error(bench: Bench) -> Iterator[Item]:
                 "ok": bench.rehearse or worst <= 0.10,
             }
 
-        yield Item(name=row["item"], seconds=0.0, measure=compare)
+        yield Item(row["item"], 0.0, compare)
 
 
 def _pair(row: Row) -> tuple[Candidate, TrialResult]:
@@ -511,11 +528,9 @@ def _error_headline(rows: list[Row]) -> str:
 
 def _guide(bench: Bench) -> Iterator[Item]:
     """Each row of the guide as it stands, plain and with a chunked loss: does it fit the card it is meant for?"""
-    for row in GUIDE:
+    for row in bench.some(GUIDE):
         for name, plan in PLANS.items():
-            yield Item(
-                name=f"{row.card}: {name}", seconds=bench.seconds(40), measure=partial(_guide_row, bench, row, plan)
-            )
+            yield Item(f"{row.card}: {name}", bench.seconds(40), partial(_guide_row, bench, row, plan))
 
 
 def _guide_row(bench: Bench, row: GuideRow, plan: Plan) -> Row:
@@ -536,13 +551,13 @@ def _guide_headline(rows: list[Row]) -> str:
 
 def _largest(bench: Bench) -> Iterator[Item]:
     """The largest micro batch of each of the guide's shapes that runs below an emulated limit."""
-    for row in GUIDE[:1] if bench.rehearse else GUIDE:
+    for row in bench.some(GUIDE):
         for name in ("plain nanoGPT, compiled", "chunked loss, compiled"):
             for gib in (1,) if bench.rehearse else (24, 16):
                 yield Item(
-                    name=f"{row.card}: {name}, {gib} GiB",
-                    seconds=bench.seconds(120),
-                    measure=partial(_largest_micro_batch, bench, row, PLANS[name], gib * GIB),
+                    f"{row.card}: {name}, {gib} GiB",
+                    bench.seconds(120),
+                    partial(_largest_micro_batch, bench, row, PLANS[name], gib * GIB),
                 )
 
 
@@ -591,7 +606,7 @@ def _exhaustive(bench: Bench) -> Iterator[Item]:
     found = every_candidate(build_space(settings, bench.environment))
     order = random.Random(0).sample(list(found.values()), len(found))
     for candidate in order[:3] if bench.rehearse else order:
-        yield Item(name=candidate.id, seconds=bench.seconds(60), measure=partial(_recorded, bench, candidate))
+        yield Item(candidate.id, bench.seconds(60), partial(_recorded, bench, candidate))
 
 
 def _in_words(shape: Shape) -> str:
@@ -607,31 +622,18 @@ def _recorded(bench: Bench, candidate: Candidate) -> Row:
 
 def _search_quality(bench: Bench) -> Iterator[Item]:
     """A search of fifteen minutes over the space of `exhaustive`, against the best of it."""
-    yield Item(name="fifteen minutes", seconds=bench.seconds(910), measure=partial(_searched, bench))
+    yield Item("fifteen minutes", bench.seconds(910), partial(_searched, bench))
 
 
 def _searched(bench: Bench) -> Row:
     rows = bench.rows("exhaustive")
     if not rows:
         raise RuntimeError("no exhaustive table is recorded; run scripts/gpu_acceptance --only exhaustive")
-    minutes, name = 2.5 if bench.rehearse else 15.0, f"acceptance-quality-{time.time():.0f}"
-    choices = [word for choice in (() if bench.rehearse else SEARCHED) for word in ("--choices", choice)]
-    model = _in_words(bench.shape(12, 12, 768))
-    bench.autotune(
-        "search",
-        "--device",
-        bench.device,
-        "--model",
-        model,
-        "--budget",
-        f"{minutes * 60:.0f}s",
-        "--name",
-        name,
-        *choices,
+    minutes, choices = (REHEARSED_MINUTES, ()) if bench.rehearse else (15.0, SEARCHED)
+    run, trials = _search(
+        bench, bench.shape(12, 12, 768), minutes, *(word for choice in choices for word in ("--choices", choice))
     )
-    run = ROOT / "results" / name
     best = parse_candidate((run / "best.toml").read_text(), "the winner")
-    trials = len((run / "trials.csv").read_text().splitlines()) - 1
     row = {"trials": trials, "trials_an_hour": trials * 60 / minutes, **best.measured}
     if bench.rehearse:  # three trials are no table
         return row
@@ -651,89 +653,23 @@ def _trials_headline(rows: list[Row]) -> str:
     return f"{len(rows)} trials, best {max(speeds):,.0f} tokens/s" if speeds else f"{len(rows)} trials"
 
 
-def _ratio(part: str) -> Callable[[list[Row]], str]:
-    return lambda rows: f"{sum(row['ok'] for row in rows)} of {len(rows)} {part}"
+def _count(what: str) -> Callable[[list[Row]], str]:
+    return lambda rows: f"{sum(row['ok'] for row in rows)} of {len(rows)} {what}"
 
 
 PARTS = (
-    Part(
-        name="kernels",
-        shows="every kernel row against float64",
-        items=_pytest(["tests/kernels", "-m", "gpu"]),
-        headline=_tests_headline,
-    ),
-    Part(
-        name="tests",
-        shows="the other tests that need a card",
-        items=_pytest(["tests/measure", "tests/model", "tests/train", "-m", "gpu"]),
-        headline=_tests_headline,
-    ),
-    Part(
-        name="faults",
-        shows="a fault costs its own trial and nothing else",
-        items=_faults,
-        headline=_ratio("faults left the next trial as it was"),
-    ),
-    Part(
-        name="kernel_speed",
-        shows="every kernel row against torch's own, in seconds and bytes",
-        items=_kernel_speed,
-        headline=_ratio("benchmarks ran"),
-    ),
-    Part(name="limits", shows="emulated smaller cards", items=_limits, headline=_ratio("limits held")),
-    Part(
-        name="throughput",
-        shows="plain nanoGPT eager, compiled, and the search's winner",
-        items=_throughput,
-        headline=_throughput_headline,
-    ),
-    Part(
-        name="promise",
-        shows="what was measured is what is trained",
-        items=_promise,
-        headline=_ratio("trainings kept the promise"),
-    ),
-    Part(
-        name="memory_trials",
-        shows="peaks of candidates drawn by chance",
-        items=_memory,
-        headline=_ratio("measured"),
-        parallel=6,
-    ),
-    Part(
-        name="memory_error",
-        shows="the memory model's error on those held out",
-        items=_memory_error,
-        headline=_error_headline,
-    ),
-    Part(
-        name="breakdown",
-        shows="where the winner's step spends its time",
-        items=_breakdown,
-        headline=_breakdown_headline,
-    ),
-    Part(
-        name="guide", shows="the guide's rows on the cards they are meant for", items=_guide, headline=_guide_headline
-    ),
-    Part(
-        name="largest",
-        shows="largest micro batch below emulated limits",
-        items=_largest,
-        headline=_ratio("limits filled"),
-        default=False,
-    ),
-    Part(
-        name="exhaustive",
-        shows="every plan of a space of 124M",
-        items=_exhaustive,
-        headline=_trials_headline,
-        default=False,
-    ),
-    Part(
-        name="search_quality",
-        shows="a search against that table",
-        items=_search_quality,
-        headline=_quality_headline,
-        default=False,
-    ),
+    Part("kernels", "every kernel row against float64", _pytest("tests/kernels"), _tests_headline),
+    Part("tests", "the other tests that need a card", _pytest(*OTHER_TESTS), _tests_headline),
+    Part("faults", "a fault costs its own trial and nothing else", _faults, _count("left the next trial as it was")),
+    Part("kernel_speed", "every kernel row against torch's own, in seconds and bytes", _kernel_speed, _count("ran")),
+    Part("limits", "emulated smaller cards", _limits, _count("limits held")),
+    Part("throughput", "plain nanoGPT eager, compiled, and the search's winner", _throughput, _throughput_headline),
+    Part("promise", "what was measured is what is trained", _promise, _count("trainings kept the promise")),
+    Part("memory_trials", "peaks of candidates drawn by chance", _memory, _count("measured"), parallel=6),
+    Part("memory_error", "the memory model's error on those held out", _memory_error, _error_headline),
+    Part("breakdown", "where the winner's step spends its time", _breakdown, _breakdown_headline),
+    Part("guide", "the guide's rows on the cards they are meant for", _guide, _guide_headline),
+    Part("largest", "largest micro batch below emulated limits", _largest, _count("limits filled"), default=False),
+    Part("exhaustive", "every plan of a space of 124M", _exhaustive, _trials_headline, default=False),
+    Part("search_quality", "a search against that table", _search_quality, _quality_headline, default=False),
 )

@@ -13,7 +13,7 @@ from autotune.config.nanogpt import format_nanogpt
 from autotune.config.search import SearchSettings, write_settings
 from autotune.config.toml import CandidateFile, format_candidate, write_atomically
 from autotune.environment import Environment
-from autotune.errors import ConfigError
+from autotune.errors import ConfigError, InterruptedByUser
 from autotune.measure.records import TrialRecord, write_csv
 from autotune.search.objective import finish_recipe, training_tokens
 from autotune.search.verdict import Verdict, decide
@@ -104,6 +104,9 @@ def new_directory(run_dir: Path) -> Iterator[None]:
     except ConfigError:
         shutil.rmtree(run_dir)
         raise
+    except KeyboardInterrupt:  # only pilots take so long that somebody would
+        shutil.rmtree(run_dir)
+        raise InterruptedByUser("interrupted before the first trial; nothing is kept, start the search again") from None
 
 
 @contextlib.contextmanager

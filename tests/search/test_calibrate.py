@@ -9,11 +9,12 @@ import pytest
 from fake_machine import CUDA, Machine, settings
 
 from autotune.config.toml import read_candidate
-from autotune.errors import AutotuneError, ConfigError
-from autotune.measure.types import TrialResult
+from autotune.errors import AutotuneError, ConfigError, InterruptedByUser
+from autotune.measure.types import TrialRequest, TrialResult
 from autotune.search.budget import Budget
 from autotune.search.calibrate import calibrate_law, pilot_shapes
 from autotune.search.objective import law_of, predict_loss, raw_loss, score, unlimited
+from autotune.search.run import search
 from autotune.search.space import baseline
 
 SETTINGS = settings(CUDA, model="", budget="1h")
@@ -76,3 +77,12 @@ def test_a_loss_is_led_back_to_the_law(tmp_path: Path) -> None:
     for tokens in (1e7, 1e9, 1e11):
         assert unlimited(predict_loss(law, shape, tokens), shape) == pytest.approx(raw_loss(law, shape, tokens))
     assert unlimited(11.0, shape) == float("inf")
+
+
+def test_ctrl_c_in_a_pilot_leaves_nothing_that_could_not_go_on(tmp_path: Path) -> None:
+    def interrupted(request: TrialRequest, log: Path) -> TrialResult:
+        raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedByUser, match="start the search again"):
+        search(SETTINGS, tmp_path / "run", CUDA, measure=interrupted, calibrate_loss=True)
+    assert not (tmp_path / "run").exists()
