@@ -31,7 +31,6 @@ app = typer.Typer(name="autotune", rich_markup_mode=None, add_completion=False, 
 data = typer.Typer(rich_markup_mode=None, help="Make and inspect data directories.")
 app.add_typer(data, name="data")
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, for example results/<run>.")]
 CandidateArgument = Annotated[Path, typer.Argument(metavar="RUN|TOML", help="Run directory or candidate file.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda:0, or auto: the first CUDA device, else the CPU.")]

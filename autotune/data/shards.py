@@ -23,7 +23,6 @@ Tokens: TypeAlias = npt.NDArray[np.uint16]
 Shard: TypeAlias = np.memmap[Any, np.dtype[np.uint16]]
 
 _PREPARE = "make one with `autotune data prepare SOURCE --out DIR`"
-_CHUNK = 1 << 24  # tokens looked at in one go: 32 MiB
 
 
 def write_shard(path: Path, tokens: npt.ArrayLike) -> str:
@@ -122,13 +121,6 @@ def open_split(directory: Path, split: Split) -> list[Shard]:
         kind = "training" if split == "train" else "validation"
         raise DataError(f"{directory} holds no {kind} tokens (*_{split}_*.bin or {split}.bin); {_PREPARE}")
     return shards
-
-
-def check_token_ids(shards: Sequence[Shard], vocab_size: int) -> None:
-    """Raise DataError, naming the file, if any token is not below `vocab_size`. Reads every token."""
-    for shard in shards if vocab_size <= 0xFFFF else ():
-        for start in range(0, len(shard), _CHUNK):
-            check_vocabulary(shard[start : start + _CHUNK], vocab_size, shard)
 
 
 def check_vocabulary(ids: npt.NDArray[Any], vocab_size: int, shard: Shard) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from autotune.data.info import info
-from autotune.data.shards import check_token_ids, open_shard, open_split, write_shard
+from autotune.data.shards import check_vocabulary, open_shard, open_split, write_shard
 from autotune.errors import DataError
 
 
@@ -112,9 +112,9 @@ def test_ids_above_the_vocabulary_name_the_shard(tmp_path: Path) -> None:
     write_shard(tmp_path / "x_train_0.bin", [1])
     write_shard(tmp_path / "x_train_1.bin", [1, 50256, 3])
     shards = open_split(tmp_path, "train")
-    check_token_ids(shards, 50257)
+    check_vocabulary(shards[1], 50257, shards[1])
     with pytest.raises(DataError, match=r"x_train_1\.bin holds token 50256, vocab_size is 50000"):
-        check_token_ids(shards, 50000)
+        check_vocabulary(shards[1], 50000, shards[1])
 
 
 def test_info_of_an_empty_directory(tmp_path: Path) -> None:
