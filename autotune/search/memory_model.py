@@ -100,10 +100,16 @@ def moments(candidate: Candidate) -> list[Moment]:
     body = _activations(candidate, tokens, kind)
     head = _head(candidate, tokens, kind)
     found = [Moment(exact=state, terms={**body, **head})]
-    if plan.loss == "full":  # logits are gone, the head's gradient exists twice: to be cast, or to be added
+    if plan.loss == "full" and not _late(plan):
+        # logits are gone, the head's gradient exists twice: to be cast, or to be added
         twice = Term(size=shape.vocab_size * shape.n_embd, mean=8.0, sigma=1.0)
         found.append(Moment(exact=state, terms={**body, f"head twice/{kind[0]}/{plan.compile}": twice}))
     return [*found, Moment(exact=state, terms=_backward_end(candidate, tokens, kind, accumulates))]
+
+
+def _late(plan: Plan) -> bool:
+    """Inductor, given the whole model, computes the head's gradient last of all, and so keeps the logits till then."""
+    return plan.loss == "full" and plan.compile == "full"
 
 
 def _optimizer_bytes(candidate: Candidate) -> float:
@@ -203,9 +209,9 @@ def _beside_logits(plan: Plan, low: bool) -> float:
     """Bytes an element of the head's weight: its cast, its gradient, while logits exist."""
     if plan.loss != "full":
         return 6.5 if low else 4.5
-    if plan.compile == "off":
-        return 2.0 if low else 0.0
-    return 4.5
+    if plan.compile == "block":
+        return 4.5
+    return 2.0 if low else 0.0
 
 
 def _backward_end(candidate: Candidate, tokens: int, kind: tuple[str, str], accumulates: bool) -> dict[str, Term]:
@@ -214,16 +220,21 @@ def _backward_end(candidate: Candidate, tokens: int, kind: tuple[str, str], accu
     matrices = _matrices(shape)
     steps = "several" if accumulates else "one"
     whole = 4.0 if plan.compile == "full" or not accumulates else 0.0
-    embedding = 4.0 if plan.loss == "full" else 8.0
-    if not accumulates and (plan.loss == "full" or plan.compile == "off"):
+    late = f"/late/{kind[0]}" if _late(plan) else ""
+    embedding = 4.0 if plan.loss == "full" and not late else 8.0
+    if not accumulates and not late and (plan.loss == "full" or plan.compile == "off"):
         embedding += 4.0
-    return {
-        f"embedding gradient/{_loss_kind(plan)}/{plan.compile}/{steps}": Term(
+    terms = {
+        f"embedding gradient/{_loss_kind(plan)}/{plan.compile}/{steps}{late}": Term(
             size=shape.vocab_size * shape.n_embd, mean=embedding, sigma=1.0
         ),
         f"matrix gradients/{plan.compile}/{steps}": Term(size=matrices, mean=whole, sigma=0.3),
         f"end/{'/'.join(kind)}": Term(size=tokens * shape.n_embd, mean=8.0, sigma=4.0),
     }
+    if late:
+        itemsize = 2.0 if kind[0] == "low" else 4.0
+        terms[f"logits{late}"] = Term(size=tokens * shape.vocab_size, mean=itemsize, sigma=0.5)
+    return terms
 
 
 def calibrate(

@@ -3,6 +3,7 @@
 scripts/bench -k train
 """
 
+import json
 import random
 import statistics
 import time
@@ -17,6 +18,8 @@ from trainings import curve, settings, start
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.data.batches import open_batches
 from autotune.data.shards import write_shard
+from autotune.measure.runner import run_trial
+from autotune.measure.types import TrialRequest, TrialResult
 from autotune.model.checkpoint import checkpoints
 from autotune.model.step import build
 from autotune.train.feed import Feed
@@ -77,6 +80,45 @@ def test_a_training_is_as_fast_as_its_bare_step(benchmark: Any, text: Path, tmp_
     benchmark.pedantic(lambda: step.step(batches[0], 1e-4), rounds=3)
     feed.close()
     assert ratio >= 0.98
+
+
+@pytest.mark.benchmark(group="train")
+def test_two_hundred_steps_come_out_as_measured(
+    benchmark: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finalist's trial, two hundred steps of `autotune train`, and the trial again: each in a process of its own,
+    with one thread."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    recipe = Recipe(
+        shape=Shape(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=8192), data=str(text),
+        global_batch_size=16, max_iters=200, eval_interval=100, eval_iters=4, checkpoint_interval=100, log_interval=20,
+    )  # fmt: skip
+    candidate = Candidate(recipe=recipe, plan=Plan(micro_batch_size=8, dtype="bfloat16", loss="chunked"))
+
+    def trial() -> TrialResult:
+        asked = TrialRequest(candidate=candidate, device="cpu", result_path="", measure_seconds=5.0, final=True)
+        return run_trial(asked, tmp_path / "trial.log")
+
+    def trained() -> dict[str, Any]:
+        process = start(recipe, tmp_path / "train", candidate.plan)
+        process.communicate()
+        found: dict[str, Any] = json.loads((tmp_path / "train" / "summary.json").read_text())
+        return found
+
+    before = trial()
+    summary = benchmark.pedantic(trained, rounds=1)
+    trials = before, trial()
+    speeds = [one.tokens_per_second or 0.0 for one in trials]
+    speed, peak = summary["tokens_per_second"] / statistics.mean(speeds), summary["peak_allocated_bytes"]
+    noise = max(
+        abs(speeds[1] / speeds[0] - 1), *((t.tokens_per_second_ci95 or 0) / (t.tokens_per_second or 1) for t in trials)
+    )
+    measured = before.peak("allocated_bytes") or 0
+    benchmark.extra_info |= {"speed": speed, "noise": noise, "peak": peak / measured}
+    print(f"\ntrials {speeds[0]:,.0f} and {speeds[1]:,.0f} tokens/s, training {summary['tokens_per_second']:,.0f}")
+    print(f"ratio {speed:.3f}, the machine's own noise {noise:.1%}; peak {peak / measured:.4f} of the trial's")
+    assert speed == pytest.approx(1.0, abs=max(0.02, noise))
+    assert peak == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.benchmark(group="train")
