@@ -1,5 +1,6 @@
 """Build a candidate and run its optimizer step: the one step that trials measure and training runs."""
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -23,6 +24,7 @@ from autotune.model.recompute import budget, compile_blocks, run_block
 
 RECOMPILE_LIMIT = 32
 """Versions of one code (sizes, training or evaluation) that a process may compile; one more is an error."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class TrainStep:
@@ -131,11 +133,26 @@ def _sums_in_order(device: torch.device) -> Iterator[None]:
         filling.fill_uninitialized_memory = before[1]
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a step frees, for the next one.
+
+    By default it gives the end of the heap back to the system wherever it happens to lie free: then one process
+    faults thousands of pages in anew each step, and another, of the same plan, none.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # another C library
+        return
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # as far as glibc would raise it by itself; larger blocks get their own map
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def build(candidate: Candidate, device: torch.device) -> TrainStep:
     """Instantiate the candidate on `device`, seeded by the recipe. Raises UnsupportedError, with the reason,
     where this machine lacks what the plan asks for."""
     shape, plan = candidate.shape, candidate.plan
     check_supported(candidate, machine_of(device))
+    if device.type == "cpu":
+        _keep_freed_memory()
     torch.set_float32_matmul_precision("high" if plan.dtype == "tfloat32" else "highest")
     torch.manual_seed(candidate.recipe.seed)
     with torch.device(device):

@@ -29,8 +29,8 @@ def data_bytes(process: int) -> int:
 
 def test_memory_that_others_take_halves_the_micro_batch_and_changes_nothing(recipe: Recipe, tmp_path: Path) -> None:
     """For real: once it runs, the process may no longer have all that its micro batch needs."""
-    shape = Shape(n_layer=1, n_head=1, n_embd=16, block_size=128, vocab_size=8192)  # logits of 33 MB in one piece
-    wide = replace(recipe, shape=shape, global_batch_size=8, max_iters=40, eval_iters=1, eval_interval=40)
+    shape = Shape(n_layer=1, n_head=1, n_embd=16, block_size=128, vocab_size=16384)  # logits of 64 MiB in one piece
+    wide = replace(recipe, shape=shape, global_batch_size=8, max_iters=24, eval_iters=1, eval_interval=24)
     plan = replace(PLAN, micro_batch_size=8)
     train(settings(wide, tmp_path / "whole", plan))
     process = start(wide, tmp_path / "train", plan)
