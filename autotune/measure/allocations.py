@@ -16,6 +16,10 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
+from autotune.measure.types import Span
+
+_MARK = "autotune::step::"
+"""Begins the names that `autotune.model.step` gives to the parts of a step."""
 _COPIES = ("aten::_to_copy", "aten::to")
 _ENGINE = "autograd::engine::evaluate_function"
 
@@ -44,8 +48,8 @@ class Allocation:
     """Index of its event; -1: it was there before."""
     freed: int | None = None
     """Index of its event; None: it was there after."""
-    operators: tuple[str, ...] = ()
-    """Innermost first."""
+    operator: str = ""
+    """The outermost one of torch around it: what the code called."""
     frames: tuple[Frame, ...] = ()
     """Innermost first. For a backward operator: those of the forward operator that it belongs to."""
     copied_from: int | None = None
@@ -57,30 +61,27 @@ class Allocation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase:
-    """A stretch of the step: `forward 2` is the forward of the second micro step."""
-
-    name: str
-    first: int
-    """Index of its first event."""
-    end: int
-    """One after its last event."""
-    begin_ns: int
-    end_ns: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recording:
     """All allocations of a piece of work, those that were there before included."""
 
     allocations: tuple[Allocation, ...]
-    times_ns: tuple[int, ...]
-    """Of the events: each one an allocation or a release."""
-    phases: tuple[Phase, ...]
+    seconds: tuple[float, ...]
+    """Of the events, since the start: each one an allocation or a release."""
+    spans: tuple[Span, ...]
     peak_bytes: int | None = None
     """CUDA's allocator's own count of its peak. It may differ from another step's: a block need not be split."""
     library_addresses: frozenset[int] = frozenset()
     """Blocks that CUDA's libraries keep as their workspace."""
+
+    def span_of(self, event: int) -> str:
+        """Name of the span in which event `event` lies; empty between them."""
+        now = self.seconds[event]
+        return next((span.name for span in self.spans if span.begin_seconds <= now < span.end_seconds), "")
+
+    def last_event(self, span: str) -> int:
+        """The last one in the span of that name, or before it."""
+        end = next(one.end_seconds for one in self.spans if one.name == span)
+        return bisect_left(self.seconds, end) - 1
 
 
 def record(work: Callable[[], object], device: torch.device, before: list[Allocation], snapshot: Path) -> Recording:
@@ -102,7 +103,11 @@ def record(work: Callable[[], object], device: torch.device, before: list[Alloca
     assert recorded.profiler is not None
     kineto: Any = recorded.profiler.kineto_results
     events = list(_in_order(kineto.experimental_event_tree()))
-    made, times = _paired(events, device)
+    heard = [e for e in events if e.tag == _EventType.Allocation and e.extra_fields.device.type == device.type]
+    heard.sort(key=lambda event: int(event.start_time_ns))
+    made = _paired(heard, _forward_operators(events))
+    marks = [e for e in events if e.tag == _EventType.TorchOp and e.name.startswith(_MARK)]
+    start = min(event.start_time_ns for event in (heard[0], marks[0]))
     if cuda:
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
@@ -113,8 +118,8 @@ def record(work: Callable[[], object], device: torch.device, before: list[Alloca
         libraries = _library_addresses(device)
     return Recording(
         allocations=(*before, *made),
-        times_ns=times,
-        phases=_phases(events, times),
+        seconds=tuple((event.start_time_ns - start) / 1e9 for event in heard),
+        spans=_spans(marks, start),
         peak_bytes=peak,
         library_addresses=libraries,
     )
@@ -129,15 +134,8 @@ def _in_order(roots: list[Any]) -> Iterator[Any]:
         waiting.extend(reversed(event.children))
 
 
-def _paired(events: list[Any], device: torch.device) -> tuple[list[Allocation], tuple[int, ...]]:
-    """Allocations with their releases, and the time of every such event."""
-    forwards = _forward_operators(events)
-    heard = [
-        event
-        for event in events
-        if event.tag == _EventType.Allocation and event.extra_fields.device.type == device.type
-    ]
-    heard.sort(key=lambda event: int(event.start_time_ns))
+def _paired(heard: list[Any], forwards: dict[int, Any]) -> list[Allocation]:
+    """Allocations with their releases."""
     found: list[Allocation] = []
     held: dict[int, int] = {}  # address -> place in `found`
     for index, event in enumerate(heard):
@@ -148,16 +146,16 @@ def _paired(events: list[Any], device: torch.device) -> tuple[list[Allocation], 
         elif address in held:  # else: released what was there before
             place = held.pop(address)
             found[place] = replace(found[place], freed=index)
-    return found, tuple(event.start_time_ns for event in heard)
+    return found
 
 
 def _allocation(event: Any, index: int, forwards: dict[int, Any]) -> Allocation:
-    operators: list[str] = []
+    operator, copied_from = "", None
     frames: list[Frame] = []
-    copied_from = None
     for outer in _ancestors(event, forwards):
         if outer.tag == _EventType.TorchOp:
-            operators.append(outer.name)
+            if "::" in outer.name and not outer.name.startswith(("autograd::", _MARK)):
+                operator = outer.name
             if outer.name in _COPIES and hasattr(outer.extra_fields.inputs[0], "storage_data_ptr"):
                 copied_from = outer.extra_fields.inputs[0].storage_data_ptr
         elif outer.tag in (_EventType.PyCall, _EventType.PyCCall):
@@ -171,7 +169,7 @@ def _allocation(event: Any, index: int, forwards: dict[int, Any]) -> Allocation:
         bytes=event.extra_fields.alloc_size,
         requested_bytes=event.extra_fields.alloc_size,
         born=index,
-        operators=tuple(operators),
+        operator=operator,
         frames=tuple(frames),
         copied_from=copied_from,
     )
@@ -211,26 +209,17 @@ def _forward_operators(events: list[Any]) -> dict[int, Any]:
     return found
 
 
-def _phases(events: list[Any], times: tuple[int, ...]) -> tuple[Phase, ...]:
-    """The marks that `autotune.model.step` sets, numbered by micro step."""
+def _spans(marks: list[Any], start: int) -> tuple[Span, ...]:
+    """The parts of the step, numbered by micro step: `forward 2`."""
     counts: dict[str, int] = defaultdict(int)
-    phases = []
-    for event in events:
-        if event.tag != _EventType.TorchOp or not event.name.startswith("autotune::step::"):
-            continue
-        kind = event.name.removeprefix("autotune::step::")
+    spans = []
+    for event in marks:
+        kind = event.name.removeprefix(_MARK)
         counts[kind] += 1
-        begin, end = event.start_time_ns, event.end_time_ns
-        phases.append(
-            Phase(
-                name=kind if kind == "optimizer" else f"{kind} {counts[kind]}",
-                first=bisect_left(times, begin),
-                end=bisect_left(times, end),
-                begin_ns=begin,
-                end_ns=end,
-            )
-        )
-    return tuple(phases)
+        begin, end = ((time - start) / 1e9 for time in (event.start_time_ns, event.end_time_ns))
+        name = kind if kind == "optimizer" else f"{kind} {counts[kind]}"
+        spans.append(Span(name=name, begin_seconds=begin, end_seconds=end))
+    return tuple(spans)
 
 
 def _active_blocks(device: torch.device) -> list[Allocation]:

@@ -5,9 +5,11 @@ allocator, summed up from the profiler's memory events, and the resident size fr
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +39,17 @@ class MemoryMeter:
         """What other processes have taken of the card since; None where that cannot be seen."""
         return self._card.others_grown_bytes() if self._card else None
 
-    @contextmanager
-    def stage(self, name: Stage) -> Iterator[None]:
+    def stage(self, name: Stage) -> AbstractContextManager[None]:
         """Measure the peaks of the block. A stage that is entered again keeps its largest values.
 
         On the CPU the block must free what it allocates, or leave it counted by `live_bytes`."""
-        body = self._cuda_stage(self._card, name) if self._card else self._cpu_stage(name)
-        with body:
-            yield
+        return self._cuda_stage(name) if self.device.type == "cuda" else self._cpu_stage(name)
 
     def views(self) -> Mapping[str, MemoryView]:
         return dict(self._views)
 
     @contextmanager
-    def _cuda_stage(self, card: "_Card", name: Stage) -> Iterator[None]:
+    def _cuda_stage(self, name: Stage) -> Iterator[None]:
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         retries = torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
@@ -62,7 +61,7 @@ class MemoryMeter:
             reserved = stats["reserved_bytes.all.peak"]
             # the driver is asked now, but the allocator may have held more for a moment
             since_given_back = reserved - stats["reserved_bytes.all.current"]
-            held = card.process_bytes()
+            held = self._card.process_bytes() if self._card else None
             self._keep(name, MemoryView(
                 allocated_bytes=stats["allocated_bytes.all.peak"],
                 reserved_bytes=reserved,
@@ -73,103 +72,81 @@ class MemoryMeter:
     @contextmanager
     def _cpu_stage(self, name: Stage) -> Iterator[None]:
         before = self._live_bytes()
-        _reset_resident_peak()
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
             yield
-        allocated = before + max(0, peak_of(allocations(recorded)))
-        self._keep(name, MemoryView(allocated_bytes=allocated, device_bytes=resident_peak_bytes()))
+        grown = max(accumulate(_allocations(recorded)), default=0)
+        self._keep(name, MemoryView(allocated_bytes=before + max(0, grown), device_bytes=_resident_peak_bytes()))
 
     def _keep(self, name: Stage, new: MemoryView) -> None:
-        old = self._views.get(name, MemoryView())
+        both = (self._views.get(name, MemoryView()), new)
         self._views[name] = MemoryView(
-            allocated_bytes=_larger(old.allocated_bytes, new.allocated_bytes),
-            reserved_bytes=_larger(old.reserved_bytes, new.reserved_bytes),
-            device_bytes=_larger(old.device_bytes, new.device_bytes),
-            num_alloc_retries=_sum(old.num_alloc_retries, new.num_alloc_retries),
+            allocated_bytes=_known(max, [view.allocated_bytes for view in both]),
+            reserved_bytes=_known(max, [view.reserved_bytes for view in both]),
+            device_bytes=_known(max, [view.device_bytes for view in both]),
+            num_alloc_retries=_known(sum, [view.num_alloc_retries for view in both]),
         )
 
 
-def _larger(a: int | None, b: int | None) -> int | None:
-    return max((value for value in (a, b) if value is not None), default=None)
+def _known(combine: Callable[[list[int]], int], values: list[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return combine(known) if known else None
 
 
-def _sum(a: int | None, b: int | None) -> int | None:
-    return None if a is None and b is None else (a or 0) + (b or 0)
-
-
-def allocations(recorded: profile) -> list[tuple[int, int]]:
-    """(nanoseconds, bytes) of every allocation (+) and release (-) on the CPU, in order of time."""
+def _allocations(recorded: profile) -> list[int]:
+    """Bytes of every allocation (+) and release (-) on the CPU, in order of time."""
     assert recorded.profiler is not None
     results: Any = recorded.profiler.kineto_results
     cpu = torch._C._autograd.DeviceType.CPU
-    events = [
-        (event.start_ns(), event.nbytes())
-        for event in results.events()
-        if event.name() == "[memory]" and event.device_type() == cpu
-    ]
-    return sorted(events, key=lambda event: event[0])
+    events = [event for event in results.events() if event.name() == "[memory]" and event.device_type() == cpu]
+    return [event.nbytes() for event in sorted(events, key=lambda event: int(event.start_ns()))]
 
 
-def peak_of(events: list[tuple[int, int]]) -> int:
-    """Largest running sum of the bytes."""
-    held = peak = 0
-    for _, count in events:
-        held += count
-        peak = max(peak, held)
-    return peak
-
-
-def _reset_resident_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
-
-
-def resident_peak_bytes() -> int:
-    """Largest resident size of this process since the last reset (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no line VmHWM; Linux 2.6.33 or newer is needed")
+def _resident_peak_bytes() -> int:
+    """Largest resident size of this process since the last reset."""
+    found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None, "Linux has it since 2.6.33"
+    return int(found[1]) * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Card:
     """NVML's view of one CUDA device."""
 
-    handle: object | None
-    used_before_bytes: int | None
-    others_bytes: int | None = field(default=None)
+    handle: object
+    others_bytes: int
+    """What others held at first; where the driver refuses process accounting, all that was in use."""
 
     @classmethod
-    def open(cls, device: torch.device) -> "_Card":
+    def open(cls, device: torch.device) -> "_Card | None":
+        """None where there is no NVML: the driver's view stays unknown."""
         try:
             pynvml.nvmlInit()
             uuid = str(torch.cuda.get_device_properties(device).uuid)
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-            used = int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-        except pynvml.NVMLError:  # no NVML here: the driver's view stays unknown
-            return cls(handle=None, used_before_bytes=None)
-        card = cls(handle=handle, used_before_bytes=used)
-        own = card._accounted_bytes() or 0
-        return cls(handle=handle, used_before_bytes=used - own, others_bytes=used - own)
-
-    def process_bytes(self) -> int | None:
-        """What this process holds: by process accounting, else the device's use minus the use before."""
-        if self.handle is None or self.used_before_bytes is None:
+            return cls(handle=handle, others_bytes=_used_bytes(handle) - (_accounted_bytes(handle) or 0))
+        except pynvml.NVMLError:
             return None
-        accounted = self._accounted_bytes()
-        if accounted is not None:
-            return accounted
-        return int(pynvml.nvmlDeviceGetMemoryInfo(self.handle).used) - self.used_before_bytes
+
+    def process_bytes(self) -> int:
+        """What this process holds: by process accounting, else the device's use minus the use before."""
+        accounted = _accounted_bytes(self.handle)
+        return _used_bytes(self.handle) - self.others_bytes if accounted is None else accounted
 
     def others_grown_bytes(self) -> int | None:
-        own = self._accounted_bytes() if self.handle is not None else None
-        if own is None or self.others_bytes is None:
-            return None
-        return int(pynvml.nvmlDeviceGetMemoryInfo(self.handle).used) - own - self.others_bytes
+        """What others have taken since; None where the driver refuses process accounting."""
+        own = _accounted_bytes(self.handle)
+        return None if own is None else _used_bytes(self.handle) - own - self.others_bytes
 
-    def _accounted_bytes(self) -> int | None:
-        try:
-            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self.handle)
-        except pynvml.NVMLError:  # some drivers refuse process accounting
-            return None
-        return next((p.usedGpuMemory for p in processes if p.pid == os.getpid() and p.usedGpuMemory), None)
+
+def _used_bytes(handle: object) -> int:
+    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+
+def _accounted_bytes(handle: object) -> int | None:
+    """What NVML says that this process holds; None where the driver refuses to."""
+    try:
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return None
+    return next((p.usedGpuMemory for p in processes if p.pid == os.getpid() and p.usedGpuMemory), None)

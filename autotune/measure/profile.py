@@ -30,29 +30,14 @@ from torch import Tensor
 from autotune.config.candidate import Candidate
 from autotune.config.toml import write_atomically
 from autotune.kernels import registry
-from autotune.measure.allocations import Allocation, Phase, Recording, record
+from autotune.measure.allocations import Allocation, Recording, record
 from autotune.measure.memory import MemoryMeter
 from autotune.measure.provenance import OURS, Buffer, Wrapper, listen
-from autotune.measure.types import (
-    CATEGORIES,
-    LiveTensor,
-    MemoryProfile,
-    MemoryView,
-    Span,
-    TrialRequest,
-    to_json,
-)
-from autotune.measure.worker import (
-    IncorrectError,
-    MicroBatch,
-    Report,
-    limit_memory,
-    live_bytes,
-    main,
-    resident_batches,
-)
+from autotune.measure.types import CATEGORIES, LiveTensor, MemoryProfile, MemoryView, TrialRequest, to_json
+from autotune.measure.worker import MicroBatch, Report, TrialEnded, limit_memory, live_bytes, main, resident_batches
 from autotune.model.step import TrainStep, build
 
+SNAPSHOT = "snapshot.pickle"
 Known = Mapping[int, tuple[str, str, Tensor]]
 """Address -> category, name and the tensor."""
 
@@ -81,12 +66,12 @@ def profile(request: TrialRequest, report: Report) -> None:
     before = [Allocation(address=a, bytes=t.nbytes, requested_bytes=t.nbytes) for a, (_, _, t) in known.items()]
     gradients: dict[int, str] = {}
     handle = step.optimizer.register_step_pre_hook(lambda *_: gradients.update(_gradients(step)))
-    recording = record(lambda: step.step(batches[:2], lr), device, before, directory / "snapshot.pickle")
+    recording = record(lambda: step.step(batches[:2], lr), device, before, directory / SNAPSHOT)
     handle.remove()
     if not gradients:
-        raise IncorrectError("the optimizer was not stepped: gradients are not finite")
-    explained = explain(recording, Sources(candidate, wrappers, known, gradients), meter.views()["steady"])
-    write_atomically(directory / "profile.json", to_json(explained))
+        raise TrialEnded("incorrect", "the optimizer was not stepped: gradients are not finite")
+    explainer = Explainer(recording, candidate, wrappers, known, gradients)
+    write_atomically(directory / "profile.json", to_json(explain(explainer, meter.views()["steady"])))
     report.enter(phase="done", status="ok")
 
 
@@ -110,9 +95,10 @@ def _gradients(step: TrainStep) -> dict[int, str]:
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What is known of the step apart from its allocations."""
+class Explainer:
+    """Puts allocations into categories by what is known of the step."""
 
+    recording: Recording
     candidate: Candidate
     wrappers: Mapping[str, Wrapper]
     """Generated code by file name."""
@@ -120,28 +106,22 @@ class Sources:
     gradients: Mapping[int, str]
     """Address -> name, when the optimizer is about to step."""
 
-    def describe(self, allocation: Allocation, recording: Recording) -> LiveTensor:
+    def describe(self, allocation: Allocation) -> LiveTensor:
         """Category, name and origin of one allocation."""
         size, address = allocation.requested_bytes, allocation.address
         if allocation.born < 0:
             category, name, _ = self.known.get(address, ("unexplained", "", None))
-            if address in recording.library_addresses:
+            if address in self.recording.library_addresses:
                 category = "library workspaces"
             return LiveTensor(bytes=size, category=category, name=name)
         buffer, lines = self._origin(allocation)
-        phase = next((p for p in recording.phases if p.first <= allocation.born < p.end), None)
+        phase = self.recording.span_of(allocation.born)
         category, name = self._category(allocation, buffer, lines, phase), buffer.name if buffer else ""
-        backwards_end = max(p.end for p in recording.phases if p.name.startswith("backward"))
-        if address in self.gradients and allocation.alive_at(backwards_end - 1):
+        backward = [span.name for span in self.recording.spans if span.name.startswith("backward")][-1]
+        if address in self.gradients and allocation.alive_at(self.recording.last_event(backward)):
             category, name = "gradients", self.gradients[address]
-        return LiveTensor(
-            bytes=size,
-            category=category,
-            name=name,
-            made_by=buffer.kernel if buffer else _operator(allocation),
-            lines=lines,
-            phase=phase.name if phase else "",
-        )
+        made_by = buffer.kernel if buffer else allocation.operator
+        return LiveTensor(bytes=size, category=category, name=name, made_by=made_by, lines=lines, phase=phase)
 
     def _origin(self, allocation: Allocation) -> tuple[Buffer | None, tuple[str, ...]]:
         """The buffer, if generated code made it, and the lines of ours: those of the innermost frame."""
@@ -155,14 +135,12 @@ class Sources:
                 return None, (f"{match[1]}:{frame.line}{inside}",)
         return None, ()
 
-    def _category(
-        self, allocation: Allocation, buffer: Buffer | None, lines: tuple[str, ...], phase: Phase | None
-    ) -> str:
+    def _category(self, allocation: Allocation, buffer: Buffer | None, lines: tuple[str, ...], phase: str) -> str:
         if self._is_cast(allocation, buffer):
             return "weight casts"
         if self._is_loss(allocation, buffer, lines):
             return "logits and loss"
-        if phase is not None and phase.name.startswith("forward") and allocation.alive_at(phase.end - 1):
+        if phase.startswith("forward") and allocation.alive_at(self.recording.last_event(phase)):
             return "activations"
         return "unexplained" if allocation.freed is None else "temporaries"
 
@@ -192,39 +170,29 @@ class Sources:
         return buffer.sizes is not None and prod(buffer.sizes) == logits
 
 
-def _operator(allocation: Allocation) -> str:
-    """The outermost operator of torch around the allocation: what the code called."""
-    called = [name for name in allocation.operators if "::" in name and not name.startswith("autograd::")]
-    return next((name for name in reversed(called) if not name.startswith("autotune::step::")), "")
-
-
-def explain(recording: Recording, sources: Sources, steady: MemoryView) -> MemoryProfile:
+def explain(explainer: Explainer, steady: MemoryView) -> MemoryProfile:
     """Put every allocation into its category and look at the peak."""
+    recording = explainer.recording
     measured = recording.peak_bytes or steady.allocated_bytes
     assert measured is not None
-    described = [(allocation, sources.describe(allocation, recording)) for allocation in recording.allocations]
-    timeline = _timeline(described, len(recording.times_ns))
+    described = [(allocation, explainer.describe(allocation)) for allocation in recording.allocations]
+    timeline = _timeline(described, len(recording.seconds))
     totals = [sum(column) for column in zip(*timeline.values(), strict=True)]
     peak = max(range(len(totals)), key=totals.__getitem__)
     held = {category: counts[peak] for category, counts in timeline.items()}
     held["unexplained"] += measured - totals[peak]
     live = [tensor for allocation, tensor in described if allocation.alive_at(peak - 1)]
-    start = min(recording.times_ns[0], recording.phases[0].begin_ns)
     return MemoryProfile(
         measured_peak_bytes=measured,
         peak_bytes=held,
-        peak_phase=next((p.name for p in recording.phases if p.first <= peak - 1 < p.end), "between the phases"),
-        peak_seconds=(recording.times_ns[peak - 1] - start) / 1e9,
-        reserved_bytes=steady.reserved_bytes,
+        peak_phase=recording.span_of(peak - 1) or "between the phases",
+        peak_seconds=recording.seconds[peak - 1],
         device_bytes=steady.device_bytes,
         live=tuple(sorted(live, key=lambda tensor: -tensor.bytes)),
-        spans=tuple(
-            Span(name=p.name, begin_seconds=(p.begin_ns - start) / 1e9, end_seconds=(p.end_ns - start) / 1e9)
-            for p in recording.phases
-        ),
-        seconds=(0.0, *((now - start) / 1e9 for now in recording.times_ns)),
+        spans=recording.spans,
+        seconds=(0.0, *recording.seconds),
         timeline=timeline,
-        snapshot="snapshot.pickle" if steady.reserved_bytes is not None else "",
+        snapshot=SNAPSHOT if steady.reserved_bytes is not None else "",
     )
 
 

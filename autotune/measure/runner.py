@@ -18,22 +18,11 @@ from pathlib import Path
 
 from autotune.environment import compile_cache_dir, worker_environment
 from autotune.errors import ConfigError
-from autotune.measure.types import (
-    MemoryProfile,
-    TrialRequest,
-    TrialResult,
-    profile_from_json,
-    result_from_json,
-    to_json,
-)
-
-_WORKER = "autotune.measure.worker"
-PROFILE_FILES = ("result.json", "profile.json", "snapshot.pickle")
-"""What `run_profile` leaves in its directory."""
-
+from autotune.measure.types import MemoryProfile, TrialRequest, TrialResult, from_json, to_json
 
 LOG_BYTES = 16 << 20
 """A worker that prints more is ended."""
+_WORKER = "autotune.measure.worker"
 _LOOK_SECONDS = 0.1
 _TIMED = ('"phase": "warmup"', '"phase": "measure"', '"phase": "done"')
 
@@ -108,22 +97,26 @@ def run_profile(request: TrialRequest, directory: Path, log: Path) -> tuple[Tria
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name in PROFILE_FILES:  # of an earlier profile
+        for name in ("result.json", "profile.json", "snapshot.pickle"):  # of an earlier profile
             (directory / name).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{directory} cannot be written: {error.strerror}; choose another with --out") from None
     result = _run("autotune.measure.profile", request, directory, log)
-    if result.status != "ok":
-        return result, None
-    return result, profile_from_json((directory / "profile.json").read_text())
+    found = directory / "profile.json"
+    return result, from_json(MemoryProfile, found.read_text()) if result.status == "ok" else None
 
 
 def _run(module: str, request: TrialRequest, directory: Path, log: Path, standby: Standby | None = None) -> TrialResult:
     """What became of a worker whose files go to `directory`."""
     started_at, started = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    inside = replace(request, result_path=str(directory / "result.json"))
-    returncode = _run_worker(module, inside, log, standby)
-    result = _read_result(Path(inside.result_path))
+    file = directory / "result.json"
+    returncode = _run_worker(module, replace(request, result_path=str(file)), log, standby)
+    result = TrialResult(status="crashed", phase="start")
+    if file.exists():
+        try:
+            result = from_json(TrialResult, file.read_text())
+        except (ValueError, ConfigError) as error:
+            result = replace(result, message=f"the worker's result cannot be read: {error}")
     seconds = time.monotonic() - started
     told = dict(result.phase_seconds)
     # A worker that was killed has not told how long its last phase took.
@@ -137,8 +130,8 @@ def _run(module: str, request: TrialRequest, directory: Path, log: Path, standby
         message = f"not done after {request.timeout_seconds:.0f} s, in phase {result.phase}; see {log.name}"
         return replace(result, status="timeout", message=message)
     if result.status == "crashed" and not result.message:
-        last = _last_line(log)
-        return replace(result, message=f"{_death(returncode)} in phase {result.phase}: {last}; see {log.name}")
+        message = f"{_death(returncode)} in phase {result.phase}: {_last_line(log)}; see {log.name}"
+        return replace(result, message=message)
     return result
 
 
@@ -175,35 +168,22 @@ def _start(module: str, log: Path, allocator: str, *words: str) -> _Process:
 
 def _wait(worker: _Process, request: TrialRequest, log: Path, standby: Standby | None) -> int | None:
     """Until the worker ends, its time is over, or it has printed too much."""
-    deadline = time.monotonic() + request.timeout_seconds
+    deadline, result = time.monotonic() + request.timeout_seconds, Path(request.result_path)
     while (left := deadline - time.monotonic()) > 0:
         with suppress(subprocess.TimeoutExpired):
             return worker.wait(timeout=min(_LOOK_SECONDS, left))
         if log.stat().st_size > LOG_BYTES:
             return None
-        if standby and _is_timed(Path(request.result_path)):
+        if standby and result.exists() and any(phase in result.read_text() for phase in _TIMED):
             standby.hold(still=True)
             standby = None
     return None
-
-
-def _is_timed(path: Path) -> bool:
-    return path.exists() and any(phase in path.read_text() for phase in _TIMED)
 
 
 def _end(worker: _Process) -> None:
     with suppress(ProcessLookupError):  # also what the worker has started: compilers, data loaders
         os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
-
-
-def _read_result(path: Path) -> TrialResult:
-    if not path.exists():
-        return TrialResult(status="crashed", phase="start")
-    try:
-        return result_from_json(path.read_text())
-    except (ValueError, ConfigError) as error:
-        return TrialResult(status="crashed", phase="start", message=f"the worker's result cannot be read: {error}")
 
 
 def _last_line(log: Path) -> str:

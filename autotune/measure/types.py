@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from autotune.config.candidate import Candidate
 from autotune.config.tables import read_table
@@ -21,6 +21,7 @@ Status = Literal[
 ]
 Phase = Literal["start", "build", "verify", "compile", "warmup", "measure", "done"]
 Stage = Literal["first_step", "steady", "evaluation", "checkpoint"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +170,6 @@ class MemoryProfile:
     peak_phase: str
     peak_seconds: float
     """Since the step's start, on the timeline (recording slows the step down)."""
-    reserved_bytes: int | None = None
-    """What the allocator holds of the device (CUDA)."""
     device_bytes: int | None = None
     """What the process holds: by the driver's count on CUDA, resident size on the CPU."""
     live: tuple[LiveTensor, ...] = ()
@@ -194,17 +193,6 @@ def to_json(value: TrialRequest | TrialResult | MemoryProfile) -> str:
     return json.dumps(asdict(value), allow_nan=False)
 
 
-def request_from_json(text: str) -> TrialRequest:
-    return read_table(TrialRequest, json.loads(text), "request")
-
-
-def result_from_json(text: str) -> TrialResult:
-    return read_table(TrialResult, json.loads(text, parse_constant=_refuse), "result")
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
-
-
-def profile_from_json(text: str) -> MemoryProfile:
-    return read_table(MemoryProfile, json.loads(text), "profile")
+def from_json(cls: type[T], text: str) -> T:
+    """What `to_json` wrote. Raises ValueError for what is no JSON, ConfigError for other keys or types."""
+    return read_table(cls, json.loads(text), cls.__name__)

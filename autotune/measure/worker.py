@@ -11,9 +11,10 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from autotune.environment import describe
 from autotune.errors import AutotuneError, UnsupportedError
 from autotune.measure.memory import MemoryMeter
 from autotune.measure.timing import MIN_SAMPLES, TARGET, Stopwatch, Timing, summarise, warm_up
-from autotune.measure.types import TrialRequest, TrialResult, request_from_json, to_json
+from autotune.measure.types import Status, TrialRequest, TrialResult, from_json, to_json
 from autotune.model.checkpoint import TrainState, save_checkpoint
 from autotune.model.step import TrainStep, build, compile_cache
 
@@ -50,8 +51,12 @@ CUDA_MARGIN_BYTES = 64 << 20
 MicroBatch = tuple[Tensor, Tensor, float]
 
 
-class IncorrectError(Exception):
-    """The candidate computes something else than it should; the message says what."""
+class TrialEnded(Exception):  # noqa: N818 - an outcome, as any other
+    """The trial ends here, with this status; the message says why."""
+
+    def __init__(self, status: Status, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass
@@ -163,7 +168,7 @@ def live_bytes(step: TrainStep, batches: list[MicroBatch]) -> int:
 
 
 def verify(step: TrainStep, batch: MicroBatch) -> float:
-    """The loss of one sequence, not compiled, before anything is timed. Raises IncorrectError."""
+    """The loss of one sequence, not compiled, before anything is timed. Raises TrialEnded where it is wrong."""
     tokens, targets, _ = batch
     torch.compiler.set_stance("force_eager")
     loss = step.evaluate(tokens[:1], targets[:1]).item()
@@ -184,25 +189,19 @@ def check_loss(loss: float, candidate: Candidate, which: str, repeats: float) ->
     expected = math.log(candidate.shape.vocab_size) + 0.02**2 * candidate.shape.n_embd / 2
     lowest = expected - REPEAT_FAVOUR * repeats - LOSS_TOLERANCE
     if not lowest < loss < expected + LOSS_TOLERANCE:  # also catches NaN
-        raise IncorrectError(f"{which} loss {loss:.4f} is not within {LOSS_TOLERANCE} of a new model's {expected:.4f}")
+        message = f"{which} loss {loss:.4f} is not within {LOSS_TOLERANCE} of a new model's {expected:.4f}"
+        raise TrialEnded("incorrect", message)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timings:
-    """What was timed: the parts of a step, or whole steps (for a finalist)."""
-
-    first: Timing
-    """The first micro step after an optimizer step."""
-    later: Timing | None
-    """The others, which add to gradients that exist."""
-    optimizer: Timing
-    whole: Timing | None = None
+Timings = Mapping[str, Timing]
+"""Of `whole` steps and of their parts: the `first` micro step after an optimizer step, the `later` ones, which add to
+gradients that exist (none without accumulation), and the `optimizer` step."""
 
 
 def time_steps(step: TrainStep, batches: list[MicroBatch], request: TrialRequest, report: Report) -> Timings:
     """Warm up, then repeat until the interval is narrow enough or the time is over."""
     watch, lr = Stopwatch(step.device), request.candidate.recipe.learning_rate
-    samples: dict[str, list[float]] = {"first": [], "later": [], "optimizer": [], "whole": []}
+    samples: dict[str, list[float]] = defaultdict(list)
     losses: list[Tensor] = []
 
     def cycle() -> float:
@@ -213,20 +212,19 @@ def time_steps(step: TrainStep, batches: list[MicroBatch], request: TrialRequest
         readings.append(("optimizer", watch.time(lambda: step.optimizer_step(lr))))
         watch.synchronise()
         seconds = [(kind, reading()) for kind, reading in readings]
-        for kind, value in seconds:
+        whole = sum(value for _, value in seconds)
+        for kind, value in (*seconds, ("whole", whole)):
             samples[kind].append(value)
-        samples["whole"].append(sum(value for _, value in seconds))
-        return samples["whole"][-1]
+        return whole
 
     deadline = time.monotonic() + request.measure_seconds
     warm_up(cycle, deadline)
-    for values in samples.values():
-        values.clear()
+    samples.clear()
     report.enter(phase="measure")
     while True:
         cycle()
-        timings = summarise_all(samples, request.final)
-        whole = summarise(samples["whole"])
+        timings = {kind: summarise(values) for kind, values in samples.items()}
+        whole = timings["whole"]
         steady = whole.samples >= MIN_SAMPLES and whole.ci95 <= TARGET * whole.median
         if whole.samples >= 3 and cannot_win(timings, request):
             least = request.stop_below_tokens_per_second
@@ -237,26 +235,18 @@ def time_steps(step: TrainStep, batches: list[MicroBatch], request: TrialRequest
     last = losses[-1].item() / batches[-1][2]
     report.enter(last_loss=last if math.isfinite(last) else None)
     if not math.isfinite(last):
-        raise IncorrectError(f"loss is {last} after {len(samples['whole'])} steps")
+        raise TrialEnded("incorrect", f"loss is {last} after {whole.samples} steps")
     return timings
 
 
-def summarise_all(samples: Mapping[str, list[float]], final: bool) -> Timings:
-    return Timings(
-        first=summarise(samples["first"]),
-        later=summarise(samples["later"]) if samples["later"] else None,
-        optimizer=summarise(samples["optimizer"]),
-        whole=summarise(samples["whole"]) if final else None,
-    )
-
-
-def step_seconds(timings: Timings, candidate: Candidate) -> tuple[float, float]:
-    """Of a whole optimizer step, timed whole or composed from its parts, and the half width of its interval."""
-    if timings.whole is not None:
-        return timings.whole.median, timings.whole.ci95
-    parts = [(1, timings.first), (1, timings.optimizer)]
-    if timings.later is not None:
-        parts.append((candidate.gradient_accumulation_steps - 1, timings.later))
+def step_seconds(timings: Timings, request: TrialRequest) -> tuple[float, float]:
+    """Of a whole optimizer step, timed whole (a finalist's) or composed from its parts, and the half width of its
+    interval."""
+    if request.final:
+        return timings["whole"].median, timings["whole"].ci95
+    parts = [(1, timings["first"]), (1, timings["optimizer"])]
+    if "later" in timings:
+        parts.append((request.candidate.gradient_accumulation_steps - 1, timings["later"]))
     seconds = sum(count * part.median for count, part in parts)
     return seconds, math.sqrt(sum((count * part.ci95) ** 2 for count, part in parts))
 
@@ -265,14 +255,14 @@ def cannot_win(timings: Timings, request: TrialRequest) -> bool:
     """Even the fast end of the interval lies below what the request asks for."""
     if request.stop_below_tokens_per_second is None:
         return False
-    seconds, ci95 = step_seconds(timings, request.candidate)
+    seconds, ci95 = step_seconds(timings, request)
     return (seconds - ci95) * request.stop_below_tokens_per_second > request.candidate.recipe.tokens_per_step
 
 
 def throughput(timings: Timings, request: TrialRequest) -> dict[str, object]:
     """Tokens/s of whole optimizer steps."""
     candidate = request.candidate
-    seconds, ci95 = step_seconds(timings, candidate)
+    seconds, ci95 = step_seconds(timings, request)
     tokens_per_second = candidate.recipe.tokens_per_step / seconds
     peak_flops = describe(request.device).peak_flops
     return {
@@ -280,9 +270,9 @@ def throughput(timings: Timings, request: TrialRequest) -> dict[str, object]:
         "tokens_per_second_ci95": tokens_per_second * ci95 / seconds,
         "mfu": tokens_per_second * candidate.shape.flops_per_token / peak_flops if peak_flops else None,
         "step_seconds_p50": seconds,
-        "micro_step_seconds_p50": (timings.later or timings.first).median,
-        "optimizer_seconds_p50": timings.optimizer.median,
-        "measured_steps": timings.optimizer.samples,
+        "micro_step_seconds_p50": timings.get("later", timings["first"]).median,
+        "optimizer_seconds_p50": timings["optimizer"].median,
+        "measured_steps": timings["optimizer"].samples,
     }
 
 
@@ -298,16 +288,13 @@ def rehearse(step: TrainStep, batches: list[MicroBatch], meter: MemoryMeter) -> 
         save_checkpoint(Path(directory), step, TrainState(iteration=0, tokens=0, candidate=step.candidate))
 
 
-class OverLimitError(Exception):
-    """It ran, but the device saw more than the limit."""
-
-
 def stop_if_over_limit(request: TrialRequest, result: TrialResult) -> None:
     limit = request.memory_limit_bytes
     views = [result.peak(view) for view in ("allocated_bytes", "reserved_bytes", "device_bytes")]
     largest = max((value for value in views if value is not None), default=0)
     if limit is not None and largest * (1 + LIMIT_MARGIN) > limit:
-        raise OverLimitError(f"needs {largest} bytes and a margin of {LIMIT_MARGIN:.0%}, the limit is {limit}")
+        message = f"needs {largest} bytes and a margin of {LIMIT_MARGIN:.0%}, the limit is {limit}"
+        raise TrialEnded("over_limit", message)
 
 
 def failure(error: BaseException) -> dict[str, object]:
@@ -315,27 +302,22 @@ def failure(error: BaseException) -> dict[str, object]:
     text = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
     if out_of_memory(error):
         return {"status": "oom", "message": text, "wanted_bytes": wanted_bytes(str(error))}
-    statuses = {IncorrectError: "incorrect", OverLimitError: "over_limit", UnsupportedError: "unsupported"}
-    status = next((name for kind, name in statuses.items() if isinstance(error, kind)), "crashed")
-    message = text if isinstance(error, (AutotuneError, *statuses)) else f"{type(error).__name__}: {text}"
-    return {"status": status, "message": message}
+    if isinstance(error, TrialEnded):
+        return {"status": error.status, "message": text}
+    if isinstance(error, AutotuneError):
+        return {"status": "unsupported" if isinstance(error, UnsupportedError) else "crashed", "message": text}
+    return {"status": "crashed", "message": f"{type(error).__name__}: {text}"}
 
 
 def out_of_memory(error: BaseException) -> bool:
     """By type, wherever in the chain of causes it stands. Only torch's CPU allocator has no type of its own
     (pytorch: c10/core/impl/alloc_cpu.cpp) and is told by the place it names."""
-    chain: Iterator[BaseException | None] = iter_causes(error)
-    return any(
-        isinstance(cause, (torch.OutOfMemoryError, MemoryError))
-        or (isinstance(cause, RuntimeError) and "DefaultCPUAllocator" in str(cause))
-        for cause in islice(chain, 20)
-    )
-
-
-def iter_causes(error: BaseException | None) -> Iterator[BaseException | None]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and out_of_memory(cause)
 
 
 def wanted_bytes(message: str) -> int | None:
@@ -349,7 +331,7 @@ def wanted_bytes(message: str) -> int | None:
 
 def main(measure: Callable[[TrialRequest, Report], None]) -> int:
     """Do what stdin asks for by `measure`, and leave its outcome in result.json. Returns the exit code."""
-    request = request_from_json(sys.stdin.read())
+    request = from_json(TrialRequest, sys.stdin.read())
     report = Report(Path(request.result_path), TrialResult(status="crashed", phase="start"))
     try:
         measure(request, report)
@@ -357,22 +339,13 @@ def main(measure: Callable[[TrialRequest, Report], None]) -> int:
         report.enter(status="interrupted", message="interrupted")
         return 130
     except BaseException as error:
-        import traceback
-
         traceback.print_exc()  # into the trial's log
         report.enter(**failure(error))
-        report.enter(message=report.result.message + others_note(report))
-        return 1
-    report.enter(message=(report.result.message + others_note(report)).removeprefix("; "))
-    return 0
-
-
-def others_note(report: Report) -> str:
-    """That another process took memory while this trial ran; empty where none did, or none can be seen."""
-    grown = report.meter.others_grown_bytes() if report.meter else None
-    if grown is None or grown <= OTHERS_TOLERANCE_BYTES:
-        return ""
-    return f"; other processes took {grown} more bytes of the device during the trial, measure it again without them"
+    notes, grown = [report.result.message], report.meter.others_grown_bytes() if report.meter else None
+    if grown is not None and grown > OTHERS_TOLERANCE_BYTES:
+        notes.append(f"other processes took {grown} more bytes of the device during the trial, measure it again alone")
+    report.enter(message="; ".join(filter(None, notes)))  # also writes how long the last phase took
+    return 0 if report.result.status == "ok" else 1
 
 
 if __name__ == "__main__":

@@ -88,15 +88,15 @@ class Driver:
 
 
 @pytest.mark.parametrize(
-    ("kind", "others", "held"),
+    ("kind", "expected"),
     [
-        ("accounts", 2500 * MIB, 1500 * MIB),  # its own 500 MiB before are not someone else's
-        ("refuses", 3000 * MIB, 1000 * MIB),  # all that was used before counts as others'
-        ("no NVML", None, None),  # unknown, not zero
+        ("accounts", (2500 * MIB, 1500 * MIB, 0)),  # its own 500 MiB before are not someone else's
+        ("refuses", (3000 * MIB, 1000 * MIB, None)),  # all that was used before counts as others'
+        ("no NVML", None),  # unknown, not zero
     ],
 )
 def test_the_drivers_view_and_what_stands_in_for_it(
-    kind: str, others: int | None, held: int | None, monkeypatch: pytest.MonkeyPatch
+    kind: str, expected: tuple[int, int, int | None] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = Driver(kind)
     monkeypatch.setattr(memory, "pynvml", driver)
@@ -104,6 +104,4 @@ def test_the_drivers_view_and_what_stands_in_for_it(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
     card = memory._Card.open(torch.device("cuda:0"))
     driver.used = 4000 * MIB
-    assert card.others_bytes == others
-    assert card.process_bytes() == held
-    assert card.others_grown_bytes() == (0 if kind == "accounts" else None)
+    assert (card and (card.others_bytes, card.process_bytes(), card.others_grown_bytes())) == expected

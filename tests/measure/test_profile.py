@@ -16,7 +16,7 @@ from autotune.measure.memory import MemoryMeter
 from autotune.measure.profile import profile
 from autotune.measure.provenance import Wrapper, our_line
 from autotune.measure.runner import run_profile
-from autotune.measure.types import MemoryProfile, TrialRequest, TrialResult, profile_from_json
+from autotune.measure.types import MemoryProfile, TrialRequest, TrialResult, from_json
 from autotune.measure.worker import Report, live_bytes, resident_batches
 from autotune.model.gpt import GPT, MLP
 from autotune.model.step import build
@@ -45,7 +45,7 @@ def profile_here(plan: Plan, directory: Path, shape: Shape = SHAPE) -> MemoryPro
     finally:
         torch.compiler.set_stance("default")
     assert report.result.status == "ok"
-    return profile_from_json((directory / "profile.json").read_text())
+    return from_json(MemoryProfile, (directory / "profile.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +185,8 @@ def test_a_recording_knows_size_life_and_line() -> None:
     first, second = found.allocations
     assert (first.bytes, first.freed, second.bytes, second.freed) == (4000, None, 2000, 2)
     assert first.frames[0].line == second.frames[0].line - 1
-    assert first.operators[:2] == ("aten::empty", "aten::ones")
-    assert [phase.name for phase in found.phases] == ["forward 1"]
+    assert first.operator == "aten::ones"
+    assert [span.name for span in found.spans] == ["forward 1"]
 
 
 WRAPPER = """\

@@ -17,7 +17,7 @@ import pytest
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.measure import runner
 from autotune.measure.runner import run_trial, trials_in_a_row
-from autotune.measure.types import TrialRequest, TrialResult, request_from_json, result_from_json, to_json
+from autotune.measure.types import TrialRequest, TrialResult, from_json, to_json
 
 WORKER = "autotune.measure.worker"
 SHAPE = Shape(n_layer=2, n_head=2, n_embd=64, block_size=64)
@@ -187,8 +187,8 @@ def test_a_killed_worker_leaves_word_of_its_phase(tmp_path: Path) -> None:
 def test_all_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from autotune.measure.runner import Standby, run_trial; "
-        "from autotune.measure.types import request_from_json; "
-        f"run_trial(request_from_json(sys.stdin.read()), Path({str(tmp_path / 'log')!r}), Standby())"
+        "from autotune.measure.types import TrialRequest, from_json; "
+        f"run_trial(from_json(TrialRequest, sys.stdin.read()), Path({str(tmp_path / 'log')!r}), Standby())"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True)
     assert parent.stdin is not None
@@ -237,5 +237,5 @@ def test_a_wicked_worker_is_a_crash_and_nothing_stays(
 
 
 def test_requests_and_results_survive_json(measured: TrialResult) -> None:
-    assert request_from_json(to_json(REQUEST)) == REQUEST
-    assert result_from_json(to_json(measured)) == measured
+    assert from_json(TrialRequest, to_json(REQUEST)) == REQUEST
+    assert from_json(TrialResult, to_json(measured)) == measured
