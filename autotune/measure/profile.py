@@ -70,7 +70,9 @@ def profile(request: TrialRequest, report: Report) -> None:
     handle.remove()
     if not gradients:
         raise TrialEnded("incorrect", "the optimizer was not stepped: gradients are not finite")
-    explainer = Explainer(recording, candidate, wrappers, known, gradients)
+    explainer = Explainer(
+        recording=recording, candidate=candidate, wrappers=wrappers, known=known, gradients=gradients
+    )
     write_atomically(directory / "profile.json", to_json(explain(explainer, meter.views()["steady"])))
     report.enter(phase="done", status="ok")
 
@@ -94,7 +96,7 @@ def _gradients(step: TrainStep) -> dict[int, str]:
     return {p.grad.data_ptr(): f"gradient of {name}" for name, p in named if p.grad is not None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Explainer:
     """Puts allocations into categories by what is known of the step."""
 

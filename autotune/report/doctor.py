@@ -4,26 +4,23 @@ import importlib.util
 import os
 import platform
 import shutil
-import sys
 import sysconfig
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from autotune.data import tokenizer
 from autotune.environment import Environment, compile_cache_dir, probe
 from autotune.errors import AutotuneError, DataError
 from autotune.kernels import registry
+from autotune.report.table import plain
 from autotune.units import GIB, format_bytes
 
 TORCH_RANGE = ((2, 11), (2, 14))
 """From the first to before the second, as pyproject.toml has it."""
-_WANTED = ">={}.{},<{}.{}".format(*TORCH_RANGE[0], *TORCH_RANGE[1])
+_WANTED = "torch>={}.{},<{}.{}".format(*TORCH_RANGE[0], *TORCH_RANGE[1])
 _OPTIONAL = {
     "triton": "compiled kernels on CUDA; comes with torch's CUDA builds",
     "liger_kernel": "Liger's fused loss",
@@ -33,8 +30,7 @@ _OPTIONAL = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check:
+class Check(NamedTuple):
     """One thing that was looked at."""
 
     name: str
@@ -46,13 +42,7 @@ class Check:
 
 def examine() -> tuple[Check, ...]:
     """Look at everything that a search needs or can use."""
-    packages = [_package(name, purpose) for name, purpose in _OPTIONAL.items()]
-    host = (*_compiler(), _memory(), _disk(Path.cwd()), _cache(compile_cache_dir()), _tokenizer(), *packages)
-    try:
-        machine = probe()
-    except AutotuneError as error:
-        return (_python(), Check(name="torch", state="missing", found=f"{error}; install torch{_WANTED}"), *host)
-    return (_python(), _torch(machine.torch), _device(machine), _nvml(machine), *host)
+    return (Check("Python", "ok", platform.python_version()), *_torch(), *_host(), *_packages())
 
 
 def can_search(checks: Sequence[Check]) -> bool:
@@ -62,49 +52,47 @@ def can_search(checks: Sequence[Check]) -> bool:
 
 def check_table(checks: Sequence[Check]) -> Table:
     """The checks, a line each."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("what", "state", "found"):
-        table.add_column(header)
-    colours = {"ok": "green", "absent": "yellow", "missing": "bold red"}
-    for check in checks:
-        table.add_row(check.name, f"[{colours[check.state]}]{check.state}", escape(check.found))
-    return table
+    return plain([{"what": check.name, "state": check.state, "found": check.found} for check in checks])
 
 
 def kernel_table(environment: Environment) -> Table:
     """The registry's rows with what each is, and why it cannot run here where it cannot."""
     machine = registry.machine(environment.device, environment.capability, environment.torch)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("operation", "name", "here", "what it is", "dtypes"):
-        table.add_column(header)
-    for kernel in registry.KERNELS:
-        reason = registry.why_unavailable(kernel, machine)
-        here = "[green]ok" if reason is None else f"[yellow]{escape(reason)}"
-        table.add_row(kernel.operation, kernel.name, here, escape(kernel.summary), ", ".join(kernel.dtypes))
-    return table
+    return plain(
+        [
+            {
+                "operation": kernel.operation,
+                "name": kernel.name,
+                "here": registry.why_unavailable(kernel, machine) or "ok",
+                "what it is": kernel.summary,
+                "dtypes": ", ".join(kernel.dtypes),
+            }
+            for kernel in registry.KERNELS
+        ]
+    )
 
 
-def _python() -> Check:
-    good = sys.version_info >= (3, 11)
-    found = platform.python_version() + ("" if good else "; needs 3.11 or newer")
-    return Check(name="Python", state="ok" if good else "missing", found=found)
-
-
-def _torch(version: str) -> Check:
-    release = tuple(int(number) for number in version.split(".")[:2])
-    good = TORCH_RANGE[0] <= release < TORCH_RANGE[1]
-    found = version + ("" if good else f"; run `pip install 'torch{_WANTED}'`")
-    return Check(name="torch", state="ok" if good else "missing", found=found)
-
-
-def _device(machine: Environment) -> Check:
-    if machine.device == "cpu":
-        cores = f"searches run on the CPU: {machine.device_name}, {machine.cpu_count} cores"
-        return Check(name="CUDA device", state="absent", found=f"{_why_no_cuda(machine.torch)}; {cores}")
-    capability = ".".join(map(str, machine.capability))
+def _torch() -> Iterator[Check]:
+    """torch, and the device as torch sees it."""
+    try:
+        machine = probe()
+    except AutotuneError as error:
+        yield Check("torch", "missing", f"{error}; install {_WANTED}")
+        return
+    release = tuple(int(number) for number in machine.torch.split(".")[:2])
+    if TORCH_RANGE[0] <= release < TORCH_RANGE[1]:
+        yield Check("torch", "ok", machine.torch)
+    else:
+        yield Check("torch", "missing", f"{machine.torch}; run `pip install '{_WANTED}'`")
     memory = format_bytes(machine.device_memory_bytes)
+    if machine.device == "cpu":
+        cores = f"searches run on the CPU: {machine.device_name}, {machine.cpu_count} cores, {memory}"
+        yield Check("CUDA device", "absent", f"{_why_no_cuda(machine.torch)}; {cores}")
+        return
+    capability = ".".join(map(str, machine.capability))
     text = f"{machine.device_name}, {memory}, capability {capability}, driver {machine.driver or '-'}"
-    return Check(name="CUDA device", state="ok", found=f"{text}, CUDA {machine.cuda}")
+    yield Check("CUDA device", "ok", f"{text}, CUDA {machine.cuda}")
+    yield _nvml()
 
 
 def _why_no_cuda(torch: str) -> str:
@@ -115,13 +103,11 @@ def _why_no_cuda(torch: str) -> str:
     return "torch sees none: compare `nvidia-smi` with CUDA_VISIBLE_DEVICES"
 
 
-def _nvml(machine: Environment) -> Check:
+def _nvml() -> Check:
     """Whether the driver says what each process holds: the widest view of peak memory."""
     import pynvml
 
     name = "NVML process accounting"
-    if machine.device == "cpu":
-        return Check(name=name, state="absent", found="no CUDA device")
     try:
         pynvml.nvmlInit()
         cards = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
@@ -131,51 +117,44 @@ def _nvml(machine: Environment) -> Check:
         refusal = str(error)
     if refusal:
         found = f"{refusal}; peaks are the device's use minus its use before the trial: let nothing else run on it"
-        return Check(name=name, state="absent", found=found)
-    return Check(name=name, state="ok", found=f"{len(processes)} processes seen on {len(cards)} devices")
+        return Check(name, "absent", found)
+    return Check(name, "ok", f"{len(processes)} processes seen on {len(cards)} devices")
 
 
-def _compiler() -> tuple[Check, Check]:
-    """torch.compile writes C++ on the CPU; on CUDA, Triton compiles its launcher in C."""
+def _host() -> Iterator[Check]:
+    """What torch.compile needs (it writes C++ on the CPU; on CUDA, Triton compiles its launcher in C), and places."""
     wanted = os.environ.get("CXX", "g++")
-    path, header = shutil.which(wanted), Path(sysconfig.get_path("include"), "Python.h")
-    compiler = path or f"{wanted} is not found; torch.compile needs it: install g++ (or point CXX at a compiler)"
-    headers = str(header) if header.exists() else f"{header} is not there; install python3-dev for torch.compile"
-    return (
-        Check(name="C++ compiler", state="ok" if path else "missing", found=compiler),
-        Check(name="Python headers", state="ok" if header.exists() else "missing", found=headers),
-    )
+    if path := shutil.which(wanted):
+        yield Check("C++ compiler", "ok", path)
+    else:
+        help_ = "torch.compile needs it: install g++ (or point CXX at a compiler)"
+        yield Check("C++ compiler", "missing", f"{wanted} is not found; {help_}")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if header.exists():
+        yield Check("Python headers", "ok", str(header))
+    else:
+        yield Check("Python headers", "missing", f"{header} is not there; install python3-dev for torch.compile")
+    cache = compile_cache_dir()
+    existing = next(parent for parent in (cache, *cache.parents) if parent.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        yield Check("compile cache", "ok", str(cache))
+    else:
+        yield Check("compile cache", "missing", f"{cache} cannot be written; set AUTOTUNE_CACHE_DIR")
+    free, here = shutil.disk_usage(Path.cwd()).free, f"at {Path.cwd()}"
+    if free >= GIB:
+        yield Check("free disk", "ok", f"{format_bytes(free)} {here}")
+    else:
+        yield Check("free disk", "absent", f"{format_bytes(free)} {here}; a run with checkpoints needs more than 1 GiB")
 
 
-def _memory() -> Check:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
-    return Check(name="free memory", state="ok", found=format_bytes(None if kib is None else kib * 1024))
-
-
-def _disk(folder: Path) -> Check:
-    free = shutil.disk_usage(folder).free
-    enough = free >= GIB
-    found = f"{format_bytes(free)} at {folder}" + ("" if enough else "; a run with checkpoints needs more than 1 GiB")
-    return Check(name="free disk", state="ok" if enough else "absent", found=found)
-
-
-def _cache(folder: Path) -> Check:
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    good = existing.is_dir() and os.access(existing, os.W_OK)
-    found = str(folder) if good else f"{folder} cannot be written; set AUTOTUNE_CACHE_DIR"
-    return Check(name="compile cache", state="ok" if good else "missing", found=found)
-
-
-def _tokenizer() -> Check:
+def _packages() -> Iterator[Check]:
     try:
         tokenizer.encoder()
+        yield Check("GPT-2 tokenizer", "ok", "ranks verified, no network needed")
     except DataError as error:
-        return Check(name="GPT-2 tokenizer", state="missing", found=str(error))
-    return Check(name="GPT-2 tokenizer", state="ok", found="ranks verified, no network needed")
-
-
-def _package(name: str, purpose: str) -> Check:
-    if importlib.util.find_spec(name) is None:
-        return Check(name=name, state="absent", found=f"optional, not installed: {purpose}")
-    return Check(name=name, state="ok", found=purpose)
+        yield Check("GPT-2 tokenizer", "missing", str(error))
+    for name, purpose in _OPTIONAL.items():
+        if importlib.util.find_spec(name) is None:
+            yield Check(name, "absent", f"optional, not installed: {purpose}")
+        else:
+            yield Check(name, "ok", purpose)

@@ -8,8 +8,8 @@ from pathlib import Path
 from autotune.config.toml import write_atomically
 from autotune.errors import ConfigError
 from autotune.report.plots import write_plots
-from autotune.report.run import Run, failures, next_command, ranked
-from autotune.report.table import cells, heading, importance_cells, step_cells, trade_off_cells, verdict
+from autotune.report.run import Run, next_command, ranked
+from autotune.report.table import Line, cells, heading, sections, verdict
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -26,18 +26,7 @@ code {{ background: #f2f2f2; padding: .1rem .3rem }}
 <p>{verdict}</p>
 <p>Next: <code>{command}</code></p>
 {plots}
-<h2>Feasible trials</h2>
-{trials}
-<h2>Speed against memory</h2>
-{trade_offs}
-<h2>One step from the best</h2>
-{steps}
-<h2>What matters</h2>
-{importance}
-<h2>Not feasible</h2>
-{failures}
-<h2>Machine</h2>
-{machine}
+{tables}
 </html>
 """
 
@@ -53,33 +42,22 @@ def write_html(run: Run) -> Path:
 
 
 def _page(run: Run, plots: Sequence[Path]) -> str:
-    failed = [[f.status, str(len(f.trials)), ", ".join(map(str, f.trials)), f.reason] for f in failures(run)]
+    machine = [{"name": name, "value": str(value)} for name, value in vars(run.environment).items() if value]
+    tables: dict[str, Sequence[Line]]
+    tables = {"Feasible trials": [cells(run, row) for row in ranked(run)], **sections(run), "Machine": machine}
     return _PAGE.format(
         title=escape(heading(run)),
         verdict="<br>".join(map(escape, verdict(run))),
         command=escape(next_command(run)),
         plots="\n".join(map(_image, plots)),
-        trials=_cells([cells(run, row) for row in ranked(run)]),
-        trade_offs=_cells(trade_off_cells(run), "One trial beats all others in both."),
-        steps=_cells(step_cells(run), "Not measured."),
-        importance=_cells(importance_cells(run), "Too few trials to say."),
-        failures=_table(["status", "count", "trials", "reason"], failed) if failed else "<p>None.</p>",
-        machine=_table(["name", "value"], [[key, _text(value)] for key, value in vars(run.environment).items()]),
+        tables="\n".join(f"<h2>{title}</h2>\n{_table(lines)}" for title, lines in tables.items() if lines),
     )
 
 
-def _cells(lines: Sequence[dict[str, str]], none: str = "None.") -> str:
-    return _table(list(lines[0]), [list(line.values()) for line in lines]) if lines else f"<p>{none}</p>"
-
-
-def _text(value: object) -> str:
-    return "-" if value in (None, "", ()) else str(value)
-
-
-def _table(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
+def _table(lines: Sequence[Line]) -> str:
+    head = "".join(f"<th>{escape(header)}</th>" for header in lines[0])
     body = "\n".join(
-        ('<tr class="best">' if line[0] == "*" else "<tr>") + "".join(f"<td>{escape(cell)}</td>" for cell in line)
+        ('<tr class="best">' if line.get("") else "<tr>") + "".join(f"<td>{escape(c)}</td>" for c in line.values())
         for line in lines
     )
     return f"<table><tr>{head}</tr>\n{body}\n</table>"

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from autotune.errors import ConfigError
@@ -15,22 +15,19 @@ from autotune.units import GIB
 def write_plots(run: Run) -> tuple[Path, ...]:
     """Draw plots/*.png of the run directory; those with nothing to show are left out."""
     folder = run.path / "plots"
-    drawn = {"speed_memory.png": draw_speed_memory(run), "best_so_far.png": draw_best_so_far(run)}
+    figures = {"speed_memory.png": draw_speed_memory(run), "best_so_far.png": draw_best_so_far(run)}
+    drawn = {folder / name: figure for name, figure in figures.items() if figure is not None}
     try:
-        for name, figure in drawn.items():
-            if figure is not None:
-                folder.mkdir(exist_ok=True)
-                # Replaced as a whole: a search redraws while somebody looks.
-                figure.savefig(folder / f".{name}.tmp", format="png", dpi=120)
-                (folder / f".{name}.tmp").replace(folder / name)
+        folder.mkdir(exist_ok=True)
+        for path, figure in drawn.items():
+            figure.savefig(path, dpi=120)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}; make it writable") from None
-    return tuple(folder / name for name, figure in drawn.items() if figure is not None)
+    return tuple(drawn)
 
 
 def draw_speed_memory(run: Run) -> Figure | None:
-    """Tokens/s against peak memory. Trials that failed before they had a peak stand at the foot,
-    at the peak that was predicted for them."""
+    """Tokens/s against peak memory, with the Pareto front."""
     measured = [row for row in run.trials if row["tokens_per_second"] is not None]
     view = peak_view(measured) if measured else ""
     placed = [row for row in measured if row[view] is not None]
@@ -39,16 +36,13 @@ def draw_speed_memory(run: Run) -> Figure | None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for status in sorted({row["status"] for row in placed}):
-        _scatter(axes, [row for row in placed if row["status"] == status], view, status)
-    for status in sorted({row["status"] for row in run.trials}):
-        lost = [row for row in run.trials if row["status"] == status and row["tokens_per_second"] is None]
-        known = [row["predicted_peak_bytes"] / GIB for row in lost if row["predicted_peak_bytes"] is not None]
-        if known:
-            axes.scatter(known, [0.0] * len(known), marker="x", label=f"{status} ({len(lost)}), at its prediction")
+        axes.scatter(*_places([row for row in placed if row["status"] == status], view), s=24, label=status)
     front = pareto_front([row for row in placed if row["status"] == "ok"], view)
-    axes.step([row[view] / GIB for row in front], [row["tokens_per_second"] for row in front], where="post", lw=1)
-    _mark(axes, best_trial(run), view, "best")
-    _mark(axes, baseline_trial(run), view, "baseline")
+    axes.step(*_places(front, view), where="post", lw=1)
+    for name, row in (("best", best_trial(run)), ("baseline", baseline_trial(run))):
+        if row in placed:
+            (x,), (y,) = _places([row], view)
+            axes.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points", fontweight="bold")
     limit = run.settings.memory_limit_bytes
     if limit < 4 * max(row[view] for row in placed):  # far away it would squeeze the rest
         axes.axvline(limit / GIB, ls="--", c="0.5", label="memory limit")
@@ -57,21 +51,23 @@ def draw_speed_memory(run: Run) -> Figure | None:
     return figure
 
 
+def _places(rows: Sequence[Row], view: str) -> tuple[list[float], list[float]]:
+    """Where the trials stand: GiB, tokens/s."""
+    return [row[view] / GIB for row in rows], [row["tokens_per_second"] for row in rows]
+
+
 def draw_best_so_far(run: Run) -> Figure | None:
     """The objective of the best trial so far against the minutes since the search began."""
-    feasible = ranked(run)
-    started = [row["started_at"] for row in run.trials if row["started_at"]]
-    timed = [row for row in feasible if row["started_at"] and row["trial_seconds"] is not None]
+    timed = [row for row in ranked(run) if row["started_at"] and row["trial_seconds"] is not None]
     if not timed:
         return None
-    zero = datetime.fromisoformat(min(started))
-    points = sorted((_minutes(row, zero), row["objective"]) for row in timed)
-    better = min if run.lower_is_better else max
-    best = [better(value for _, value in points[: index + 1]) for index in range(len(points))]
+    zero = datetime.fromisoformat(min(row["started_at"] for row in run.trials if row["started_at"]))
+    minutes, values = zip(*sorted((_minutes(row, zero), row["objective"]) for row in timed), strict=True)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(*zip(*points, strict=True), "o", ms=4, label="feasible trials")
-    axes.step([minutes for minutes, _ in points], best, where="post", label="best so far")
+    axes.plot(minutes, values, "o", ms=4, label="feasible trials")
+    best = accumulate(values, min if run.lower_is_better else max)
+    axes.step(minutes, list(best), where="post", label="best so far")
     baseline = baseline_trial(run)
     if baseline is not None and baseline["objective"] is not None:
         axes.axhline(baseline["objective"], ls="--", c="0.5", label="baseline")
@@ -84,20 +80,3 @@ def _minutes(row: Row, zero: datetime) -> float:
     """When the trial ended."""
     seconds: float = (datetime.fromisoformat(row["started_at"]) - zero).total_seconds() + row["trial_seconds"]
     return seconds / 60
-
-
-def _scatter(axes: Axes, rows: Sequence[Row], view: str, status: str) -> None:
-    axes.scatter(
-        [row[view] / GIB for row in rows],
-        [row["tokens_per_second"] for row in rows],
-        marker="o" if status == "ok" else "s",
-        alpha=1.0 if status == "ok" else 0.5,
-        s=24,
-        label=f"{status} ({len(rows)})",
-    )
-
-
-def _mark(axes: Axes, row: Row | None, view: str, name: str) -> None:
-    if row is not None and row[view] is not None and row["tokens_per_second"] is not None:
-        place = (row[view] / GIB, row["tokens_per_second"])
-        axes.annotate(name, place, xytext=(6, 6), textcoords="offset points", fontweight="bold")

@@ -1,18 +1,13 @@
 """Where the memory of a step goes: tables, a timeline as CSV and PNG, and two candidates side by side."""
 
-import csv
-import io
-from bisect import bisect_right
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from autotune.config.candidate import Candidate
@@ -20,6 +15,7 @@ from autotune.config.toml import read_candidate, write_atomically
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
 from autotune.measure.runner import run_profile
 from autotune.measure.types import CATEGORIES, LiveTensor, MemoryProfile, TrialRequest
+from autotune.report.table import plain
 from autotune.units import GIB, MIB, format_bytes
 
 _LINES = 3
@@ -55,12 +51,9 @@ def profile_candidates(named: Mapping[str, Candidate], *, out: Path, device: str
 
 def _names(files: Sequence[Path]) -> list[str]:
     """Of the file, or of its run; the second one of a name is called NAME-2."""
-    plain = [file.stem if file.suffix == ".toml" and file.stem != "best" else _run_of(file).name for file in files]
-    return [f"{name}-{seen}" if (seen := plain[: at + 1].count(name)) > 1 else name for at, name in enumerate(plain)]
-
-
-def _run_of(file: Path) -> Path:
-    return (file.parent if file.suffix == ".toml" else file).resolve()
+    runs = [file.parent if file.name == "best.toml" else file for file in files]
+    names = [run.stem if run.suffix == ".toml" else run.resolve().name for run in runs]
+    return [f"{name}-{seen}" if (seen := names[: at + 1].count(name)) > 1 else name for at, name in enumerate(names)]
 
 
 def _profile(name: str, candidate: Candidate, device: str, directory: Path) -> Profiled:
@@ -81,45 +74,62 @@ def _profile(name: str, candidate: Candidate, device: str, directory: Path) -> P
 def profile_report(found: Profiled, top: int = 20) -> Group:
     """One candidate: the peak by category, and the largest of what was alive then."""
     profile = found.profile
-    table = _table("at the peak", "bytes", "", "%")
-    for category, count in _shown(profile):
-        table.add_row(category, f"{count:,}", format_bytes(count), f"{count / profile.measured_peak_bytes:.1%}")
-    table.add_section()
-    for name, value in _views(profile).items():
-        table.add_row(name, "-" if value is None else f"{value:,}", format_bytes(value), "")
-    live = _table("count", "each", "category", "what or by what", "line", "made in", figures=2)
-    live.columns[3].no_wrap, live.columns[3].max_width = True, 48
-    for tensor, number in _grouped(profile)[:top]:
-        cells = (tensor.category, _maker(tensor, number), _lines(tensor) or "-", tensor.phase or "before the step")
-        live.add_row(str(number), format_bytes(tensor.bytes), *map(escape, cells))
-    heading = f"{found.name}: {format_bytes(profile.measured_peak_bytes)} at the peak, which stands in {_peak(profile)}"
-    return Group(Text(heading, style="bold"), table, live, Text(f"in {found.directory}: {_files(profile)}"))
+    peak = profile.measured_peak_bytes
+    sizes = [
+        {
+            "at the peak": name,
+            "bytes": "-" if count is None else f"{count:,}",
+            "size": format_bytes(count),
+            "share": f"{count / peak:.1%}" if count is not None and name in CATEGORIES else "",
+        }
+        for name, count in _sizes(profile).items()
+    ]
+    live = [
+        {
+            "count": str(len(equal)),
+            "each": format_bytes(equal[0].bytes),
+            "category": equal[0].category,
+            "what or by what": _maker(equal)[:48],
+            "line": _lines(equal[0]) or "-",
+            "made in": equal[0].phase or "before the step",
+        }
+        for equal in _grouped(profile)[:top]
+    ]
+    heading = f"{found.name}: {format_bytes(peak)} at the peak, which stands in: {profile.peak_phase}"
+    snapshot = f", {profile.snapshot} (open it at pytorch.org/memory_viz)" if profile.snapshot else ""
+    return Group(
+        Text(heading, style="bold"),
+        plain(sizes, figures=("bytes", "size", "share")),
+        plain(live, figures=("count", "each")),
+        Text(f"in {found.directory}: timeline.png, timeline.csv, profile.json{snapshot}"),
+    )
 
 
 def comparison(first: Profiled, second: Profiled) -> Group:
     """Two candidates: what differs, and what that saves where."""
-    table = _table("at the peak", first.name, second.name, "difference")
-    names = {category for one in (first, second) for category, _ in _shown(one.profile)}
-    for category in (name for name in CATEGORIES if name in names):
-        sizes = [one.profile.peak_bytes[category] for one in (first, second)]
-        table.add_row(category, *map(format_bytes, sizes), _difference(*sizes))
-    table.add_section()
-    views = [_views(one.profile) for one in (first, second)]
-    for name in views[0]:
-        table.add_row(name, *(format_bytes(view[name]) for view in views), _difference(*(v[name] for v in views)))
-    table.add_row("stands in", *(_peak(one.profile) for one in (first, second)), "")
-    return Group(Text(f"{first.name} -> {second.name}: {_changes(first, second)}", style="bold"), table)
+    before, after = _sizes(first.profile), _sizes(second.profile)
+    lines = []
+    for name in sorted({**before, **after}, key=_ORDER.index):
+        old, new = before.get(name, 0), after.get(name, 0)
+        sizes = {first.name: format_bytes(old), second.name: format_bytes(new)}
+        lines.append({"at the peak": name, **sizes, "difference": _difference(old, new)})
+    peaks = {one.name: one.profile.peak_phase for one in (first, second)}
+    lines.append({"at the peak": "stands in", **peaks, "difference": ""})
+    return Group(
+        Text(f"{first.name} -> {second.name}: {_changes(first.candidate, second.candidate)}", style="bold"),
+        plain(lines, figures=(first.name, second.name, "difference")),
+    )
 
 
 def timeline_csv(profile: MemoryProfile) -> str:
     """One line an allocation or release: seconds since the step's start, the phase, bytes by category."""
-    columns = [f"{category.replace(' ', '_')}_bytes" for category in profile.timeline]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["seconds", "phase", "allocated_bytes", *columns])
-    for seconds, *counts in zip(profile.seconds, *profile.timeline.values(), strict=True):
-        writer.writerow([f"{seconds:.9f}", _phase_at(profile, seconds), sum(counts), *counts])
-    return text.getvalue()
+    columns = {
+        "seconds": profile.seconds,
+        "phase": [_phase_at(profile, seconds) for seconds in profile.seconds],
+        "allocated_bytes": [sum(counts) for counts in zip(*profile.timeline.values(), strict=True)],
+        **{f"{category.replace(' ', '_')}_bytes": counts for category, counts in profile.timeline.items()},
+    }
+    return pd.DataFrame(columns).to_csv(index=False, float_format="%.9f", lineterminator="\n")
 
 
 def draw_timeline(profile: MemoryProfile) -> Figure:
@@ -137,93 +147,66 @@ def draw_timeline(profile: MemoryProfile) -> Figure:
         place = ((span.begin_seconds + span.end_seconds) / 2, 1.24 * top)
         axes.text(*place, span.name, ha="center", va="top", fontsize="small", rotation=90 if narrow else 0)
     axes.plot([profile.peak_seconds], [top], "kv", ms=7)
-    right = profile.peak_seconds > profile.seconds[-1] / 2  # then the label stands left of the mark
-    axes.annotate(
-        f"peak {top:.2f} {name}",
-        (profile.peak_seconds, top),
-        xytext=(-8 if right else 8, 4),
-        textcoords="offset points",
-        ha="right" if right else "left",
-        fontweight="bold",
-    )
+    axes.text(profile.peak_seconds, 1.02 * top, f"peak {top:.2f} {name}", ha="center", fontweight="bold")
     axes.set(xlabel="seconds (recording slows the step down)", ylabel=f"allocated ({name})", ylim=(0, 1.26 * top))
     axes.margins(x=0)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small", reverse=True)
     return figure
 
 
-def _table(*headers: str, figures: int = 0) -> Table:
-    """Figures stand right: the first `figures` columns, or all but the first."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, header in enumerate(headers):
-        right = index < figures if figures else index > 0
-        table.add_column(header, justify="right" if right else "left")
-    return table
+_ORDER = (*CATEGORIES, "allocated", "context and cache", "device")
 
 
-def _shown(profile: MemoryProfile) -> list[tuple[str, int]]:
-    """Categories with something in them; `unexplained` always."""
-    return [(name, count) for name, count in profile.peak_bytes.items() if count or name == "unexplained"]
-
-
-def _views(profile: MemoryProfile) -> dict[str, int | None]:
+def _sizes(profile: MemoryProfile) -> dict[str, int | None]:
+    """Categories with something in them (`unexplained` always), then the views of the whole."""
     device, allocated = profile.device_bytes, profile.measured_peak_bytes
-    return {
-        "allocated": allocated,
-        "context and cache": None if device is None else device - allocated,
-        "device": device,
-    }
+    held = {name: count for name, count in profile.peak_bytes.items() if count or name == "unexplained"}
+    cache = None if device is None else device - allocated
+    return {**held, "allocated": allocated, "context and cache": cache, "device": device}
 
 
-def _peak(profile: MemoryProfile) -> str:
-    """`backward of micro step 2`"""
-    kind, _, number = profile.peak_phase.partition(" ")
-    return f"the {kind} of micro step {number}" if number.isdigit() else f"the {profile.peak_phase} step"
-
-
-def _grouped(profile: MemoryProfile) -> list[tuple[LiveTensor, int]]:
-    """Equal ones of all layers as one: same size, category, lines and phase. The largest groups first."""
-    keys = [(t.bytes, t.category, t.lines, t.phase) for t in profile.live]
-    counts = Counter(keys)
-    first = dict(reversed(list(zip(keys, profile.live, strict=True))))
-    return sorted(((first[key], number) for key, number in counts.items()), key=lambda g: -g[0].bytes * g[1])
+def _grouped(profile: MemoryProfile) -> list[list[LiveTensor]]:
+    """Equal ones of all layers together: same size, category, lines and phase. The largest groups first."""
+    groups: dict[object, list[LiveTensor]] = defaultdict(list)
+    for tensor in profile.live:
+        groups[tensor.bytes, tensor.category, tensor.lines, tensor.phase].append(tensor)
+    return sorted(groups.values(), key=lambda equal: -equal[0].bytes * len(equal))
 
 
 def _lines(tensor: LiveTensor) -> str:
-    """`model/gpt.py:46,62,34 and 2 more`"""
-    places = [line.removeprefix("autotune/").partition(":") for line in tensor.lines]
-    by_file = {file: [line for name, _, line in places[:_LINES] if name == file] for file, _, _ in places[:_LINES]}
-    more = f" and {len(places) - _LINES} more" if len(places) > _LINES else ""
-    return ", ".join(f"{file}:{','.join(lines)}" for file, lines in by_file.items()) + more
+    """`model/gpt.py:46, model/gpt.py:62, model/gpt.py:34 and 2 more`"""
+    more = f" and {len(tensor.lines) - _LINES} more" if len(tensor.lines) > _LINES else ""
+    return ", ".join(line.removeprefix("autotune/") for line in tensor.lines[:_LINES]) + more
 
 
-def _maker(tensor: LiveTensor, number: int) -> str:
-    """What it is, where it has a name of its own; else what made it."""
-    named = tensor.category in ("parameters", "optimizer state", "gradients", "batch")
-    return tensor.name + (", ..." if number > 1 else "") if named else tensor.made_by or "-"
-
-
-def _files(profile: MemoryProfile) -> str:
-    snapshot = f", {profile.snapshot} (open it at pytorch.org/memory_viz)" if profile.snapshot else ""
-    return f"timeline.png, timeline.csv, profile.json{snapshot}"
+def _maker(equal: Sequence[LiveTensor]) -> str:
+    """What they are, where they have names of their own; else what made them."""
+    if equal[0].category in ("parameters", "optimizer state", "gradients", "batch"):
+        return equal[0].name + (", ..." if len(equal) > 1 else "")
+    return equal[0].made_by or "-"
 
 
 def _difference(first: int | None, second: int | None) -> str:
     if first is None or second is None:
         return "-"
-    sign = "+" if second > first else "-" if second < first else ""
-    return sign + format_bytes(abs(second - first))
+    return ("+" if second > first else "") + format_bytes(second - first)
 
 
-def _changes(first: Profiled, second: Profiled) -> str:
+def _changes(first: Candidate, second: Candidate) -> str:
     """`plan.loss full -> chunked`"""
-    tables = [{"plan": asdict(one.candidate.plan), "model": asdict(one.candidate.shape)} for one in (first, second)]
-    before, after = ({f"{t}.{key}": v for t, table in both.items() for key, v in table.items()} for both in tables)
-    changed = [f"{key} {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
+    changed = [
+        f"{table}.{key} {value} -> {after[key]}"
+        for table, before, after in (
+            ("plan", asdict(first.plan), asdict(second.plan)),
+            ("model", asdict(first.shape), asdict(second.shape)),
+        )
+        for key, value in before.items()
+        if value != after[key]
+    ]
     return ", ".join(changed) or "the same model and plan"
 
 
-def _phase_at(profile: MemoryProfile, seconds: float) -> str:
-    at = bisect_right([span.begin_seconds for span in profile.spans], seconds) - 1
-    return profile.spans[at].name if at >= 0 and seconds <= profile.spans[at].end_seconds else ""
+def _phase_at(profile: MemoryProfile, seconds: float) -> str | None:
+    """The later one, where one ends as the next begins."""
+    inside = [span.name for span in profile.spans if span.begin_seconds <= seconds <= span.end_seconds]
+    return inside[-1] if inside else None

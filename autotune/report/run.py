@@ -1,11 +1,12 @@
 """A run directory, read back: its trials, its best candidate, its machine; and what they say."""
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -19,6 +20,7 @@ from autotune.measure.records import COLUMNS
 from autotune.measure.review import Review, read_review
 from autotune.units import format_duration
 
+T = TypeVar("T")
 Row = Mapping[str, Any]
 """One line of trials.csv by column; unknown values are None."""
 
@@ -70,16 +72,15 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """The best trial against the baseline. None: unknown."""
+    """The best trial against the baseline: tokens/s and peak memory as ratios, predicted loss in nats as a difference.
+    None: unknown."""
 
     speed: float | None
-    """Tokens/s over the baseline's."""
     speed_ci95: float | None
     """Half width, from both intervals."""
     memory: float | None
-    """Peak over the baseline's, in the view of `peak_view`."""
+    """In the view of `peak_view`."""
     loss: float | None
-    """Predicted loss minus the baseline's, in nats."""
 
 
 def load_run(path: Path) -> Run:
@@ -88,61 +89,47 @@ def load_run(path: Path) -> Run:
         raise ConfigError(f"{path} is not a directory; give a run, for example results/<run>")
     settings = read_settings(path / "search.toml")
     best = read_candidate(path) if (path / "best.toml").exists() else None
-    summary = path / "train" / "summary.json"
-    machine = _read_json(path / "environment.json")
+    machine = _read(path / "environment.json", _read_json)
     machine.pop("fingerprint", None)  # it follows from the rest
+    verdict, summary = path / "verdict.json", path / "train" / "summary.json"
     return Run(
         path=path,
-        trials=_read_trials(path / "trials.csv"),
+        trials=_read(path / "trials.csv", _read_trials),
         candidate=best.candidate if best else None,
         measured=best.measured if best else {},
         environment=read_table(Environment, machine, "environment"),
         settings=settings,
-        review=_read_review(path / "verdict.json"),
-        training=_read_json(summary) if summary.exists() else {},
+        review=_read(verdict, read_review) if verdict.exists() else None,
+        training=_read(summary, _read_json) if summary.exists() else {},
     )
 
 
-def _read_review(path: Path) -> Review | None:
+def _read(file: Path, reader: Callable[[Path], T]) -> T:
     try:
-        return read_review(path) if path.exists() else None
+        return reader(file)
     except (OSError, ValueError) as error:
-        raise _not_a_run(path, str(error)) from None
+        why = "it does not exist" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        raise ConfigError(
+            f"{file.parent} is not a readable run: {file.name}: {why}; "
+            "give the directory of a search, or mend it with `autotune report --rebuild`"
+        ) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise _not_a_run(path, "it does not exist") from None
-    except (OSError, ValueError) as error:
-        raise _not_a_run(path, str(error)) from None
+def _read_json(file: Path) -> dict[str, Any]:
+    table = json.loads(file.read_text())
     if not isinstance(table, dict):
-        raise _not_a_run(path, "it is not a table")
+        raise ValueError("it is not a table")
     return table
 
 
-def _read_trials(path: Path) -> tuple[Row, ...]:
-    try:
-        # Only an empty cell is unknown: "none" and "null" are words that a plan or a message may hold.
-        frame = pd.read_csv(path, dtype=_DTYPES, keep_default_na=False, na_values=[""])
-    except FileNotFoundError:
-        raise _not_a_run(path, "it does not exist: no trial has ended") from None
-    except (OSError, ValueError) as error:
-        raise _not_a_run(path, " ".join(str(error).split())) from None
-    missing = [name for name in COLUMNS if name not in frame]
-    if missing:
-        raise _not_a_run(path, f"it has no column {missing[0]!r}")
+def _read_trials(file: Path) -> tuple[Row, ...]:
+    # Only an empty cell is unknown: "none" and "null" are words that a plan or a message may hold.
+    frame = pd.read_csv(file, dtype=_DTYPES, keep_default_na=False, na_values=[""])
+    if missing := [name for name in COLUMNS if name not in frame]:
+        raise ValueError(f"it has no column {missing[0]!r}")
     frame = frame.fillna(dict.fromkeys(_TEXT, ""))
     plain = frame.astype(object).where(frame.notna(), None)
     return tuple({str(key): value for key, value in row.items()} for row in plain.to_dict("records"))
-
-
-def _not_a_run(path: Path, why: str) -> ConfigError:
-    return ConfigError(
-        f"{path.parent} is not a readable run: {path.name}: {why}; "
-        "give the directory of a search, or mend it with `autotune report --rebuild`"
-    )
 
 
 def ranked(run: Run) -> list[Row]:
@@ -180,12 +167,12 @@ def gain(best: Row, baseline: Row) -> Gain:
     """What tuning brought."""
     view = peak_view([best, baseline])
     speed = _ratio(best["tokens_per_second"], baseline["tokens_per_second"])
-    relative = [_ratio(row["tokens_per_second_ci95"], row["tokens_per_second"]) for row in (best, baseline)]
-    known = [part for part in relative if part is not None]
+    both = [_ratio(row["tokens_per_second_ci95"], row["tokens_per_second"]) for row in (best, baseline)]
+    relative = [part for part in both if part is not None]
     losses = (best["predicted_loss"], baseline["predicted_loss"])
     return Gain(
         speed=speed,
-        speed_ci95=speed * sum(part**2 for part in known) ** 0.5 if speed and len(known) == 2 else None,
+        speed_ci95=speed * math.hypot(*relative) if speed and len(relative) == 2 else None,
         memory=_ratio(best[view], baseline[view]),
         loss=None if None in losses else losses[0] - losses[1],
     )
@@ -235,7 +222,7 @@ def failures(run: Run) -> list[Failure]:
 
 def as_json(run: Run) -> dict[str, Any]:
     """Everything that the report says, in bytes, seconds and tokens; unknown values are null."""
-    best, baseline = best_trial(run), baseline_trial(run)
+    best, baseline, review = best_trial(run), baseline_trial(run), run.review
     return {
         "run": str(run.path),
         "settings": asdict(replace(run.settings, storage="")),  # its URL may hold a password
@@ -244,12 +231,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "measured": dict(run.measured) or None,
         "baseline": baseline,
         "gain": vars(gain(best, baseline)) if best and baseline else None,
-        "review": run.review
-        and asdict(run.review)
-        | {
-            "overhead": run.review.overhead,
-            "trials_per_hour": run.review.trials_per_hour,
-        },
+        "review": review and {**asdict(review), "overhead": review.overhead, "trials_per_hour": review.trials_per_hour},
         "trade_offs": [row["trial"] for row in trade_offs(run)],
         "failures": [vars(failure) for failure in failures(run)],
         "training": dict(run.training) or None,

@@ -1,18 +1,16 @@
 """Runs as text for a terminal: the verdict, the trials, what failed and why, and what to do next."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from autotune.measure.review import Review
 from autotune.measure.types import cache_text
 from autotune.report.run import (
-    Failure,
     Row,
     Run,
     baseline_trial,
@@ -26,10 +24,21 @@ from autotune.report.run import (
 )
 from autotune.units import format_bytes, format_count, format_duration
 
+Line = Mapping[str, str]
+"""One line of a table: its texts by column header. A text under the header "" marks the best."""
+
 _FIGURES = {
     "trial", "predicted loss", "tokens/s", "MFU", "peak", "allocated", "predicted", "batch", "count",
-    "ok/trials", "best", "gain", "least memory", "share",
+    "ok/trials", "best", "gain", "least memory", "share", "reserved", "device", "retries",
 }  # fmt: skip
+_SPENT = {
+    "compiling": ("compile",),
+    "warming up": ("warmup",),
+    "measuring": ("measure",),
+    "between trials": ("idle",),
+    "starting trials": ("start", "build", "verify", "done"),
+}
+"""Phases of trials, as they are shown."""
 _PLAN = ("model", "attention", "loss", "recompute", "compile", "dtype", "optimizer", "allocator")
 
 
@@ -42,6 +51,22 @@ def print_text(content: RenderableType, width: int | None = None) -> None:
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
+def plain(lines: Sequence[Line], figures: Collection[str] = _FIGURES) -> Table:
+    """Lines with the same headers. Figures are never broken, words are where the terminal is narrow."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in lines[0]:
+        narrow = header in figures
+        table.add_column(header, justify="right" if narrow else "left", no_wrap=narrow or not header, overflow="fold")
+    for line in lines:
+        table.add_row(*map(Text, line.values()), style="bold green" if line.get("") else "")
+    return table
+
+
+def number(value: float | None, spec: str, unit: str = "") -> str:
+    """The value in a format; - for an unknown one."""
+    return "-" if value is None else format(value, spec) + unit
+
+
 def run_report(run: Run, top: int) -> Group:
     """One run, its `top` best trials in full."""
     feasible = ranked(run)
@@ -50,15 +75,11 @@ def run_report(run: Run, top: int) -> Group:
         lines = [cells(run, row) for row in feasible[:top]]
         same = _constant(lines)
         parts.append(plain([{h: text for h, text in line.items() if h not in same} for line in lines]))
-        notes = ", ".join(f"{header} {text}" for header, text in same.items() if text != "-")
-        parts += [Text(f"All of these: {notes}.")] if notes else []
-        if len(feasible) > top:
-            parts.append(
-                _line(f"{len(feasible) - top} more in {run.path / 'trials.csv'}, or with --top {len(feasible)}.")
-            )
-    parts += [plain(lines) for lines in (trade_off_cells(run), step_cells(run), importance_cells(run)) if lines]
-    if failed := failures(run):
-        parts.append(plain([_failure_cells(failure) for failure in failed]))
+        if notes := ", ".join(f"{header} {text}" for header, text in same.items() if text != "-"):
+            parts.append(Text(f"All of these: {notes}."))
+    if len(feasible) > top:
+        parts.append(_line(f"{len(feasible) - top} more in {run.path / 'trials.csv'}, or with --top {len(feasible)}."))
+    parts += [plain(lines) for lines in sections(run).values() if lines]
     return Group(*parts, _line(f"next: {next_command(run)}", "bold"))
 
 
@@ -103,8 +124,6 @@ def verdict(run: Run) -> list[str]:
     if best and baseline:
         lines.append(f"gain: {_gain_text(run, best, baseline)}")
     lines += _review_lines(run.review) if run.review else []
-    if run.training:
-        lines.append(f"trained: {_training_text(run)}")
     return lines
 
 
@@ -130,50 +149,49 @@ def _review_lines(review: Review) -> list[str]:
 
 def _time_text(review: Review) -> str:
     """Where the budget went."""
-    spent = dict(review.seconds)
-    starting = sum(spent.pop(phase, 0.0) for phase in ("start", "build", "verify", "done"))
-    named = {"compile": "compiling", "warmup": "warming up", "measure": "measuring", "idle": "between trials"}
-    parts = {**{name: spent.get(phase, 0.0) for phase, name in named.items()}, "starting trials": starting}
-    shares = ", ".join(f"{name} {seconds / review.spent_seconds:.0%}" for name, seconds in parts.items())
+    spent = {name: sum(review.seconds.get(phase, 0.0) for phase in phases) for name, phases in _SPENT.items()}
+    shares = ", ".join(f"{name} {seconds / review.spent_seconds:.0%}" for name, seconds in spent.items())
     return (
         f"time: {format_duration(review.spent_seconds)}: {shares}; harness overhead {review.overhead:.0%}, "
         f"{review.trials_per_hour:.0f} trials an hour"
     )
 
 
-def trade_off_cells(run: Run) -> list[dict[str, str]]:
-    """Speed against memory: the trials that no other beats in both. Empty where one beats all others."""
-    front = trade_offs(run)
-    if len(front) < 2:
-        return []
-    view = peak_view(front)
+def sections(run: Run) -> dict[str, list[Line]]:
+    """What there is to say beside the ranked trials, by title; a table with nothing in it is empty."""
+    front, review = trade_offs(run), run.review
     shown = ("tokens/s", "predicted loss", "batch", "model", "attention", "loss", "recompute", "compile", "dtype")
-    return [
-        {"least memory": format_bytes(row[view]), "trial": str(row["trial"])}
-        | {header: text for header, text in cells(run, row).items() if header in shown}
-        for row in front
-    ]
-
-
-def step_cells(run: Run) -> list[dict[str, str]]:
-    """What one step from the best costs, as far as it was measured."""
-    unit = "+.3f" if run.lower_is_better else "+.1%"
-    header = "predicted loss" if run.lower_is_better else "tokens/s"
-    return [
-        {
-            "one step from the best": f"{step.knob} {step.winner} -> {step.value}",
-            "trial": str(step.trial),
-            header: format(step.objective, unit),
-            "peak": "-" if step.peak is None else f"{step.peak - 1:+.1%}",
-        }
-        for step in (run.review.steps if run.review else ())
-    ]
-
-
-def importance_cells(run: Run) -> list[dict[str, str]]:
-    """How much each choice has to do with being among the best trials."""
-    shares = run.review.importance if run.review else {}
-    return [{"what matters": name, "share": f"{share:.0%}"} for name, share in shares.items()]
+    objective, change = ("predicted loss", "+.3f") if run.lower_is_better else ("tokens/s", "+.1%")
+    return {
+        # of one trial that beats all others in both there is nothing to choose
+        "Speed against memory": [
+            {"least memory": format_bytes(row[peak_view(front)]), "trial": str(row["trial"])}
+            | {header: text for header, text in cells(run, row).items() if header in shown}
+            for row in (front if len(front) > 1 else ())
+        ],
+        "One step from the best": [
+            {
+                "one step from the best": f"{step.knob} {step.winner} -> {step.value}",
+                "trial": str(step.trial),
+                objective: format(step.objective, change),
+                "peak": "-" if step.peak is None else f"{step.peak - 1:+.1%}",
+            }
+            for step in (review.steps if review else ())
+        ],
+        "What matters": [
+            {"what matters": name, "share": f"{share:.0%}"}
+            for name, share in (review.importance.items() if review else ())
+        ],
+        "Not feasible": [
+            {
+                "not feasible": failure.status,
+                "count": str(len(failure.trials)),
+                "trials": ", ".join(map(str, failure.trials[:4])) + (", ..." if len(failure.trials) > 4 else ""),
+                "reason": failure.reason or "-",
+            }
+            for failure in failures(run)
+        ],
+    }
 
 
 def _measured(run: Run, row: Row) -> str:
@@ -181,7 +199,7 @@ def _measured(run: Run, row: Row) -> str:
         return f"{row['status']}: {row['message'] or '-'}"
     parts = [f"{_rate(row)} tokens/s", f"peak {format_bytes(row[peak_view([row])])}"]
     if run.lower_is_better:
-        parts.insert(0, f"predicted loss {_number(row['predicted_loss'], '.3f')}")
+        parts.insert(0, f"predicted loss {number(row['predicted_loss'], '.3f')}")
     return ", ".join(parts)
 
 
@@ -189,39 +207,27 @@ def _gain_text(run: Run, best: Row, baseline: Row) -> str:
     if best["candidate_id"] == baseline["candidate_id"]:
         return "none, the baseline is the best that was found"
     gained = gain(best, baseline)
-    speed = f"{_number(gained.speed, '.2f')}x"
+    speed = f"{number(gained.speed, '.2f')}x"
     if gained.speed_ci95 is not None:
         speed += f" ± {gained.speed_ci95:.2f}"
-    text = f"{speed} the baseline's tokens/s at {_number(gained.memory, '.2f')}x its peak memory"
+    text = f"{speed} the baseline's tokens/s at {number(gained.memory, '.2f')}x its peak memory"
     if run.lower_is_better and gained.loss is not None:
         return f"{gained.loss:+.3f} predicted loss; {text}"
     return text
 
 
-def _training_text(run: Run) -> str:
-    """How the training of this run's winner went, and whether it kept what was measured."""
-    told = run.training
-    parts = [
-        f"{format_count(told.get('tokens'))} tokens",
-        f"validation loss {_number(told.get('validation_loss'), '.4f')}",
-        *told.get("comparison", ()),
-        *(f"warning: {text}" for text in told.get("warnings", ())),
-    ]
-    return "; ".join(parts)
-
-
 def cells(run: Run, row: Row) -> dict[str, str]:
     """A trial as it is shown, by column header."""
     best = best_trial(run)
-    loss = {"predicted loss": _number(row["predicted_loss"], ".3f")} if run.lower_is_better else {}
+    loss = {"predicted loss": number(row["predicted_loss"], ".3f")} if run.lower_is_better else {}
     return {
         "": "*" if best is not None and row["trial"] == best["trial"] else "",
         "trial": str(row["trial"]),
         "role": row["role"],
         **loss,
         "tokens/s": _rate(row),
-        "MFU": _number(row["mfu"], ".1%"),
-        "peak": format_bytes(row["peak_device_bytes"]),
+        "MFU": number(row["mfu"], ".1%"),
+        "peak": format_bytes(row[peak_view([row])]),
         "allocated": format_bytes(row["peak_allocated_bytes"]),
         "predicted": format_bytes(row["predicted_peak_bytes"]),
         "batch": f"{row['micro_batch_size']} x {row['gradient_accumulation_steps']}",
@@ -239,11 +245,7 @@ def cells(run: Run, row: Row) -> dict[str, str]:
 
 def _rate(row: Row) -> str:
     half = row["tokens_per_second_ci95"]
-    return _number(row["tokens_per_second"], ",.0f") + ("" if half is None else f" ± {half:,.0f}")
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+    return number(row["tokens_per_second"], ",.0f") + ("" if half is None else f" ± {half:,.0f}")
 
 
 def _constant(lines: Sequence[dict[str, str]]) -> dict[str, str]:
@@ -253,42 +255,26 @@ def _constant(lines: Sequence[dict[str, str]]) -> dict[str, str]:
     return {h: first[h] for h in first if h in shared and (h in _PLAN or first[h] == "-")}
 
 
-def plain(lines: Sequence[dict[str, str]]) -> Table:
-    """Lines with the same headers. Figures are never broken, words are where the terminal is narrow."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in lines[0]:
-        figures = header in _FIGURES
-        table.add_column(header, justify="right" if figures else "left", no_wrap=figures or not header, overflow="fold")
-    for line in lines:
-        table.add_row(*map(escape, line.values()), style="bold green" if line.get("") else "")
-    return table
-
-
 def _line(text: str, style: str = "") -> Text:
     """Left to the terminal to wrap, so that a path or a command can be copied whole."""
     return Text(text, style=style, no_wrap=True, overflow="ignore")
 
 
-def _failure_cells(failure: Failure) -> dict[str, str]:
-    numbers = ", ".join(map(str, failure.trials[:4])) + (", ..." if len(failure.trials) > 4 else "")
-    count = str(len(failure.trials))
-    return {"not feasible": failure.status, "count": count, "trials": numbers, "reason": failure.reason or "-"}
-
-
-def _summary(run: Run) -> dict[str, str]:
+def _summary(run: Run) -> Line:
     best, baseline = best_trial(run), baseline_trial(run)
     gained = gain(best, baseline) if best and baseline else None
     ok = len([row for row in run.trials if row["status"] == "ok"])
-    line = {"run": str(run.path), "machine": run.environment.device_name, "ok/trials": f"{ok}/{len(run.trials)}"}
-    line |= {"objective": run.settings.objective, "best": str(best["trial"]) if best else "-"}
-    if best is None:
-        return line | dict.fromkeys(("predicted loss", "tokens/s", "gain", "peak", "model", "plan"), "-")
-    shown = cells(run, best)
-    return line | {
-        "predicted loss": _number(best["predicted_loss"], ".3f"),
-        "tokens/s": _rate(best),
-        "gain": f"{gained.speed:.2f}x" if gained and gained.speed is not None else "-",
-        "peak": format_bytes(best[peak_view([best])]),
-        "model": shown["model"],
-        "plan": " ".join(shown[key] for key in ("batch", *_PLAN[1:6])),
+    shown = cells(run, best) if best else {}
+    return {
+        "run": str(run.path),
+        "machine": run.environment.device_name,
+        "ok/trials": f"{ok}/{len(run.trials)}",
+        "objective": run.settings.objective,
+        "best": shown.get("trial", "-"),
+        "predicted loss": shown.get("predicted loss", "-"),
+        "tokens/s": shown.get("tokens/s", "-"),
+        "gain": number(gained.speed if gained else None, ".2f", "x"),
+        "peak": shown.get("peak", "-"),
+        "model": shown.get("model", "-"),
+        "plan": " ".join(shown[key] for key in ("batch", *_PLAN[1:6])) if shown else "-",
     }

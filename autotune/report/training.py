@@ -45,14 +45,14 @@ def trainings_of(paths: Sequence[Path]) -> list[TrainedRun]:
 
 def load_training(path: Path) -> TrainedRun:
     """Read a training's directory. Raises ConfigError where a file of it is damaged."""
+    log, summary, ended = path / "train_log.csv", path / "summary.json", False
     try:
-        found = _last_row(path / "train_log.csv")
-        ended = (path / "summary.json").exists()
-        if ended:
-            summary = json.loads((path / "summary.json").read_text())
-            ended = summary["iterations"] >= found.get("iteration", 0)  # else of before a --resume that runs now
+        found = _last_row(log) if log.exists() else {}
+        if summary.exists():
+            told = json.loads(summary.read_text())
+            ended = told["iterations"] >= found.get("iteration", 0)  # else of before a --resume that runs now
             if ended:
-                found = {name: summary.get(name) for name in _FIGURES} | {"iteration": summary["iterations"]}
+                found = {name: told.get(name) for name in _FIGURES} | {"iteration": told["iterations"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a readable training: {error}; go on with `autotune train --resume`") from None
     return TrainedRun(path=path, file=read_candidate(path / "recipe.toml"), ended=ended, found=found)
@@ -60,10 +60,7 @@ def load_training(path: Path) -> TrainedRun:
 
 def _last_row(log: Path) -> dict[str, float | None]:
     """The last whole row, and the last validation loss of any row."""
-    if not log.exists():
-        return {}
-    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    rows = list(csv.DictReader(lines))
+    rows = list(csv.DictReader(log.read_text().split("\n")[:-1]))  # what follows the last line break is being written
     if not rows:
         return {}
     seen = [row["validation_loss"] for row in rows if row["validation_loss"]]
@@ -73,10 +70,10 @@ def _last_row(log: Path) -> dict[str, float | None]:
 
 def training_table(trainings: Sequence[TrainedRun]) -> Table:
     """A line each: what was predicted and measured, an arrow, what the training does."""
-    return plain([_cells(one) for one in trainings])
+    return plain([_line(one) for one in trainings])
 
 
-def _cells(one: TrainedRun) -> dict[str, str]:
+def _line(one: TrainedRun) -> dict[str, str]:
     measured, found, recipe = one.file.measured, one.found, one.file.candidate.recipe
     done = int(found.get("iteration") or 0)
     view = "peak_device_bytes" if measured.get("peak_reserved_bytes") else "peak_allocated_bytes"
