@@ -70,9 +70,7 @@ def profile(request: TrialRequest, report: Report) -> None:
     handle.remove()
     if not gradients:
         raise TrialEnded("incorrect", "the optimizer was not stepped: gradients are not finite")
-    explainer = Explainer(
-        recording=recording, candidate=candidate, wrappers=wrappers, known=known, gradients=gradients
-    )
+    explainer = Explainer(recording=recording, candidate=candidate, wrappers=wrappers, known=known, gradients=gradients)
     write_atomically(directory / "profile.json", to_json(explain(explainer, meter.views()["steady"])))
     report.enter(phase="done", status="ok")
 

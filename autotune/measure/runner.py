@@ -187,9 +187,7 @@ def _end(worker: _Process) -> None:
 
 
 def _last_line(log: Path) -> str:
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        lines = file.read().decode(errors="replace").strip().splitlines()
+    lines = log.read_text(errors="replace").strip().splitlines()
     return lines[-1].strip()[:300] if lines else "no output"
 
 

@@ -142,20 +142,15 @@ def resident_batches(candidate: Candidate, device: torch.device, whole_step: boo
     """Micro batches of real text, or of a Zipf law where there is none, resident on the device."""
     shape, recipe, micro = candidate.shape, candidate.recipe, candidate.plan.micro_batch_size
     count = candidate.gradient_accumulation_steps
-    rows = recipe.global_batch_size if whole_step else min(count, CYCLE) * micro
+    sizes = {
+        "global_batch_size": recipe.global_batch_size if whole_step else min(count, CYCLE) * micro,
+        "block_size": shape.block_size,
+        "vocab_size": shape.vocab_size,
+    }
     if recipe.data:
-        source = open_batches(
-            Path(recipe.data),
-            seed=recipe.seed,
-            global_batch_size=rows,
-            block_size=shape.block_size,
-            vocab_size=shape.vocab_size,
-        )
-        tokens, targets = source.train_batch(0)
+        tokens, targets = open_batches(Path(recipe.data), seed=recipe.seed, **sizes).train_batch(0)
     else:
-        tokens, targets = synthetic_batch(
-            seed=recipe.seed, step=0, global_batch_size=rows, block_size=shape.block_size, vocab_size=shape.vocab_size
-        )
+        tokens, targets = synthetic_batch(seed=recipe.seed, step=0, **sizes)
     return [
         (torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), share)
         for x, y, share in micro_batches(tokens, targets, micro)

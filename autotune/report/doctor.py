@@ -6,8 +6,9 @@ import platform
 import shutil
 import sysconfig
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from rich.table import Table
 
@@ -30,7 +31,8 @@ _OPTIONAL = {
 }
 
 
-class Check(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Check:
     """One thing that was looked at."""
 
     name: str
@@ -40,9 +42,17 @@ class Check(NamedTuple):
     """What is there, or why it is not and what to do."""
 
 
+def _needed(name: str, found: str | None, otherwise: str) -> Check:
+    return Check(name=name, state="ok" if found else "missing", found=found or otherwise)
+
+
+def _useful(name: str, found: str | None, otherwise: str) -> Check:
+    return Check(name=name, state="ok" if found else "absent", found=found or otherwise)
+
+
 def examine() -> tuple[Check, ...]:
     """Look at everything that a search needs or can use."""
-    return (Check("Python", "ok", platform.python_version()), *_torch(), *_host(), *_packages())
+    return (_needed("Python", platform.python_version(), ""), *_torch(), *_host(), *_packages())
 
 
 def can_search(checks: Sequence[Check]) -> bool:
@@ -77,21 +87,19 @@ def _torch() -> Iterator[Check]:
     try:
         machine = probe()
     except AutotuneError as error:
-        yield Check("torch", "missing", f"{error}; install {_WANTED}")
+        yield _needed("torch", None, f"{error}; install {_WANTED}")
         return
     release = tuple(int(number) for number in machine.torch.split(".")[:2])
-    if TORCH_RANGE[0] <= release < TORCH_RANGE[1]:
-        yield Check("torch", "ok", machine.torch)
-    else:
-        yield Check("torch", "missing", f"{machine.torch}; run `pip install '{_WANTED}'`")
+    fitting = machine.torch if TORCH_RANGE[0] <= release < TORCH_RANGE[1] else None
+    yield _needed("torch", fitting, f"{machine.torch}; run `pip install '{_WANTED}'`")
     memory = format_bytes(machine.device_memory_bytes)
     if machine.device == "cpu":
         cores = f"searches run on the CPU: {machine.device_name}, {machine.cpu_count} cores, {memory}"
-        yield Check("CUDA device", "absent", f"{_why_no_cuda(machine.torch)}; {cores}")
+        yield _useful("CUDA device", None, f"{_why_no_cuda(machine.torch)}; {cores}")
         return
     capability = ".".join(map(str, machine.capability))
     text = f"{machine.device_name}, {memory}, capability {capability}, driver {machine.driver or '-'}"
-    yield Check("CUDA device", "ok", f"{text}, CUDA {machine.cuda}")
+    yield _useful("CUDA device", f"{text}, CUDA {machine.cuda}", "")
     yield _nvml()
 
 
@@ -107,7 +115,6 @@ def _nvml() -> Check:
     """Whether the driver says what each process holds: the widest view of peak memory."""
     import pynvml
 
-    name = "NVML process accounting"
     try:
         pynvml.nvmlInit()
         cards = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
@@ -115,46 +122,33 @@ def _nvml() -> Check:
         refusal = "the driver hides it" if any(p.usedGpuMemory is None for p in processes) else ""
     except pynvml.NVMLError as error:
         refusal = str(error)
-    if refusal:
-        found = f"{refusal}; peaks are the device's use minus its use before the trial: let nothing else run on it"
-        return Check(name, "absent", found)
-    return Check(name, "ok", f"{len(processes)} processes seen on {len(cards)} devices")
+    found = None if refusal else f"{len(processes)} processes seen on {len(cards)} devices"
+    instead = "peaks are the device's use minus its use before the trial: let nothing else run on it"
+    return _useful("NVML process accounting", found, f"{refusal}; {instead}")
 
 
 def _host() -> Iterator[Check]:
     """What torch.compile needs (it writes C++ on the CPU; on CUDA, Triton compiles its launcher in C), and places."""
-    wanted = os.environ.get("CXX", "g++")
-    if path := shutil.which(wanted):
-        yield Check("C++ compiler", "ok", path)
-    else:
-        help_ = "torch.compile needs it: install g++ (or point CXX at a compiler)"
-        yield Check("C++ compiler", "missing", f"{wanted} is not found; {help_}")
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    if header.exists():
-        yield Check("Python headers", "ok", str(header))
-    else:
-        yield Check("Python headers", "missing", f"{header} is not there; install python3-dev for torch.compile")
+    compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
+    advice = f"{compiler} is not found; torch.compile needs it: install g++ (or point CXX at a compiler)"
+    yield _needed("C++ compiler", shutil.which(compiler), advice)
+    advice = f"{header} is not there; install python3-dev for torch.compile"
+    yield _needed("Python headers", str(header) if header.exists() else None, advice)
     cache = compile_cache_dir()
     existing = next(parent for parent in (cache, *cache.parents) if parent.exists())
-    if existing.is_dir() and os.access(existing, os.W_OK):
-        yield Check("compile cache", "ok", str(cache))
-    else:
-        yield Check("compile cache", "missing", f"{cache} cannot be written; set AUTOTUNE_CACHE_DIR")
-    free, here = shutil.disk_usage(Path.cwd()).free, f"at {Path.cwd()}"
-    if free >= GIB:
-        yield Check("free disk", "ok", f"{format_bytes(free)} {here}")
-    else:
-        yield Check("free disk", "absent", f"{format_bytes(free)} {here}; a run with checkpoints needs more than 1 GiB")
+    usable = existing.is_dir() and os.access(existing, os.W_OK)
+    yield _needed("compile cache", str(cache) if usable else None, f"{cache} cannot be written; set AUTOTUNE_CACHE_DIR")
+    free = shutil.disk_usage(Path.cwd()).free
+    told = f"{format_bytes(free)} at {Path.cwd()}"
+    yield _useful("free disk", told if free >= GIB else None, f"{told}; a run with checkpoints needs more than 1 GiB")
 
 
 def _packages() -> Iterator[Check]:
     try:
         tokenizer.encoder()
-        yield Check("GPT-2 tokenizer", "ok", "ranks verified, no network needed")
+        yield _needed("GPT-2 tokenizer", "ranks verified, no network needed", "")
     except DataError as error:
-        yield Check("GPT-2 tokenizer", "missing", str(error))
+        yield _needed("GPT-2 tokenizer", None, str(error))
     for name, purpose in _OPTIONAL.items():
-        if importlib.util.find_spec(name) is None:
-            yield Check(name, "absent", f"optional, not installed: {purpose}")
-        else:
-            yield Check(name, "ok", purpose)
+        installed = purpose if importlib.util.find_spec(name) else None
+        yield _useful(name, installed, f"optional, not installed: {purpose}")

@@ -62,11 +62,10 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Trials that failed in one way for one reason."""
+    """Trials that failed in one way for one reason: that of the first, the others differ at most in their numbers."""
 
     status: str
     reason: str
-    """Of the first of them; the others differ at most in their numbers."""
     trials: tuple[int, ...]
 
 

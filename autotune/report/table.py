@@ -39,7 +39,9 @@ _SPENT = {
     "starting trials": ("start", "build", "verify", "done"),
 }
 """Phases of trials, as they are shown."""
-_PLAN = ("model", "attention", "loss", "recompute", "compile", "dtype", "optimizer", "allocator")
+_PLAN = ("attention", "loss", "compile", "dtype", "optimizer", "allocator")
+_ALIKE = ("model", "recompute", *_PLAN)
+"""What trials often share."""
 
 
 def print_text(content: RenderableType, width: int | None = None) -> None:
@@ -160,7 +162,7 @@ def _time_text(review: Review) -> str:
 def sections(run: Run) -> dict[str, list[Line]]:
     """What there is to say beside the ranked trials, by title; a table with nothing in it is empty."""
     front, review = trade_offs(run), run.review
-    shown = ("tokens/s", "predicted loss", "batch", "model", "attention", "loss", "recompute", "compile", "dtype")
+    shown = ("tokens/s", "predicted loss", "batch", "model", "recompute", *_PLAN[:4])
     objective, change = ("predicted loss", "+.3f") if run.lower_is_better else ("tokens/s", "+.1%")
     return {
         # of one trial that beats all others in both there is nothing to choose
@@ -233,13 +235,8 @@ def cells(run: Run, row: Row) -> dict[str, str]:
         "batch": f"{row['micro_batch_size']} x {row['gradient_accumulation_steps']}",
         "model": f"{row['n_layer']}x{row['n_head']}x{row['n_embd']}, T {row['block_size']}, "
         + format_count(row["parameters"]),
-        "attention": row["attention"],
-        "loss": row["loss"],
         "recompute": row["activation_checkpointing"],
-        "compile": row["compile"],
-        "dtype": row["dtype"],
-        "optimizer": row["optimizer"],
-        "allocator": row["allocator"],
+        **{name: row[name] for name in _PLAN},
     }
 
 
@@ -252,7 +249,7 @@ def _constant(lines: Sequence[dict[str, str]]) -> dict[str, str]:
     """What all lines share of the plan, and columns in which nothing is known: said once, below the table."""
     first = lines[0]
     shared = {header for header in first if all(line[header] == first[header] for line in lines)}
-    return {h: first[h] for h in first if h in shared and (h in _PLAN or first[h] == "-")}
+    return {h: first[h] for h in first if h in shared and (h in _ALIKE or first[h] == "-")}
 
 
 def _line(text: str, style: str = "") -> Text:
@@ -271,10 +268,6 @@ def _summary(run: Run) -> Line:
         "ok/trials": f"{ok}/{len(run.trials)}",
         "objective": run.settings.objective,
         "best": shown.get("trial", "-"),
-        "predicted loss": shown.get("predicted loss", "-"),
-        "tokens/s": shown.get("tokens/s", "-"),
         "gain": number(gained.speed if gained else None, ".2f", "x"),
-        "peak": shown.get("peak", "-"),
-        "model": shown.get("model", "-"),
-        "plan": " ".join(shown[key] for key in ("batch", *_PLAN[1:6])) if shown else "-",
+        **{header: shown.get(header, "-") for header in ("predicted loss", "tokens/s", "peak", "batch", *_ALIKE)},
     }

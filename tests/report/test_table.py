@@ -31,7 +31,7 @@ def test_a_run(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
     marked = [line for line in lines if line.startswith(" *")]
     assert len(marked) == 1
     assert marked[0].split()[1:3] == ["6", "final"]
-    assert "All of these: model 6x6x384, T 1024, 30.3M, attention sdpa" in text
+    assert "All of these: model 6x6x384, T 1024, 30.3M, recompute none, attention sdpa" in text
     assert "MFU" not in text  # unknown in all of them
     assert lines[-1] == f"next: autotune train {path}"
 
