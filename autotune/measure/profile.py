@@ -17,7 +17,6 @@ Leaves result.json as a trial does, profile.json and, on CUDA, snapshot.pickle. 
 """
 
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -34,7 +33,16 @@ from autotune.measure.allocations import Allocation, Recording, record
 from autotune.measure.memory import MemoryMeter
 from autotune.measure.provenance import OURS, Buffer, Wrapper, listen
 from autotune.measure.types import CATEGORIES, LiveTensor, MemoryProfile, MemoryView, TrialRequest, to_json
-from autotune.measure.worker import MicroBatch, Report, TrialEnded, limit_memory, live_bytes, main, resident_batches
+from autotune.measure.worker import (
+    MicroBatch,
+    Report,
+    TrialEnded,
+    compile_step,
+    limit_memory,
+    live_bytes,
+    main,
+    resident_batches,
+)
 from autotune.model.step import TrainStep, build
 
 SNAPSHOT = "snapshot.pickle"
@@ -52,16 +60,9 @@ def profile(request: TrialRequest, report: Report) -> None:
     with listen() as wrappers:
         step = build(candidate, device)
         batches = resident_batches(candidate, device, whole_step=False)
-        report.enter(phase="compile", other_processes_bytes=meter.other_processes_bytes)
-        started = time.perf_counter()
-        with meter.stage("first_step"):
-            step.step(batches[:2], 0.0)
-            step.step(batches[:2], 0.0)  # compiles what the first call left, as in a trial
-    report.enter(phase="warmup", compile_seconds=time.perf_counter() - started, memory=meter.views())
-    torch.compiler.set_stance("fail_on_recompile")
-    with meter.stage("steady"):
-        step.step(batches[:2], lr)
-    report.enter(phase="measure", memory=meter.views())
+        report.enter(other_processes_bytes=meter.other_processes_bytes)
+        compile_step(step, batches[:2], report, meter)
+    report.enter(phase="measure")
     known = known_tensors(step, batches)
     before = [Allocation(address=a, bytes=t.nbytes, requested_bytes=t.nbytes) for a, (_, _, t) in known.items()]
     gradients: dict[int, str] = {}

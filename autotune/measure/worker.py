@@ -90,12 +90,25 @@ def run(request: TrialRequest, report: Report) -> None:
         build_seconds=time.perf_counter() - started,
         other_processes_bytes=meter.other_processes_bytes,
     )
-    first_loss = verify(step, batches[0])
-    report.enter(phase="compile", first_loss=first_loss)
+    report.enter(first_loss=verify(step, batches[0]))
+    compiled = compile_step(step, batches[:2], report, meter)
+    check_loss(compiled, candidate, "compiled", repeated(batches[:2]))
+    stop_if_over_limit(request, report.result)
+    measured = time_steps(step, batches, request, report)
+    if request.final:
+        rehearse(step, batches, meter)
+    report.enter(phase="done", status="ok", memory=meter.views(), **throughput(measured, request))
+    stop_if_over_limit(request, report.result)
+
+
+def compile_step(step: TrainStep, batches: list[MicroBatch], report: Report, meter: MemoryMeter) -> float:
+    """The first steps, in which all is compiled, and a warm one: their peaks, and the warm one's loss. From then on
+    a recompilation is an error: it would be timed."""
+    report.enter(phase="compile")
     started = time.perf_counter()
     with meter.stage("first_step"):
         for _ in range(COMPILING_STEPS):
-            step.step(batches[:2], 0.0)
+            step.step(batches, 0.0)
     hits, misses = compile_cache() or (None, None)
     report.enter(
         phase="warmup",
@@ -104,18 +117,11 @@ def run(request: TrialRequest, report: Report) -> None:
         compile_cache_misses=misses,
         memory=meter.views(),
     )
-    torch.compiler.set_stance("fail_on_recompile")  # a recompilation while timing would be timed
+    torch.compiler.set_stance("fail_on_recompile")
     with meter.stage("steady"):
-        compiled_loss, _ = step.step(batches[:2], candidate.recipe.learning_rate)
-    compiled = compiled_loss.item() / sum(share for _, _, share in batches[:2])
-    check_loss(compiled, candidate, "compiled", repeated(batches[:2]))
+        loss, _ = step.step(batches, step.candidate.recipe.learning_rate)
     report.enter(memory=meter.views())
-    stop_if_over_limit(request, report.result)
-    measured = time_steps(step, batches, request, report)
-    if request.final:
-        rehearse(step, batches, meter)
-    report.enter(phase="done", status="ok", memory=meter.views(), **throughput(measured, request))
-    stop_if_over_limit(request, report.result)
+    return loss.item() / sum(share for _, _, share in batches)
 
 
 def limit_memory(request: TrialRequest, device: torch.device, meter: MemoryMeter) -> None:
@@ -221,11 +227,13 @@ def time_steps(step: TrainStep, batches: list[MicroBatch], request: TrialRequest
         timings = {kind: summarise(values) for kind, values in samples.items()}
         whole = timings["whole"]
         steady = whole.samples >= MIN_SAMPLES and whole.ci95 <= TARGET * whole.median
-        if whole.samples >= 3 and cannot_win(timings, request):
+        if whole.samples < 3:
+            continue
+        if cannot_win(timings, request):
             least = request.stop_below_tokens_per_second
             report.enter(message=f"timing ended early: below {least:,.0f} tokens/s it cannot win any more")
             break
-        if steady or (time.monotonic() > deadline and whole.samples >= 3):
+        if steady or time.monotonic() > deadline:
             break
     last = losses[-1].item() / batches[-1][2]
     report.enter(last_loss=last if math.isfinite(last) else None)
