@@ -137,19 +137,17 @@ def _in_order(roots: list[Any]) -> Iterator[Any]:
 def _paired(heard: list[Any], forwards: dict[int, Any]) -> list[Allocation]:
     """Allocations with their releases."""
     found: list[Allocation] = []
-    held: dict[int, int] = {}  # address -> place in `found`
-    for index, event in enumerate(heard):
+    released: dict[int, int] = {}  # address -> index of the next release
+    for index, event in reversed(list(enumerate(heard))):
         address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
         if size > 0:
-            held[address] = len(found)
-            found.append(_allocation(event, index, forwards))
-        elif address in held:  # else: released what was there before
-            place = held.pop(address)
-            found[place] = replace(found[place], freed=index)
-    return found
+            found.append(_allocation(event, index, released.pop(address, None), forwards))
+        else:
+            released[address] = index
+    return found[::-1]
 
 
-def _allocation(event: Any, index: int, forwards: dict[int, Any]) -> Allocation:
+def _allocation(event: Any, born: int, freed: int | None, forwards: dict[int, Any]) -> Allocation:
     operator, copied_from = "", None
     frames: list[Frame] = []
     for outer in _ancestors(event, forwards):
@@ -168,7 +166,8 @@ def _allocation(event: Any, index: int, forwards: dict[int, Any]) -> Allocation:
         address=event.extra_fields.ptr,
         bytes=event.extra_fields.alloc_size,
         requested_bytes=event.extra_fields.alloc_size,
-        born=index,
+        born=born,
+        freed=freed,
         operator=operator,
         frames=tuple(frames),
         copied_from=copied_from,

@@ -117,10 +117,10 @@ class Explainer:
             return LiveTensor(bytes=size, category=category, name=name)
         buffer, lines = self._origin(allocation)
         phase = self.recording.span_of(allocation.born)
-        category, name = self._category(allocation, buffer, lines, phase), buffer.name if buffer else ""
         backward = [span.name for span in self.recording.spans if span.name.startswith("backward")][-1]
-        if address in self.gradients and allocation.alive_at(self.recording.last_event(backward)):
-            category, name = "gradients", self.gradients[address]
+        outlives = allocation.alive_at(self.recording.last_event(backward))
+        name = self.gradients.get(address, "") if outlives else ""
+        category = "gradients" if name else self._category(allocation, buffer, lines, phase)
         made_by = buffer.kernel if buffer else allocation.operator
         return LiveTensor(bytes=size, category=category, name=name, made_by=made_by, lines=lines, phase=phase)
 
@@ -162,13 +162,11 @@ class Explainer:
         loss_file = f"autotune/kernels/{path}.py"
         if any(frame.file.endswith(loss_file) for frame in allocation.frames):
             return True
-        if buffer is None:
-            return False
         if lines and all(line.startswith(loss_file) for line in lines):
             return True
         shape, plan = self.candidate.shape, self.candidate.plan
         logits = plan.micro_batch_size * shape.block_size * shape.vocab_size
-        return buffer.sizes is not None and prod(buffer.sizes) == logits
+        return buffer is not None and buffer.sizes is not None and prod(buffer.sizes) == logits
 
 
 def explain(explainer: Explainer, steady: MemoryView) -> MemoryProfile:

@@ -23,7 +23,7 @@ _BUFFER = re.compile(r"\s*(\w+) = empty_strided_\w+\(\(([\d, ]*)\), \([\d, ]*\),
 _INPUT = re.compile(r"\s*assert_size_stride\((\w+), \(([\d, ]*)\)")
 _REUSE = re.compile(r"\s*(\w+) = (?:reinterpret_tensor\()?(\w+)\b.*# reuse")
 _HANDLE = re.compile(r"\s*# \[Provenance debug handles\] (\S+:\d+)")
-_CALL = re.compile(r"\s*(?:(\w+) = )?([\w.]+)\(")
+_CALL = re.compile(r"\s*(?:\w+ = )?([\w.]+)\(")
 _IDLE = ("del ", "assert_", "#", "return")
 
 Sizes = tuple[int, ...]
@@ -33,7 +33,6 @@ Sizes = tuple[int, ...]
 class Buffer:
     """A buffer of generated code."""
 
-    name: str
     kernel: str
     """The first one that writes it."""
     lines: tuple[str, ...]
@@ -64,12 +63,11 @@ class Wrapper:
             return None
         call, handle = self.text[run - 1], self._handle_above(run)
         called = _CALL.match(call)
-        kernel = handle.rpartition(":")[0] or (called[2] if called else "")
-        traces = self.traces.get(handle, [])
+        kernel = handle.rpartition(":")[0] or (called[1] if called else "")
+        lines = filter(None, map(our_line, self.traces.get(handle, [])))
         return Buffer(
-            name=declared[1] if declared else (called[1] or "" if called else ""),
             kernel=kernel.removesuffix(".run"),
-            lines=tuple(dict.fromkeys(line for trace in traces if (line := our_line(trace)))),
+            lines=tuple(dict.fromkeys(lines)),
             sizes=_sizes(declared[2]) if declared else None,
             dtype=declared[3] if declared else "",
             reads=frozenset(self.inputs[word] for word in re.findall(r"\w+", call) if word in self.inputs),

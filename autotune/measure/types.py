@@ -141,7 +141,7 @@ class LiveTensor:
     """As asked for, before CUDA's allocator rounds it up."""
     category: str
     name: str = ""
-    """Of the parameter, or of the buffer in generated code."""
+    """Of what is known: `exp_avg of transformer.wte.weight`, `tokens 1`."""
     made_by: str = ""
     """An operator of torch or a generated kernel; empty for what was there before the step."""
     lines: tuple[str, ...] = ()
