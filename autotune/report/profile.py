@@ -44,9 +44,21 @@ def profile_candidates(named: Mapping[str, Candidate], *, out: Path, device: str
     """Profile candidates one after another and write what was found: one into `out`, several into a folder of it
     each. Raises ConfigError for a folder that cannot be written, and AutotuneError for a candidate that does not
     run here, with the reason."""
-    return [
-        _profile(name, candidate, device, out if len(named) == 1 else out / name) for name, candidate in named.items()
-    ]
+    found = []
+    for name, candidate in named.items():
+        directory = out if len(named) == 1 else out / name
+        request = TrialRequest(candidate=candidate, device=device, result_path="")
+        result, profile = run_profile(request, directory, directory / "log.txt")
+        if profile is None:
+            kind = UnsupportedError if result.status == "unsupported" else AutotuneError
+            raise kind(f"{name}: {result.status} in phase {result.phase}: {result.message}")
+        try:
+            write_atomically(directory / "timeline.csv", timeline_csv(profile))
+            draw_timeline(profile).savefig(directory / "timeline.png", dpi=120)
+        except OSError as error:
+            raise ConfigError(f"{directory} cannot be written: {error.strerror}; choose another with --out") from None
+        found.append(Profiled(name=name, candidate=candidate, profile=profile, directory=directory))
+    return found
 
 
 def _names(files: Sequence[Path]) -> list[str]:
@@ -54,21 +66,6 @@ def _names(files: Sequence[Path]) -> list[str]:
     runs = [file.parent if file.name == "best.toml" else file for file in files]
     names = [run.stem if run.suffix == ".toml" else run.resolve().name for run in runs]
     return [f"{name}-{seen}" if (seen := names[: at + 1].count(name)) > 1 else name for at, name in enumerate(names)]
-
-
-def _profile(name: str, candidate: Candidate, device: str, directory: Path) -> Profiled:
-    request = TrialRequest(candidate=candidate, device=device, result_path="")
-    result, profile = run_profile(request, directory, directory / "log.txt")
-    if profile is None:
-        kind = UnsupportedError if result.status == "unsupported" else AutotuneError
-        raise kind(f"{name}: {result.status} in phase {result.phase}: {result.message}")
-    found = Profiled(name=name, candidate=candidate, profile=profile, directory=directory)
-    try:
-        write_atomically(directory / "timeline.csv", timeline_csv(profile))
-        draw_timeline(profile).savefig(directory / "timeline.png", dpi=120)
-    except OSError as error:
-        raise ConfigError(f"{directory} cannot be written: {error.strerror}; choose another with --out") from None
-    return found
 
 
 def profile_report(found: Profiled, top: int = 20) -> Group:
@@ -193,16 +190,9 @@ def _difference(first: int | None, second: int | None) -> str:
 
 
 def _changes(first: Candidate, second: Candidate) -> str:
-    """`plan.loss full -> chunked`"""
-    changed = [
-        f"{table}.{key} {value} -> {after[key]}"
-        for table, before, after in (
-            ("plan", asdict(first.plan), asdict(second.plan)),
-            ("model", asdict(first.shape), asdict(second.shape)),
-        )
-        for key, value in before.items()
-        if value != after[key]
-    ]
+    """`loss full -> chunked`"""
+    before, after = ({**asdict(one.plan), **asdict(one.shape)} for one in (first, second))
+    changed = [f"{key} {value} -> {after[key]}" for key, value in before.items() if value != after[key]]
     return ", ".join(changed) or "the same model and plan"
 
 

@@ -67,7 +67,7 @@ def test_side_by_side_says_what_changed_and_what_it_saves() -> None:
     smaller = replace(PROFILE, peak_bytes=held, measured_peak_bytes=67 * MIB, peak_phase="optimizer")
     other = replace(FULL, name="chunked", candidate=Candidate(plan=Plan(loss="chunked")), profile=smaller)
     text = shown(comparison(FULL, other))
-    assert "full -> chunked: plan.loss full -> chunked" in text
+    assert "full -> chunked: loss full -> chunked" in text
     lines = {line.split("  ")[0].strip(): line.split()[-2:] for line in text.splitlines() if "MiB" in line}
     assert lines["logits and loss"] == ["-32.0", "MiB"]
     assert lines["parameters"] == ["0.0", "MiB"]
