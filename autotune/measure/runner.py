@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -65,17 +65,13 @@ class Standby:
         if self._worker is not None:
             _end(self._worker)
             self._log.unlink(missing_ok=True)
-            self._worker = None
 
 
 @contextmanager
 def trials_in_a_row() -> Iterator[Callable[[TrialRequest, Path], TrialResult]]:
     """`run_trial` with a standby worker, which is gone at the end."""
-    standby = Standby()
-    try:
+    with closing(Standby()) as standby:
         yield partial(run_trial, standby=standby)
-    finally:
-        standby.close()
 
 
 def run_trial(request: TrialRequest, log: Path, standby: Standby | None = None) -> TrialResult:
