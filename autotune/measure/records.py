@@ -42,8 +42,10 @@ class TrialRecord:
 def row(record: TrialRecord) -> dict[str, object]:
     """One line of trials.csv, by column; unknown values are None."""
     candidate, result = record.candidate, record.result
-    shape, plan = candidate.shape, candidate.plan
-    values: dict[str, object] = {
+    values = {
+        **vars(candidate.shape),
+        **vars(candidate.plan),
+        **vars(result),
         "trial": record.trial,
         "role": record.role,
         "objective": record.objective,
@@ -51,17 +53,14 @@ def row(record: TrialRecord) -> dict[str, object]:
         "peak_reserved_bytes": result.peak("reserved_bytes"),
         "peak_device_bytes": result.peak("device_bytes"),
         "predicted_peak_bytes": record.predicted_peak_bytes,
+        "num_alloc_retries": result.num_alloc_retries,
         "predicted_loss": record.predicted_loss,
-        "parameters": shape.parameters,
+        "parameters": candidate.shape.parameters,
         "gradient_accumulation_steps": candidate.gradient_accumulation_steps,
         "global_batch_size": candidate.recipe.global_batch_size,
         "optimizer": candidate.recipe.optimizer,
         "candidate_id": candidate.id,
     }
-    for column in COLUMNS:
-        for source in (result, shape, plan):
-            if column not in values and hasattr(source, column):
-                values[column] = getattr(source, column)
     return {column: values[column] for column in COLUMNS}
 
 
