@@ -92,7 +92,7 @@ def run(request: TrialRequest, report: Report) -> None:
     )
     report.enter(first_loss=verify(step, batches[0]))
     compiled = compile_step(step, batches[:2], report, meter)
-    check_loss(compiled, candidate, "compiled", repeated(batches[:2]))
+    check_loss(compiled, candidate, "compiled", batches[:2])
     stop_if_over_limit(request, report.result)
     measured = time_steps(step, batches, request, report)
     if request.final:
@@ -170,23 +170,19 @@ def live_bytes(step: TrainStep, batches: list[MicroBatch]) -> int:
 
 def verify(step: TrainStep, batch: MicroBatch) -> float:
     """The loss of one sequence, not compiled, before anything is timed. Raises TrialEnded where it is wrong."""
-    tokens, targets, _ = batch
+    tokens, targets = batch[0][:1], batch[1][:1]
     torch.compiler.set_stance("force_eager")
-    loss = step.evaluate(tokens[:1], targets[:1]).item()
+    loss = step.evaluate(tokens, targets).item()
     torch.compiler.set_stance("default")
-    check_loss(loss, step.candidate, "first", repeated([(tokens[:1], targets[:1], 1.0)]))
+    check_loss(loss, step.candidate, "first", [(tokens, targets, 1.0)])
     return loss
 
 
-def repeated(batches: list[MicroBatch]) -> float:
-    """Fraction of the targets that repeat their input token (runs of spaces in source code, for example)."""
+def check_loss(loss: float, candidate: Candidate, which: str, batches: list[MicroBatch]) -> None:
+    """A new model's logits are normal(0, 0.02^2 n_embd): cross entropy ln(vocabulary) + variance / 2. But the tied
+    head favours the input token itself, so targets that repeat it (spaces in source code, for example) cost less."""
     same = sum((tokens == targets).sum().item() for tokens, targets, _ in batches)
-    return same / sum(tokens.numel() for tokens, _, _ in batches)
-
-
-def check_loss(loss: float, candidate: Candidate, which: str, repeats: float) -> None:
-    """A new model's logits are normal(0, 0.02^2 n_embd): cross entropy ln(vocabulary) + variance / 2.
-    But the tied head favours the input token itself, so targets that repeat it cost less."""
+    repeats = same / sum(tokens.numel() for tokens, _, _ in batches)
     expected = math.log(candidate.shape.vocab_size) + 0.02**2 * candidate.shape.n_embd / 2
     lowest = expected - REPEAT_FAVOUR * repeats - LOSS_TOLERANCE
     if not lowest < loss < expected + LOSS_TOLERANCE:  # also catches NaN

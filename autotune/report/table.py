@@ -199,23 +199,17 @@ def sections(run: Run) -> dict[str, list[Line]]:
 def _measured(run: Run, row: Row) -> str:
     if row["status"] != "ok":
         return f"{row['status']}: {row['message'] or '-'}"
-    parts = [f"{_rate(row)} tokens/s", f"peak {format_bytes(row[peak_view([row])])}"]
-    if run.lower_is_better:
-        parts.insert(0, f"predicted loss {number(row['predicted_loss'], '.3f')}")
-    return ", ".join(parts)
+    loss = f"predicted loss {number(row['predicted_loss'], '.3f')}, " if run.lower_is_better else ""
+    return f"{loss}{_rate(row)} tokens/s, peak {format_bytes(row[peak_view([row])])}"
 
 
 def _gain_text(run: Run, best: Row, baseline: Row) -> str:
     if best["candidate_id"] == baseline["candidate_id"]:
         return "none, the baseline is the best that was found"
     gained = gain(best, baseline)
-    speed = f"{number(gained.speed, '.2f')}x"
-    if gained.speed_ci95 is not None:
-        speed += f" ± {gained.speed_ci95:.2f}"
-    text = f"{speed} the baseline's tokens/s at {number(gained.memory, '.2f')}x its peak memory"
-    if run.lower_is_better and gained.loss is not None:
-        return f"{gained.loss:+.3f} predicted loss; {text}"
-    return text
+    loss = f"{number(gained.loss, '+.3f')} predicted loss; " if run.lower_is_better else ""
+    speed = number(gained.speed, ".2f", "x") + ("" if gained.speed_ci95 is None else f" ± {gained.speed_ci95:.2f}")
+    return f"{loss}{speed} the baseline's tokens/s at {number(gained.memory, '.2f', 'x')} its peak memory"
 
 
 def cells(run: Run, row: Row) -> dict[str, str]:
