@@ -39,6 +39,10 @@ class MemoryMeter:
         """What other processes have taken of the card since; None where that cannot be seen."""
         return self._card.others_grown_bytes() if self._card else None
 
+    def process_bytes(self) -> int | None:
+        """What this process holds of the card now, its context included; None without NVML, and on the CPU."""
+        return self._card.process_bytes() if self._card else None
+
     def stage(self, name: Stage) -> AbstractContextManager[None]:
         """Measure the peaks of the block. A stage that is entered again keeps its largest values.
 
@@ -61,7 +65,7 @@ class MemoryMeter:
             reserved = stats["reserved_bytes.all.peak"]
             # the driver is asked now, but the allocator may have held more for a moment
             since_given_back = reserved - stats["reserved_bytes.all.current"]
-            held = self._card.process_bytes() if self._card else None
+            held = self.process_bytes()
             self._keep(name, MemoryView(
                 allocated_bytes=stats["allocated_bytes.all.peak"],
                 reserved_bytes=reserved,
@@ -140,7 +144,9 @@ class _Card:
 
 
 def _used_bytes(handle: object) -> int:
-    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+    """What processes hold; the first version of this call would count what the driver reserves for itself, too."""
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+    return int(memory.total - memory.free - memory.reserved)
 
 
 def _accounted_bytes(handle: object) -> int | None:

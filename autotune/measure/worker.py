@@ -45,8 +45,9 @@ LIMIT_MARGIN = 0.01
 """Part of its peak that a candidate must leave free below the limit: long trainings see slightly more."""
 OTHERS_TOLERANCE_BYTES = 64 << 20
 """What others may take during a trial without a word."""
-CUDA_MARGIN_BYTES = 64 << 20
-"""Room left below an emulated limit for what libraries take after the fraction was set."""
+CUDA_MARGIN_BYTES = 256 << 20
+"""Room left below an emulated limit for what libraries take after the fraction was set: the modules of cuBLAS, cuDNN
+and Triton's kernels are loaded when they are first used."""
 
 MicroBatch = tuple[Tensor, Tensor, float]
 
@@ -135,7 +136,8 @@ def limit_memory(request: TrialRequest, device: torch.device, meter: MemoryMeter
         return
     torch.zeros(1, device=device)  # the context exists from here on
     free, total = torch.cuda.mem_get_info(device)
-    context = max(0, total - free - (meter.other_processes_bytes or 0) - torch.cuda.memory_reserved(device))
+    held = meter.process_bytes()
+    context = max(0, (total - free if held is None else held) - torch.cuda.memory_reserved(device))
     room = limit - context - CUDA_MARGIN_BYTES
     if room <= 0:
         raise UnsupportedError(
