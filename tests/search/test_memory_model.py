@@ -118,7 +118,7 @@ def test_the_guides_24_gb_row_does_not_fit_as_plain_nanogpt_and_does_when_chunke
 
 
 def test_estimate_rows_grow_with_the_micro_batch() -> None:
-    (row,) = estimate(PRIOR, [("row", candidates(1)[0])], limit_bytes=2 * GIB)
+    (row,) = estimate(PRIOR, candidates(1), limit_bytes=2 * GIB)
     peaks = [prediction.peak_device_bytes for _, prediction in row.predictions]
     assert peaks == sorted(peaks)
     fitting = [size for size, p in row.predictions if p.high_device_bytes <= 2 * GIB]

@@ -62,8 +62,6 @@ def test_a_search_leaves_a_run(tmp_path: Path) -> None:
     assert best.measured["trial"] == verdict.winner.trial
     assert best.measured["status"] == "confirmed"
     assert best.environment["fingerprint"] == CUDA.fingerprint
-    assert verdict.gain is not None
-    assert verdict.gain >= 1.0
     names = {"search.toml", "environment.json", "study.db", "trials.csv", "best.toml", "best_nanogpt.py", "logs"}
     assert names <= {path.name for path in run_dir.iterdir()}
 
@@ -332,8 +330,7 @@ def test_events_tell_the_story(tmp_path: Path) -> None:
         clock=machine.clock,
         notify=events.append,
     )
-    kinds = [event.kind for event in events]
-    assert kinds == ["begin", "end"] * (len(machine.requests)) + ["verdict"]
+    assert [event.record is None for event in events] == [True, False] * len(machine.requests)
     assert events[0].verdict is None
     assert events[1].verdict is not None
     assert events[-1].verdict is not None
@@ -386,8 +383,7 @@ def test_a_search_killed_at_any_moment_can_be_read_and_resumed(tmp_path: Path) -
     assert [int(row["trial"]) for row in found] == list(range(len(found)))
     searched = [row["candidate_id"] for row in found if row["role"] == "search" and row["status"] != "interrupted"]
     assert len(searched) == len(set(searched))
-    url = studies.storage_url(run_dir, "")
-    states = {trial.state.name for trial in studies.load_study(url, "paper", seed=0).trials}
+    states = {trial.state.name for trial in studies.load_study(run_dir, settings()).trials}
     assert "RUNNING" not in states
 
 

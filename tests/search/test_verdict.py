@@ -43,7 +43,7 @@ def test_nothing_feasible_is_no_verdict() -> None:
 def test_the_best_so_far_before_anything_is_confirmed() -> None:
     verdict = decide(SEARCH, SETTINGS)
     assert verdict is not None
-    assert (verdict.winner.trial, verdict.confirmed, verdict.gain) == (1, False, 2.0)
+    assert (verdict.winner.trial, verdict.confirmed) == (1, False)
 
 
 def test_the_winner_is_by_confirmed_values() -> None:
@@ -82,21 +82,20 @@ def replace_ci(final: TrialRecord, ci95: float) -> TrialRecord:
     return replace(final, result=replace(final.result, tokens_per_second_ci95=ci95))
 
 
-def test_the_gain_is_over_the_confirmed_baseline() -> None:
+def test_a_machine_that_changed_is_told_by_its_baseline() -> None:
     finals = [record(4, 2, 200, "final"), record(5, 1, 125, "final")]
     verdict = decide([*SEARCH, *finals], SETTINGS)
     assert verdict is not None
-    assert verdict.gain == 1.6
     assert verdict.drift == 1.25
     steady = decide([*SEARCH, finals[0], record(5, 1, 101, "final")], SETTINGS)
     assert steady is not None
     assert steady.drift is None
 
 
-def test_without_a_baseline_there_is_no_gain() -> None:
+def test_a_baseline_that_did_not_run_leaves_a_verdict() -> None:
     verdict = decide([record(0, 1, 0, "baseline", "oom"), record(1, 2, 200)], SETTINGS)
     assert verdict is not None
-    assert (verdict.baseline, verdict.gain) == (None, None)
+    assert (verdict.winner.trial, verdict.drift) == (1, None)
 
 
 def test_the_next_best_takes_the_place_of_a_failed_finalist() -> None:
