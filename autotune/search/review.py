@@ -66,28 +66,26 @@ def _steps(settings: SearchSettings, space: Space, found: Sequence[TrialRecord],
         changed = [name for name in space.choices if there[name] != at[name]]
         if len(changed) != 1:
             continue
-        (name,) = changed
-        choices = space.choices[name]
+        name, choices = changed[0], space.choices[changed[0]]
         distance = choices.index(there[name]) - choices.index(at[name])
         key = (name, distance > 0 if ordered(choices) else there[name])
         if key not in nearest or abs(distance) < nearest[key][0]:
-            nearest[key] = abs(distance), _step(settings, name, str(there[name]), str(at[name]), own, record)
+            objective, peak = _against(own, record, maximised(settings))
+            step = Step(
+                knob=name, value=str(there[name]), winner=str(at[name]), trial=record.trial, objective=objective,
+                peak=peak,
+            )  # fmt: skip
+            nearest[key] = abs(distance), step
     return [step for _, step in nearest.values()]
 
 
-def _step(settings: SearchSettings, knob: str, value: str, winner: str, own: TrialRecord, other: TrialRecord) -> Step:
+def _against(own: TrialRecord, other: TrialRecord, maximise: bool) -> tuple[float, float | None]:
+    """Objective and peak against the winner's `own`, as a Step has them."""
     assert own.objective is not None
     assert other.objective is not None
-    ratio, difference = other.objective / own.objective - 1.0, other.objective - own.objective
+    objective = other.objective / own.objective - 1.0 if maximise else other.objective - own.objective
     peaks = [record.result.peak("device_bytes") or record.result.peak("allocated_bytes") for record in (own, other)]
-    return Step(
-        knob=knob,
-        value=value,
-        winner=winner,
-        trial=other.trial,
-        objective=ratio if maximised(settings) else difference,
-        peak=peaks[1] / peaks[0] if peaks[0] and peaks[1] else None,
-    )
+    return objective, peaks[1] / peaks[0] if peaks[0] and peaks[1] else None
 
 
 def _importance(study: "optuna.Study", feasible: int) -> dict[str, float]:

@@ -164,21 +164,16 @@ def rebuild(run_dir: Path) -> Verdict | None:
     environment = read_table(Environment, study.user_attrs[_ENVIRONMENT], "environment")
     files.write_inputs(run_dir, settings, environment)
     found = studies.records(study)
-    state = files.publish(run_dir, settings, environment, found)
-    return _conclude(run_dir, settings, build_space(settings, environment), study, found, state)
+    files.publish(run_dir, settings, environment, found)
+    return _conclude(run_dir, settings, build_space(settings, environment), study, found)
 
 
 def _conclude(
-    directory: Path,
-    settings: SearchSettings,
-    space: Space,
-    study: "optuna.Study",
-    found: list[TrialRecord],
-    state: Verdict | None,
+    directory: Path, settings: SearchSettings, space: Space, study: "optuna.Study", found: list[TrialRecord]
 ) -> Verdict | None:
     """The verdict with its notes; writes verdict.json."""
-    known = study.user_attrs
-    notes, spent = tuple(known.get(_NOTES, ())), float(known.get(_SPENT, 0.0))
+    notes, spent = tuple(study.user_attrs.get(_NOTES, ())), float(study.user_attrs.get(_SPENT, 0.0))
+    state = decide(found, settings)
     write_review(directory / "verdict.json", review(settings, space, study, found, state, notes, spent))
     return state and replace(state, notes=notes)
 
@@ -206,9 +201,9 @@ def _go(run: _Run) -> Verdict:
 
 
 def _end(run: _Run, notes: list[str]) -> Verdict | None:
-    state = _publish(run)
+    _publish(run)
     run.study.set_user_attr(_NOTES, [*run.told, *notes])
-    return _conclude(run.directory, run.settings, run.space, run.study, run.found, state)
+    return _conclude(run.directory, run.settings, run.space, run.study, run.found)
 
 
 def _explore(run: _Run) -> list[str]:
