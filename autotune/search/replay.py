@@ -22,9 +22,10 @@ from autotune.environment import Environment
 from autotune.errors import ConfigError
 from autotune.measure.records import TrialRecord
 from autotune.measure.types import MemoryView, TrialResult
+from autotune.search.sampler import implied, propose, unknown
 from autotune.search.settings import resolve
 from autotune.search.space import Space, build_space, candidate_at, every_candidate
-from autotune.search.study import ask_for, ask_new, implied, suggest, tell, unknown
+from autotune.search.study import ask_for, suggest, tell
 
 if TYPE_CHECKING:
     import optuna
@@ -171,7 +172,7 @@ def ask(
     """A candidate whose answer does not follow from the `known` ones (by candidate id); None when there is none
     left. What one of Optuna's samplers proposes and is known is answered from the record."""
     if sampler == "additive":
-        fresh = ask_new(space, known, settings)
+        fresh = propose(space, known, settings)
         return (ask_for(study, space, fresh), fresh) if fresh is not None else None
     for _ in range(_REPEATS):
         trial = study.ask()

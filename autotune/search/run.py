@@ -26,7 +26,7 @@ from autotune.search.calibrate import calibrate_law
 from autotune.search.memory_model import MemoryModel, Prediction, calibrate, predict, save
 from autotune.search.objective import loss_at, maximised, score, speed_needed
 from autotune.search.review import review
-from autotune.search.sampler import doubted
+from autotune.search.sampler import doubted, propose
 from autotune.search.space import Space, baseline, build_space, guide_candidate, in_words
 from autotune.search.verdict import Verdict, decide, searched, unconfirmed
 from autotune.units import format_bytes, format_duration
@@ -219,7 +219,7 @@ def _explore(run: _Run) -> list[str]:
         candidate = first.pop(role, None)  # once is enough, even if it is interrupted
         if allowance is None:
             return [f"the budget ended before the {role} was measured"] if candidate else []
-        candidate = candidate or studies.ask_new(run.space, known, run.settings)
+        candidate = candidate or propose(run.space, known, run.settings)
         if candidate is None:
             return [f"all {len(known)} candidates of the space were measured before the budget's end"]
         _measure(run, role, candidate, allowance)

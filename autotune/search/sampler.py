@@ -13,7 +13,8 @@ Nothing is remembered between calls: the same records give the same candidate.
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,8 @@ from autotune.config.search import SearchSettings
 from autotune.measure.records import TrialRecord
 from autotune.search.memory_model import MemoryModel, calibrate, predict
 from autotune.search.objective import maximised, score
-from autotune.search.space import reads_chunks
+from autotune.search.space import Space, candidate_at, every_candidate, reads_chunks, values_of
+from autotune.search.verdict import best_first
 
 Array = NDArray[np.floating[Any]]
 
@@ -55,6 +57,11 @@ _DOUBT = 0.01
 """Improvement, in standard deviations, that is expected of every candidate: where the model sees none, what surely
 fails must not look better than what surely works."""
 
+_POOL = 4096
+"""Spaces up to this size are looked through whole; of larger ones..."""
+_DRAWN, _LEADERS = 256, 4
+"""...so many candidates by chance, and all neighbours of the best few."""
+
 _SURPRISE = 2.0
 """A trial so many standard deviations slower than all others say may have been disturbed."""
 
@@ -73,19 +80,20 @@ class _Kernel:
     """Standard deviation of an answer's own error."""
 
 
-def propose(
-    names: Iterable[str], pool: Sequence[Candidate], known: Sequence[TrialRecord], settings: SearchSettings
-) -> Candidate:
-    """The one of `pool` (not empty, none of it measured) to measure next, after the answers `known`; they differ
-    in the knobs `names`."""
-    everything = [record.candidate for record in known] + list(pool)
-    apart = _distances(names, everything, len(known))
+def propose(space: Space, known: Mapping[str, TrialRecord], settings: SearchSettings) -> Candidate | None:
+    """The candidate to measure next: of those whose answer does not follow from the `known` ones (by candidate id);
+    None when none is left."""
+    pool, records = unknown(space, known, settings), list(known.values())
+    if not pool:
+        return None
+    everything = [record.candidate for record in records] + pool
+    apart = _distances(space.choices, everything, len(records))
     kind = settings.device.partition(":")[0]
     expected = np.array([_expected(candidate, kind) for candidate in everything])  # (measured + pool, 2)
-    speed = _fit(apart, *_logarithms([r.result.tokens_per_second for r in known]), expected[:, 0])
-    seconds, _ = _fit(apart, *_logarithms([r.result.trial_seconds for r in known]), expected[:, 1])
-    value = _improvement(pool, *speed, known, settings) * _works(apart, known) / np.exp(seconds)
-    model = calibrate(kind, [(record.candidate, record.result) for record in known])
+    speed = _fit(apart, *_logarithms([r.result.tokens_per_second for r in records]), expected[:, 0])
+    seconds, _ = _fit(apart, *_logarithms([r.result.trial_seconds for r in records]), expected[:, 1])
+    value = _improvement(pool, *speed, records, settings) * _works(apart, records) / np.exp(seconds)
+    model = calibrate(kind, [(record.candidate, record.result) for record in records])
     best, chosen = -1.0, pool[0]
     for i in np.argsort(-value, kind="stable"):
         if value[i] <= best:  # nothing further down can be better, however little memory it takes
@@ -94,6 +102,48 @@ def propose(
         if worth > best:
             best, chosen = worth, pool[i]
     return chosen
+
+
+def unknown(space: Space, known: Mapping[str, TrialRecord], settings: SearchSettings) -> list[Candidate]:
+    """Candidates whose answer is not known: all in a small space; in a large one some by chance, and what differs
+    from the best in one knob."""
+    if space.size <= _POOL:
+        pool = every_candidate(space)
+    else:
+        rng = random.Random(settings.seed + len(known))
+        drawn = [{name: rng.choice(choices) for name, choices in space.choices.items()} for _ in range(_DRAWN)]
+        for record in best_first(list(known.values()), maximised(settings))[:_LEADERS]:
+            here = values_of(space, record.candidate)
+            drawn += [{**here, name: choice} for name, choices in space.choices.items() for choice in choices]
+        pool = {c.id: c for values in drawn for c in [candidate_at(space, values)]}
+    return [candidate for candidate in pool.values() if implied(candidate, known) is None]
+
+
+def implied(candidate: Candidate, known: Mapping[str, TrialRecord]) -> TrialRecord | None:
+    """The record that answers for `candidate`: its own, or that of one which ran out of memory although it
+    needs no more of it in any respect."""
+    if candidate.id in known:
+        return known[candidate.id]
+    full = (record for record in known.values() if record.result.status in ("oom", "over_limit"))
+    return next((record for record in full if _needs_no_more(record.candidate, candidate)), None)
+
+
+def _needs_no_more(small: Candidate, large: Candidate) -> bool:
+    """Whether `small` surely fits where `large` does. Only what is certain counts: kernels, compilation and
+    allocators are not compared, they must be the same."""
+    a, b = small.plan, large.plan
+    same = all(getattr(a, name) == getattr(b, name) for name in ("attention", "loss", "compile", "dtype", "allocator"))
+    whole_blocks = a.recomputed_every is not None and b.activation_checkpointing == "none"
+    return (
+        same
+        and a.micro_batch_size * small.shape.block_size <= b.micro_batch_size * large.shape.block_size
+        and a.loss_chunk_tokens <= b.loss_chunk_tokens
+        and (a.activation_checkpointing == b.activation_checkpointing or whole_blocks)
+        and all(
+            getattr(small.shape, name) <= getattr(large.shape, name)
+            for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        )
+    )
 
 
 def doubted(names: Iterable[str], known: Sequence[TrialRecord], settings: SearchSettings) -> list[TrialRecord]:

@@ -1,4 +1,4 @@
-"""The Optuna study: the store of truth. Which candidate is next, what was measured, and what its trial is told.
+"""The Optuna study: the store of truth, to which every trial is written before and after it is measured.
 
 Each Optuna trial carries its TrialRecord as a user attribute, so that every file of a run can be rebuilt.
 
@@ -9,8 +9,7 @@ violation first (optuna 5, `_split_trials`), which leads towards memory that fit
 
 import json
 import os
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,20 +21,13 @@ from autotune.errors import ConfigError
 from autotune.measure.records import Role, TrialRecord
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.search.objective import maximised
-from autotune.search.sampler import propose
-from autotune.search.space import Space, Value, candidate_at, every_candidate, ordered, values_of
-from autotune.search.verdict import best_first
+from autotune.search.space import Space, Value, ordered, values_of
 
 if TYPE_CHECKING:  # importing optuna takes a quarter of a second; only a search pays it
     import optuna
 
 _MARK = "autotune"
 _REQUEST, _ROLE, _NUMBER, _RECORD = "request", "role", "trial", "record"
-
-_POOL = 4096
-"""Spaces up to this size are looked through whole; of larger ones..."""
-_DRAWN, _LEADERS = 256, 4
-"""...so many candidates by chance, and all neighbours of the best few."""
 
 _FAILED = 10.0
 """Violation of a trial that failed for another reason than memory: worse than any overshoot seen."""
@@ -132,60 +124,12 @@ def _record(trial: "optuna.trial.FrozenTrial") -> TrialRecord | None:
     return TrialRecord(trial=attributes[_NUMBER], role=attributes[_ROLE], candidate=request.candidate, result=killed)
 
 
-def ask_new(space: Space, known: Mapping[str, TrialRecord], settings: SearchSettings) -> Candidate | None:
-    """A candidate whose answer does not follow from the `known` ones (by candidate id); None when none is left."""
-    pool = unknown(space, known, settings)
-    return propose(space.choices, pool, list(known.values()), settings) if pool else None
-
-
-def implied(candidate: Candidate, known: Mapping[str, TrialRecord]) -> TrialRecord | None:
-    """The record that answers for `candidate`: its own, or that of one which ran out of memory although it
-    needs no more of it in any respect."""
-    if candidate.id in known:
-        return known[candidate.id]
-    full = (record for record in known.values() if record.result.status in ("oom", "over_limit"))
-    return next((record for record in full if _needs_no_more(record.candidate, candidate)), None)
-
-
-def _needs_no_more(small: Candidate, large: Candidate) -> bool:
-    """Whether `small` surely fits where `large` does. Only what is certain counts: kernels, compilation and
-    allocators are not compared, they must be the same."""
-    a, b = small.plan, large.plan
-    same = all(getattr(a, name) == getattr(b, name) for name in ("attention", "loss", "compile", "dtype", "allocator"))
-    whole_blocks = a.recomputed_every is not None and b.activation_checkpointing == "none"
-    return (
-        same
-        and a.micro_batch_size * small.shape.block_size <= b.micro_batch_size * large.shape.block_size
-        and a.loss_chunk_tokens <= b.loss_chunk_tokens
-        and (a.activation_checkpointing == b.activation_checkpointing or whole_blocks)
-        and all(
-            getattr(small.shape, name) <= getattr(large.shape, name)
-            for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-        )
-    )
-
-
 def as_begun(study: "optuna.Study", space: Space) -> Space:
     """`space` with the names that the study began with, which optuna cannot change: what has been installed since is
     not tried, and what has gone is tried and found unsupported."""
     known = {name: was for trial in study.trials for name, was in trial.distributions.items()}
     choices = {name: getattr(known.get(name), "choices", here) for name, here in space.choices.items()}
     return replace(space, choices=choices)
-
-
-def unknown(space: Space, known: Mapping[str, TrialRecord], settings: SearchSettings) -> list[Candidate]:
-    """Candidates whose answer is not known: all in a small space; in a large one some by chance, and what differs
-    from the best in one knob."""
-    if space.size <= _POOL:
-        pool = every_candidate(space)
-    else:
-        rng = random.Random(settings.seed + len(known))
-        drawn = [{name: rng.choice(choices) for name, choices in space.choices.items()} for _ in range(_DRAWN)]
-        for record in best_first(list(known.values()), maximised(settings))[:_LEADERS]:
-            here = values_of(space, record.candidate)
-            drawn += [{**here, name: choice} for name, choices in space.choices.items() for choice in choices]
-        pool = {c.id: c for values in drawn for c in [candidate_at(space, values)]}
-    return [candidate for candidate in pool.values() if implied(candidate, known) is None]
 
 
 def begin(study: "optuna.Study", space: Space, number: int, role: Role, request: TrialRequest) -> "optuna.Trial":

@@ -15,6 +15,7 @@ from autotune.measure.types import MemoryView, Status, TrialRequest, TrialResult
 from autotune.search import study as studies
 from autotune.search.replay import ask, optuna_sampler
 from autotune.search.run import search
+from autotune.search.sampler import implied, propose, unknown
 from autotune.search.space import build_space, candidate_at, every_value, ordered
 from autotune.units import GIB
 
@@ -32,7 +33,7 @@ def request_of(candidate: object) -> TrialRequest:
 
 
 def measured(study: optuna.Study, number: int) -> TrialRecord:
-    pool = studies.unknown(SPACE, studies.answered(studies.records(study)), SETTINGS)
+    pool = unknown(SPACE, studies.answered(studies.records(study)), SETTINGS)
     candidate = random.Random(number).choice(pool)
     trial = studies.begin(study, SPACE, number, "search", request_of(candidate))
     record = record_of(number, candidate)
@@ -96,7 +97,7 @@ def test_a_known_candidate_is_answered_from_its_record(tmp_path: Path) -> None:
         studies.tell(study, trial, known[candidate.id], LIMIT)
     assert len(study.trials) > 40
     for told in study.trials:
-        assert told.value == studies.implied(candidate_of(told), known).objective  # type: ignore[union-attr]
+        assert told.value == implied(candidate_of(told), known).objective  # type: ignore[union-attr]
 
 
 def candidate_of(trial: optuna.trial.FrozenTrial) -> Candidate:
@@ -106,13 +107,13 @@ def candidate_of(trial: optuna.trial.FrozenTrial) -> Candidate:
 
 def test_a_space_that_is_known_to_its_last_candidate_ends() -> None:
     small = replace(SPACE, choices={name: SPACE.choices[name] for name in ("micro_batch_size", "loss")})
-    last = studies.ask_new(small, {}, SETTINGS)
+    last = propose(small, {}, SETTINGS)
     assert last is not None
     ok = TrialRecord(trial=0, role="search", candidate=last, result=answer(request_of(last)), objective=1.0)
     known = {candidate_at(small, values).id: ok for values in every_value(small)}
     del known[last.id]
-    assert studies.ask_new(small, known, SETTINGS) == last
-    assert studies.ask_new(small, {**known, last.id: ok}, SETTINGS) is None
+    assert propose(small, known, SETTINGS) == last
+    assert propose(small, {**known, last.id: ok}, SETTINGS) is None
 
 
 def test_stale_trials_are_closed_and_what_was_in_flight_is_interrupted(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_stale_trials_are_closed_and_what_was_in_flight_is_interrupted(tmp_path:
     study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)
     study.enqueue_trial({})
     study.ask()  # killed before its values were drawn
-    asked = studies.ask_new(SPACE, {}, SETTINGS)
+    asked = propose(SPACE, {}, SETTINGS)
     assert asked is not None
     studies.begin(study, SPACE, 1, "search", request_of(asked))  # killed while it was measured
     study.enqueue_trial({})
@@ -169,7 +170,7 @@ def test_what_ran_out_of_memory_answers_for_all_that_need_more(tmp_path: Path) -
         ({"compile": "full"}, False),
         ({"attention": "sdpa_math"}, False),
     ):
-        answer_to = studies.implied(candidate_at(SPACE, chosen | change), known)
+        answer_to = implied(candidate_at(SPACE, chosen | change), known)
         assert (answer_to is not None) == follows, change
 
 
