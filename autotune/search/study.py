@@ -108,7 +108,7 @@ def sync(run_dir: Path) -> None:
 
 
 def records(study: "optuna.Study") -> list[TrialRecord]:
-    """Every ended measurement, in the order of the trials. Answers that were only looked up are not listed."""
+    """Every ended measurement, in the order of the trials."""
     found = [record for trial in study.get_trials(deepcopy=False) if (record := _record(trial)) is not None]
     return sorted(found, key=lambda record: record.trial)
 
@@ -204,7 +204,7 @@ def close_stale(study: "optuna.Study") -> None:
         objective = json.loads(kept)["objective"] if kept else None
         if objective is not None:
             study.tell(frozen.number, objective)
-        else:  # without its request it may lack values too; what reads the study would drop those of all others
+        else:  # without its request it may lack values too, and Optuna reads only those that all its trials have
             study.tell(frozen.number, state=states.PRUNED if _REQUEST in frozen.user_attrs else states.FAIL)
 
 
