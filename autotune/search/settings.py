@@ -45,38 +45,20 @@ def resolve(
     """The command line's words (empty: not given) as settings for the machine of `environment`.
     Raises ConfigError for a word that is not understood and for flags that contradict each other, DataError for
     a data directory that cannot be trained on."""
-    chosen = objective or ("throughput" if model or from_file else "loss")
-    for wrong, why in (
-        (model and from_file, f"--model {model} and --from {from_file} both fix the shape; give one"),
-        (
-            objective == "throughput" and not (model or from_file),
-            "--objective throughput needs a shape, or the smallest model would always win; "
-            "add for example --model 12x12x768, or use --objective loss",
-        ),
-        (
-            objective == "loss" and (model or from_file),
-            f"--objective loss compares shapes, but {'--model' if model else '--from'} fixes the shape; "
-            "leave one of the two out",
-        ),
-        (
-            workers != 1,
-            f"--workers {workers} is not allowed: the search has one device ({environment.device}), where trials "
-            "at the same time would disturb each other; use 1",
-        ),
-        (
-            calibrate_loss and (chosen != "loss" or data is None),
+    _refuse_contradictions(objective, model, from_file, workers, environment.device)
+    fixed = bool(model or from_file)
+    chosen = objective or ("throughput" if fixed else "loss")
+    if calibrate_loss and (chosen != "loss" or data is None):
+        raise ConfigError(
             "--calibrate-loss trains on your data to predict its loss; add --data, and leave out "
-            "--model, --from and --objective throughput",
-        ),
-    ):
-        if wrong:
-            raise ConfigError(why)
+            "--model, --from and --objective throughput"
+        )
     recipe, baseline, source = _start(environment, model, from_file)
     seconds = parse_duration(train_time) if train_time else None
     tokens = parse_count(train_tokens) if train_tokens else None
-    if 0 in (seconds, tokens):
-        flag = f"--train-time {train_time}" if train_time else f"--train-tokens {train_tokens}"
-        raise ConfigError(f"{flag} leaves nothing to train; give for example 24h or 10B")
+    for flag, word, value in (("--train-time", train_time, seconds), ("--train-tokens", train_tokens, tokens)):
+        if value == 0:
+            raise ConfigError(f"{flag} {word} leaves nothing to train; give for example 24h or 10B")
     given = seconds is not None or tokens is not None
     if not given and not from_file:
         seconds = _TRAIN_SECONDS[environment.device.partition(":")[0]]
@@ -89,7 +71,7 @@ def resolve(
         train_seconds=seconds,
         train_tokens=tokens,
         recipe=replace(recipe, data=_data_dir(data, recipe)),
-        search_shape=not (model or from_file),
+        search_shape=not fixed,
         choices=dict(_choices(words) for words in choices),
         baseline=baseline,
         baseline_source=source,
@@ -110,6 +92,24 @@ def _choices(words: str) -> tuple[str, tuple[str, ...]]:
     if not equals or not all(values.split(",")):
         raise ConfigError(f"--choices {words!r} is not understood; write for example compile=off,block")
     return name.strip(), tuple(value.strip() for value in values.split(","))
+
+
+def _refuse_contradictions(objective: str, model: str, from_file: Path | None, workers: int, device: str) -> None:
+    fixed = "--model" if model else "--from" if from_file else ""
+    if model and from_file:
+        raise ConfigError(f"--model {model} and --from {from_file} both fix the shape; give one")
+    if objective == "throughput" and not fixed:
+        raise ConfigError(
+            "--objective throughput needs a shape, or the smallest model would always win; "
+            "add for example --model 12x12x768, or use --objective loss"
+        )
+    if objective == "loss" and fixed:
+        raise ConfigError(f"--objective loss compares shapes, but {fixed} fixes the shape; leave one of the two out")
+    if workers != 1:
+        raise ConfigError(
+            f"--workers {workers} is not allowed: the search has one device ({device}), where trials "
+            "at the same time would disturb each other; use 1"
+        )
 
 
 def _start(environment: Environment, model: str, from_file: Path | None) -> tuple[Recipe, Plan, str]:
