@@ -329,9 +329,9 @@ def estimate(
     known = memory_model.MemoryModel(device="cuda")
     if calibration is not None:
         known = memory_model.load(calibration / "memory_model.json" if calibration.is_dir() else calibration)
-    rows = estimates.estimate(known, estimates.candidates(model or [], tuple(assignments or ())), limit)
-    table.print_text(table.plain([estimates.cells(row, limit) for row in rows]))
-    print(estimates.certainty(known, rows))
+    rows, certainty = estimates.estimate(known, estimates.candidates(model or [], tuple(assignments or ())), limit)
+    table.print_text(table.plain(rows))
+    print(certainty)
 
 
 @app.command()

@@ -82,6 +82,11 @@ class Allowance:
     """Its timeout is the end of the budget, not of our patience: running into it is not the candidate's fault."""
 
 
+def allow(left: float, patience: float) -> Allowance:
+    """Seconds that are left, and after how many a trial is taken for hanging."""
+    return Allowance(seconds=min(left, patience), ends_budget=left < patience)
+
+
 def next_allowance(budget: Budget, records: Sequence[TrialRecord], maximised: bool) -> Allowance | None:
     """How long the next search trial may take; None: it could not finish before the reserve."""
     left = budget.remaining() - reserve(budget, records, maximised)
@@ -90,4 +95,4 @@ def next_allowance(budget: Budget, records: Sequence[TrialRecord], maximised: bo
         return None
     # While nothing has worked yet: half of what is left, so that there is time for another if this one hangs.
     patience = max(_PATIENCE_SECONDS, 4 * lasted[-1]) if lasted else max(_FIRST_PATIENCE_SECONDS, left / 2)
-    return Allowance(seconds=min(left, patience), ends_budget=left < patience)
+    return allow(left, patience)

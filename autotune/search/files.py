@@ -39,12 +39,9 @@ def _best(state: Verdict, settings: SearchSettings, environment: Environment) ->
     assert result.tokens_per_second is not None, "a winner is feasible"
     recipe = winner.candidate.recipe
     if not settings.keep_schedule:
-        recipe = finish_recipe(
-            recipe,
-            training_tokens(settings, result.tokens_per_second),
-            winner.candidate.plan.micro_batch_size,
-        )
-    measured: dict[str, Any] = {
+        tokens = training_tokens(settings, result.tokens_per_second)
+        recipe = finish_recipe(recipe, tokens, winner.candidate.plan.micro_batch_size)
+    measured = {
         "trial": winner.trial,
         "status": "confirmed" if state.confirmed else "not confirmed",
         "objective": settings.objective,
@@ -59,35 +56,33 @@ def _best(state: Verdict, settings: SearchSettings, environment: Environment) ->
         "compile_cache_hits": result.compile_cache_hits,
         "compile_cache_misses": result.compile_cache_misses,
     }
-    return CandidateFile(
-        candidate=replace(winner.candidate, recipe=recipe),
-        measured=measured,
-        environment={**asdict(environment), "fingerprint": environment.fingerprint},
-    )
+    candidate = replace(winner.candidate, recipe=recipe)
+    return CandidateFile(candidate=candidate, measured=measured, environment=_facts(environment))
+
+
+def _facts(environment: Environment) -> dict[str, Any]:
+    return {**asdict(environment), "fingerprint": environment.fingerprint}
 
 
 def write_inputs(directory: Path, settings: SearchSettings, environment: Environment) -> None:
     """search.toml and environment.json: what was asked, and of which machine."""
     write_settings(directory / "search.toml", settings)
-    facts = {**asdict(environment), "fingerprint": environment.fingerprint}
-    write_atomically(directory / "environment.json", json.dumps(facts, indent=2) + "\n")
+    write_atomically(directory / "environment.json", json.dumps(_facts(environment), indent=2) + "\n")
 
 
 def refuse_another_machine(run_dir: Path, environment: Environment) -> None:
     """Raise ConfigError, saying what differs, unless the run was measured on `environment`."""
     file = run_dir / "environment.json"
     try:
-        facts = json.loads(file.read_text())
+        then = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read: {error}; write it anew with `autotune report --rebuild`") from None
-    now = {**asdict(environment), "fingerprint": environment.fingerprint}
-    if facts.get("fingerprint") == environment.fingerprint:
-        return
-    listed = json.loads(json.dumps(now))  # tuples become lists, as in the file
-    changes = [f"{k} {facts.get(k)} -> {v}" for k, v in listed.items() if k != "fingerprint" and facts.get(k) != v]
-    raise ConfigError(
-        f"{run_dir} was measured elsewhere ({', '.join(changes)}), its numbers do not compare; start a new search"
-    )
+    now = json.loads(json.dumps(_facts(environment)))  # tuples become lists, as in the file
+    if then.pop("fingerprint", None) != now.pop("fingerprint"):
+        changes = [f"{key} {then.get(key)} -> {value}" for key, value in now.items() if then.get(key) != value]
+        raise ConfigError(
+            f"{run_dir} was measured elsewhere ({', '.join(changes)}), its numbers do not compare; start a new search"
+        )
 
 
 @contextlib.contextmanager

@@ -32,6 +32,10 @@ NOISE = 0.015
 ROUNDS = 40
 """Each round asks anew which moment is the largest; it settles within a few."""
 
+_MEASURED = ("ok", "over_limit")
+_LIBRARIES = ("torch_linear_cross_entropy", "liger", "cce")
+"""Losses with buffers of their own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
@@ -63,8 +67,6 @@ class Prediction:
     low_device_bytes: int
     """2.5 % and 97.5 % bounds of it."""
     high_device_bytes: int
-    trials: int
-    """Measured trials behind the calibration; 0: priors only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,7 @@ class MemoryModel:
     overhead: tuple[float, ...] = ()
     """Device view minus allocated: mean and standard deviation, bytes; empty: the prior."""
     trials: int = 0
+    """Measured ones behind the calibration; 0: priors only."""
     measured: Mapping[str, float] = field(default_factory=dict)
     """Allocated peaks of the calibration, by candidate family and micro batch: for extrapolation."""
 
@@ -89,22 +92,19 @@ class MemoryModel:
 def moments(candidate: Candidate) -> list[Moment]:
     """What a step of `candidate` holds at the instants that can be its peak."""
     shape, plan = candidate.shape, candidate.plan
-    low = plan.dtype in AUTOCAST
-    kind = ("low" if low else "f32", "eager" if plan.compile == "off" else "compiled")
-    accumulates = candidate.gradient_accumulation_steps > 1
-    parameters = 4.0 * shape.parameters
+    kind = ("low" if plan.dtype in AUTOCAST else "f32", "eager" if plan.compile == "off" else "compiled")
+    steps = candidate.gradient_accumulation_steps
     tokens = plan.micro_batch_size * shape.block_size
-    batches = 16.0 * tokens * min(candidate.gradient_accumulation_steps, 4)
     # with the gradients that later micro steps add to
-    state = parameters * (2.0 if accumulates else 1.0) + _optimizer_bytes(candidate) + batches
+    weights, batches = 4.0 * shape.parameters * (2.0 if steps > 1 else 1.0), 16.0 * tokens * min(steps, 4)
+    state = weights + _optimizer_bytes(candidate) + batches
     body = _activations(candidate, tokens, kind)
-    head = _head(candidate, tokens, kind)
-    found = [Moment(exact=state, terms={**body, **head})]
+    found = [Moment(exact=state, terms={**body, **_head(candidate, tokens, kind)})]
     if plan.loss == "full" and not _late(plan):
         # logits are gone, the head's gradient exists twice: to be cast, or to be added
         twice = Term(size=shape.vocab_size * shape.n_embd, mean=8.0, sigma=1.0)
         found.append(Moment(exact=state, terms={**body, f"head twice/{kind[0]}/{plan.compile}": twice}))
-    return [*found, Moment(exact=state, terms=_backward_end(candidate, tokens, kind, accumulates))]
+    return [*found, Moment(exact=state, terms=_backward_end(candidate, tokens, kind))]
 
 
 def _late(plan: Plan) -> bool:
@@ -116,15 +116,15 @@ def _optimizer_bytes(candidate: Candidate) -> float:
     """Of the optimizer's state: two moments, for Muon one of the blocks' matrices."""
     shape = candidate.shape
     if candidate.recipe.optimizer == "muon":
-        return 8.0 * shape.parameters - 4.0 * _matrices(shape)
+        return 8.0 * shape.parameters - 4.0 * _matrices(shape, shape.n_layer)
     if candidate.recipe.optimizer == "adamw_8bit":
         return (2.0 + 8.0 / 256) * shape.parameters  # a byte an element, and two scales for 256 of them
     return 8.0 * shape.parameters
 
 
-def _matrices(shape: Shape) -> int:
-    """Elements of the blocks' matrices."""
-    return 12 * shape.n_layer * shape.n_embd**2
+def _matrices(shape: Shape, layers: int) -> int:
+    """Elements of the matrices of so many blocks."""
+    return 12 * layers * shape.n_embd**2
 
 
 def _activations(candidate: Candidate, tokens: int, kind: tuple[str, str]) -> dict[str, Term]:
@@ -144,10 +144,10 @@ def _activations(candidate: Candidate, tokens: int, kind: tuple[str, str]) -> di
         # Inductor, given the whole model, computes scores again in the backward
         scores = (0.0, 3.0) if plan.compile == "full" else (5.0, 2.0)
         terms |= _of_attention(candidate, tokens * shape.n_head * kept, scores, f"{key}/{keeps}/{plan.compile}")
-        terms |= _casts(candidate, kind, kept, keeps)
+        terms |= _casts(shape, kind, kept, keeps)
     if again:
         terms[f"inputs/{key}/block"] = Term(size=width * again, mean=4.0, sigma=0.3)
-        terms |= _casts(candidate, kind, again, "block")
+        terms |= _casts(shape, kind, again, "block")
     if again == shape.n_layer:  # else a block that keeps more than this is there before this one is computed again
         terms[f"block/{key}/block/{plan.compile}"] = Term(size=width, mean=40.0, sigma=20.0)
         terms |= _of_attention(candidate, tokens * shape.n_head, (5.0, 2.0), f"{key}/block/{plan.compile}")
@@ -170,14 +170,11 @@ def _of_attention(candidate: Candidate, rows: int, scores: tuple[float, float], 
     return {f"scores/{key}": Term(size=rows * candidate.shape.block_size, mean=scores[0], sigma=scores[1])}
 
 
-def _casts(candidate: Candidate, kind: tuple[str, str], layers: int, keeps: str) -> dict[str, Term]:
+def _casts(shape: Shape, kind: tuple[str, str], layers: int, keeps: str) -> dict[str, Term]:
     """The matrices of so many blocks in the dtype of matrix products."""
     if kind[0] != "low":
         return {}
-    return {f"casts/{kind[1]}/{keeps}": Term(size=12 * layers * candidate.shape.n_embd**2, mean=2.0, sigma=0.5)}
-
-
-_LIBRARIES = ("torch_linear_cross_entropy", "liger", "cce")
+    return {f"casts/{kind[1]}/{keeps}": Term(size=_matrices(shape, layers), mean=2.0, sigma=0.5)}
 
 
 def _loss_kind(plan: Plan) -> str:
@@ -189,7 +186,7 @@ def _head(candidate: Candidate, tokens: int, kind: tuple[str, str]) -> dict[str,
     """Logits and what stands beside them."""
     shape, plan = candidate.shape, candidate.plan
     dtype, mode = kind
-    if plan.loss in _LIBRARIES:  # with buffers of their own: a prior so wide that only trials can rule one out
+    if plan.loss in _LIBRARIES:  # a prior so wide that only trials can rule one out
         size = (tokens + shape.vocab_size) * shape.n_embd
         return {f"head/{plan.loss}/{dtype}/{mode}": Term(size=size, mean=8.0, sigma=8.0)}
     chunked = plan.loss != "full"
@@ -214,10 +211,10 @@ def _beside_logits(plan: Plan, low: bool) -> float:
     return 2.0 if low else 0.0
 
 
-def _backward_end(candidate: Candidate, tokens: int, kind: tuple[str, str], accumulates: bool) -> dict[str, Term]:
+def _backward_end(candidate: Candidate, tokens: int, kind: tuple[str, str]) -> dict[str, Term]:
     """New gradients: all of them where a whole graph returns them at once, or none was there to add to."""
     shape, plan = candidate.shape, candidate.plan
-    matrices = _matrices(shape)
+    accumulates = candidate.gradient_accumulation_steps > 1
     steps = "several" if accumulates else "one"
     whole = 4.0 if plan.compile == "full" or not accumulates else 0.0
     late = f"/late/{kind[0]}" if _late(plan) else ""
@@ -228,7 +225,7 @@ def _backward_end(candidate: Candidate, tokens: int, kind: tuple[str, str], accu
         f"embedding gradient/{_loss_kind(plan)}/{plan.compile}/{steps}{late}": Term(
             size=shape.vocab_size * shape.n_embd, mean=embedding, sigma=1.0
         ),
-        f"matrix gradients/{plan.compile}/{steps}": Term(size=matrices, mean=whole, sigma=0.3),
+        f"matrix gradients/{plan.compile}/{steps}": Term(size=_matrices(shape, shape.n_layer), mean=whole, sigma=0.3),
         f"end/{'/'.join(kind)}": Term(size=tokens * shape.n_embd, mean=8.0, sigma=4.0),
     }
     if late:
@@ -269,18 +266,14 @@ def calibrate(
         names=names,
         means=tuple(means.tolist()),
         covariance=tuple(covariance.ravel().tolist()),
-        overhead=_overhead([(r, peak) for _, r, peak in data]),
+        overhead=_overhead([whole - peak for _, r, peak in data if (whole := r.peak("device_bytes")) is not None]),
         trials=len(data),
         measured={f"{family(c)}@{c.plan.micro_batch_size}": peak for c, _, peak in data},
     )
 
 
-_MEASURED = ("ok", "over_limit")
-
-
-def _overhead(results: Sequence[tuple[TrialResult, float]]) -> tuple[float, ...]:
+def _overhead(beyond: Sequence[float]) -> tuple[float, ...]:
     """Mean and scatter of what the device shows beyond the allocated bytes: context, cache, libraries."""
-    beyond = [device - peak for result, peak in results if (device := result.peak("device_bytes")) is not None]
     if not beyond:
         return ()
     scatter = float(np.std(beyond)) if len(beyond) > 2 else 0.15 * abs(float(np.mean(beyond)))
@@ -302,7 +295,6 @@ def predict(model: MemoryModel, candidate: Candidate) -> Prediction:
         peak_device_bytes=round(device),
         low_device_bytes=round(device - spread),
         high_device_bytes=round(device + spread),
-        trials=model.trials,
     )
 
 

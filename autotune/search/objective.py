@@ -67,10 +67,10 @@ _SPEED_WEIGHT = 1e-3
 
 def find_law(name: str) -> Law:
     """The row of LAWS of that name. Raises ConfigError."""
-    for law in LAWS:
-        if law.name == name:
-            return law
-    raise ConfigError(f"scaling law {name!r} is not known; {suggest(name, [law.name for law in LAWS])}")
+    laws = {law.name: law for law in LAWS}
+    if name not in laws:
+        raise ConfigError(f"scaling law {name!r} is not known; {suggest(name, laws)}")
+    return laws[name]
 
 
 def law_of(settings: SearchSettings) -> Law:
@@ -98,8 +98,7 @@ def predict_loss(law: Law, shape: Shape, tokens: float) -> float:
     Power laws know no upper end: for the first million tokens they say 30 nats. A soft minimum with ln(vocabulary),
     an untrained model's loss, keeps their order and changes losses below 5 by less than 0.002.
     """
-    loss = raw_loss(law, shape, tokens)
-    untrained = math.log(shape.vocab_size)
+    loss, untrained = raw_loss(law, shape, tokens), math.log(shape.vocab_size)
     return float(untrained * (1.0 + (untrained / loss) ** 8) ** -0.125) if untrained > 0 else loss
 
 
@@ -116,31 +115,27 @@ def training_tokens(settings: SearchSettings, tokens_per_second: float) -> float
     return float(settings.recipe.max_tokens)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """What the search thinks of a feasible trial."""
-
-    objective: float
-    predicted_loss: float | None
-    """By the law; None for `throughput`."""
-
-
-def score(settings: SearchSettings, candidate: Candidate, tokens_per_second: float) -> Score:
-    """The objective at a measured speed."""
+def loss_at(settings: SearchSettings, candidate: Candidate, tokens_per_second: float) -> float | None:
+    """The loss that the law predicts at a measured speed; None for `throughput`."""
     if settings.objective == "throughput":
-        return Score(objective=tokens_per_second, predicted_loss=None)
-    tokens = training_tokens(settings, tokens_per_second)
-    predicted = predict_loss(law_of(settings), candidate.shape, tokens)
+        return None
+    return predict_loss(law_of(settings), candidate.shape, training_tokens(settings, tokens_per_second))
+
+
+def score(settings: SearchSettings, candidate: Candidate, tokens_per_second: float) -> float:
+    """The objective at a measured speed."""
+    loss = loss_at(settings, candidate, tokens_per_second)
+    if loss is None:
+        return tokens_per_second
     # With the time given, speed is already in the tokens.
-    bonus = _SPEED_WEIGHT * math.log(tokens_per_second) if settings.train_tokens is not None else 0.0
-    return Score(objective=predicted - bonus, predicted_loss=predicted)
+    return loss - (_SPEED_WEIGHT * math.log(tokens_per_second) if settings.train_tokens is not None else 0.0)
 
 
 def interval(settings: SearchSettings, candidate: Candidate, result: TrialResult) -> tuple[float, float]:
     """The objective over the 95 % interval of the tokens/s, smaller end first."""
     speed, half = result.tokens_per_second, result.tokens_per_second_ci95 or 0.0
     assert speed is not None, "only feasible trials have an interval"
-    ends = [score(settings, candidate, max(end, speed * 0.01)).objective for end in (speed - half, speed + half)]
+    ends = [score(settings, candidate, max(end, speed * 0.01)) for end in (speed - half, speed + half)]
     return min(ends), max(ends)
 
 
@@ -150,7 +145,7 @@ def speed_needed(settings: SearchSettings, candidate: Candidate, objective: floa
     low, high = -3.0, 15.0  # powers of ten, beyond any machine
     for _ in range(50):
         middle = (low + high) / 2
-        reached = sign * score(settings, candidate, 10**middle).objective >= sign * objective
+        reached = sign * score(settings, candidate, 10**middle) >= sign * objective
         low, high = (low, middle) if reached else (middle, high)
     return float(10**high)
 
@@ -170,7 +165,7 @@ def finish_recipe(recipe: Recipe, tokens: float, micro_batch_size: int) -> Recip
     """
     iterations = max(1, round(tokens / recipe.tokens_per_step))
     rate = 1.79 * recipe.shape.parameters_non_embedding**-0.713 * (iterations * recipe.tokens_per_step) ** 0.307
-    rate = _two_digits(min(max(rate, 1e-4), 3e-3))
+    rate = float(f"{min(max(rate, 1e-4), 3e-3):.2g}")  # more digits would claim to know more than the rule does
     interval = max(1, min(250, iterations // 5))
     rows = recipe.eval_batch_size or micro_batch_size
     evaluated = round(0.25 * interval * recipe.global_batch_size / rows)
@@ -180,14 +175,9 @@ def finish_recipe(recipe: Recipe, tokens: float, micro_batch_size: int) -> Recip
         lr_decay_iters=iterations,
         warmup_iters=min(700, iterations // 10),
         learning_rate=rate,
-        min_lr=_two_digits(rate / 10),
+        min_lr=float(f"{rate / 10:.2g}"),
         eval_interval=interval,
         eval_iters=max(1, min(recipe.eval_iters, evaluated)),
         checkpoint_interval=interval,
         log_interval=max(1, min(10, iterations // 100)),
     )
-
-
-def _two_digits(number: float) -> float:
-    """More would claim to know more than the rule does."""
-    return float(f"{number:.2g}")

@@ -21,20 +21,35 @@ def show_progress() -> Iterator[Notify]:
     if not sys.stderr.isatty():
         yield print_event
         return
-    with _live() as notify:
+    from rich.console import Console
+    from rich.live import Live
+
+    seen: list[tuple[float, Event]] = []  # when the latest event came, and the event
+
+    def draw() -> "RenderableType":
+        return _picture(*seen[0]) if seen else ""
+
+    # Live calls `draw` by itself, so that the bar moves while a trial runs.
+    with Live(get_renderable=draw, console=Console(stderr=True), refresh_per_second=4, transient=True) as live:
+
+        def notify(event: Event) -> None:
+            seen[:] = [(time.monotonic(), event)]
+            if event.record is not None:
+                live.console.print(_ended(event, event.record), markup=False, highlight=False)
+
         yield notify
 
 
 def print_event(event: Event) -> None:
     """One plain line for each trial that has ended."""
-    if event.kind == "end" and event.record is not None:
+    if event.record is not None:
         clock = f"[{format_duration(event.elapsed_seconds)}/{format_duration(event.budget_seconds)}]"
-        print(clock, trial_line(event.record) + _best_mark(event), file=sys.stderr, flush=True)
+        print(clock, _ended(event, event.record), file=sys.stderr, flush=True)
 
 
-def _best_mark(event: Event) -> str:
-    assert event.record is not None
-    return "  <- best" if event.verdict is not None and event.verdict.winner.trial == event.record.trial else ""
+def _ended(event: Event, record: TrialRecord) -> str:
+    best = event.verdict is not None and event.verdict.winner.trial == record.trial
+    return trial_line(record) + ("  <- best" if best else "")
 
 
 def trial_line(record: TrialRecord) -> str:
@@ -50,28 +65,6 @@ def trial_line(record: TrialRecord) -> str:
     return f"trial {record.trial:>3} {record.role:<8} {outcome}: {in_words(record.candidate)}"
 
 
-@contextlib.contextmanager
-def _live() -> Iterator[Notify]:
-    from rich.console import Console
-    from rich.live import Live
-
-    console = Console(stderr=True)
-    seen: list[tuple[float, Event]] = []  # when the latest event came, and the event
-
-    def draw() -> "RenderableType":
-        return _picture(*seen[0]) if seen else ""
-
-    # Live calls `draw` by itself, so that the bar moves while a trial runs.
-    with Live(get_renderable=draw, console=console, refresh_per_second=4, transient=True) as live:
-
-        def notify(event: Event) -> None:
-            seen[:] = [(time.monotonic(), event)]
-            if event.kind == "end" and event.record is not None:
-                live.console.print(trial_line(event.record) + _best_mark(event), markup=False, highlight=False)
-
-        yield notify
-
-
 def _picture(since: float, event: Event) -> "RenderableType":
     """Budget bar, current trial, best so far."""
     from rich.console import Group
@@ -84,10 +77,8 @@ def _picture(since: float, event: Event) -> "RenderableType":
     bar = Table.grid(padding=(0, 1))
     clock = f"{format_duration(elapsed)} of {format_duration(event.budget_seconds)}"
     bar.add_row("budget", ProgressBar(total=event.budget_seconds, completed=elapsed, width=40), clock)
-    lines = [Text("between trials")]
-    if event.kind == "begin" and event.candidate is not None:
-        now = f"trial {event.trial} {event.role} for {format_duration(waited)}: {in_words(event.candidate)}"
-        lines = [Text(now, style="cyan")]
+    now = f"trial {event.trial} {event.role} for {format_duration(waited)}: {in_words(event.candidate)}"
+    lines = [Text(now, style="cyan") if event.record is None else Text("between trials")]
     if event.verdict is not None:
         lines.append(Text("best so far: " + trial_line(event.verdict.winner), style="green"))
     return Group(bar, *lines)

@@ -10,6 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +22,16 @@ from autotune.environment import Environment
 from autotune.errors import ConfigError
 from autotune.measure.records import TrialRecord
 from autotune.measure.types import MemoryView, TrialResult
+from autotune.search.sampler import implied, propose, unknown
 from autotune.search.settings import resolve
-from autotune.search.space import Space, build_space, every_candidate
-from autotune.search.study import Sampler, ask_for, ask_new, finish, optuna_sampler
+from autotune.search.space import Space, build_space, candidate_at, every_candidate
+from autotune.search.study import ask_for, suggest, tell
+
+if TYPE_CHECKING:
+    import optuna
+
+Sampler = Literal["additive", "tpe", "gp", "random"]
+"""Ours (`autotune.search.sampler`), and Optuna's, to compare with: `gp` loads torch."""
 
 CHOICES = (
     "micro_batch_size=1,2,4,8,16",
@@ -36,13 +44,15 @@ CHOICES = (
 )
 """The space whose every candidate `scripts/record_trials` measures."""
 
+_REPEATS = 10
+"""Known candidates in a row before one that is not known is drawn at random."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Every candidate of one shape, with its answer."""
 
     settings: SearchSettings
-    environment: Environment
     space: Space
     results: Mapping[str, TrialResult]
     """By candidate id."""
@@ -80,7 +90,7 @@ def read_tables(path: Path) -> list[Table]:
         if missing:
             message = f"{path} lacks {missing} of {len(every_candidate(space))} candidates of {shape.n_layer} layers"
             raise ConfigError(f"{message}; record them with scripts/record_trials")
-        found.append(Table(settings=settings, environment=environment, space=space, results=own))
+        found.append(Table(settings=settings, space=space, results=own))
     return found
 
 
@@ -137,12 +147,45 @@ def replay(table: Table, sampler: Sampler, seed: int) -> Trace:
         record = TrialRecord(
             trial=len(known), role="search", candidate=candidate, result=result, objective=speed(result) or None
         )
-        finish(study, trial, record, settings.memory_limit_bytes)
+        tell(study, trial, record, settings.memory_limit_bytes)
         known[candidate.id] = record
         seconds.append(seconds[-1] + (result.trial_seconds or 0.0))
         regret.append(min(regret[-1], 1.0 - speed(result) / target))
-        asked = ask_new(study, table.space, known, settings, sampler) if regret[-1] > 0.0 else None
+        asked = ask(study, table.space, known, settings, sampler) if regret[-1] > 0.0 else None
     return Trace(seconds=tuple(seconds), regret=tuple(regret))
+
+
+def optuna_sampler(kind: Sampler, seed: int) -> "optuna.samplers.BaseSampler":
+    """Optuna's part in a search: everything for its own samplers, nothing for ours."""
+    import optuna
+
+    if kind == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
+    if kind == "gp":
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=8, deterministic_objective=False)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def ask(
+    study: "optuna.Study", space: Space, known: Mapping[str, TrialRecord], settings: SearchSettings, sampler: Sampler
+) -> tuple["optuna.Trial", Candidate] | None:
+    """A candidate whose answer does not follow from the `known` ones (by candidate id); None when there is none
+    left. What one of Optuna's samplers proposes and is known is answered from the record."""
+    if sampler == "additive":
+        fresh = propose(space, known, settings)
+        return (ask_for(study, space, fresh), fresh) if fresh is not None else None
+    for _ in range(_REPEATS):
+        trial = study.ask()
+        candidate = candidate_at(space, suggest(trial, space))
+        answer = implied(candidate, known)
+        if answer is None:
+            return trial, candidate
+        tell(study, trial, answer, settings.memory_limit_bytes)
+    pool = unknown(space, known, settings)
+    if not pool:
+        return None
+    candidate = random.Random(settings.seed + len(known)).choice(pool)
+    return ask_for(study, space, candidate), candidate
 
 
 def quartiles(traces: Sequence[Trace], seconds: Sequence[float]) -> NDArray[np.float64]:

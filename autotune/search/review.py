@@ -1,6 +1,7 @@
 """What a search concludes from its trials beyond the winner: where its time went, what each choice costs."""
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ from autotune.config.search import SearchSettings
 from autotune.measure.records import TrialRecord
 from autotune.measure.review import Review, Step
 from autotune.search.objective import law_of, maximised
-from autotune.search.space import Space, values_of
+from autotune.search.space import Space, ordered, values_of
 from autotune.search.verdict import Verdict, searched
 
 if TYPE_CHECKING:
@@ -28,10 +29,9 @@ def review(
 ) -> Review:
     """The whole search, as verdict.json keeps it."""
     ran = [record for record in found if record.result.trial_seconds is not None]
-    seconds: dict[str, float] = {}
+    seconds: Counter[str] = Counter()
     for record in ran:
-        for phase, spent in record.result.phase_seconds.items():
-            seconds[phase] = seconds.get(phase, 0.0) + spent
+        seconds.update(record.result.phase_seconds)
     idle = spent_seconds - sum(record.result.trial_seconds or 0.0 for record in ran)
     return Review(
         confirmed=verdict is not None and verdict.confirmed,
@@ -60,38 +60,32 @@ def _steps(settings: SearchSettings, space: Space, found: Sequence[TrialRecord],
     """Trials that differ from the winner's in one choice; of a choice in numbers, the nearest on each side."""
     own = next((r for r in searched(found) if r.candidate.id == verdict.winner.candidate.id), verdict.winner)
     at = values_of(space, own.candidate)
-    nearest: dict[tuple[str, object], tuple[int, TrialRecord]] = {}
+    nearest: dict[tuple[str, object], tuple[int, Step]] = {}
     for record in searched(found):
         there = values_of(space, record.candidate)
-        changed = [dimension for dimension in space.dimensions if there[dimension.name] != at[dimension.name]]
-        if len(changed) == 1:
-            name, choices = changed[0].name, changed[0].choices
-            distance = choices.index(there[name]) - choices.index(at[name])
-            key = (name, distance > 0 if changed[0].ordered else there[name])
-            if key not in nearest or abs(distance) < nearest[key][0]:
-                nearest[key] = abs(distance), record
-    return [
-        Step(
-            knob=name,
-            value=str(values_of(space, record.candidate)[name]),
-            winner=str(at[name]),
-            trial=record.trial,
-            objective=_change(own, record, maximised(settings)),
-            peak=_peak_ratio(own, record),
-        )
-        for (name, _), (_, record) in nearest.items()
-    ]
+        changed = [name for name in space.choices if there[name] != at[name]]
+        if len(changed) != 1:
+            continue
+        name, choices = changed[0], space.choices[changed[0]]
+        distance = choices.index(there[name]) - choices.index(at[name])
+        key = (name, distance > 0 if ordered(choices) else there[name])
+        if key not in nearest or abs(distance) < nearest[key][0]:
+            objective, peak = _against(own, record, maximised(settings))
+            step = Step(
+                knob=name, value=str(there[name]), winner=str(at[name]), trial=record.trial, objective=objective,
+                peak=peak,
+            )  # fmt: skip
+            nearest[key] = abs(distance), step
+    return [step for _, step in nearest.values()]
 
 
-def _change(own: TrialRecord, other: TrialRecord, maximise: bool) -> float:
+def _against(own: TrialRecord, other: TrialRecord, maximise: bool) -> tuple[float, float | None]:
+    """Objective and peak against the winner's `own`, as a Step has them."""
     assert own.objective is not None
     assert other.objective is not None
-    return other.objective / own.objective - 1.0 if maximise else other.objective - own.objective
-
-
-def _peak_ratio(own: TrialRecord, other: TrialRecord) -> float | None:
+    objective = other.objective / own.objective - 1.0 if maximise else other.objective - own.objective
     peaks = [record.result.peak("device_bytes") or record.result.peak("allocated_bytes") for record in (own, other)]
-    return peaks[1] / peaks[0] if peaks[0] and peaks[1] else None
+    return objective, peaks[1] / peaks[0] if peaks[0] and peaks[1] else None
 
 
 def _importance(study: "optuna.Study", feasible: int) -> dict[str, float]:

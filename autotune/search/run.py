@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from autotune.config.candidate import Candidate
 from autotune.config.search import SearchSettings, read_settings
@@ -21,12 +21,12 @@ from autotune.measure.runner import run_trial
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.search import files
 from autotune.search import study as studies
-from autotune.search.budget import Allowance, Budget, begin, final_seconds, measure_seconds, next_allowance
+from autotune.search.budget import Allowance, Budget, allow, begin, final_seconds, measure_seconds, next_allowance
 from autotune.search.calibrate import calibrate_law
 from autotune.search.memory_model import MemoryModel, Prediction, calibrate, predict, save
-from autotune.search.objective import maximised, score, speed_needed
+from autotune.search.objective import loss_at, maximised, score, speed_needed
 from autotune.search.review import review
-from autotune.search.sampler import doubted
+from autotune.search.sampler import doubted, propose
 from autotune.search.space import Space, baseline, build_space, guide_candidate, in_words
 from autotune.search.verdict import Verdict, decide, searched, unconfirmed
 from autotune.units import format_bytes, format_duration
@@ -47,26 +47,20 @@ _SETTINGS, _ENVIRONMENT, _SPENT, _NOTES = "settings", "environment", "spent_seco
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that a person watching a search wants to know."""
+    """A trial begins, or it has ended: what a person watching a search wants to know."""
 
-    kind: Literal["begin", "end", "verdict"]
-    """A trial begins, a trial has ended, the search has ended."""
     elapsed_seconds: float
     budget_seconds: float
-    trial: int | None = None
-    role: Role = "search"
-    candidate: Candidate | None = None
+    trial: int
+    role: Role
+    candidate: Candidate
     record: TrialRecord | None = None
-    """Of the trial that has ended."""
-    verdict: Verdict | None = None
+    """Of the trial that has ended; None where it begins."""
+    verdict: Verdict | None
     """The state so far; None while nothing is feasible."""
 
 
 Notify = Callable[[Event], None]
-
-
-def ignore(event: Event) -> None:
-    """Nobody watches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +77,6 @@ class _Run:
     """Seconds that earlier parts of a resumed search took."""
     measure: Measure
     notify: Notify
-    sampler: studies.Sampler
     found: list[TrialRecord]
     """What the study holds, so that it need not be read again for each trial."""
     told: tuple[str, ...] = ()
@@ -96,10 +89,9 @@ def search(
     environment: Environment,
     *,
     measure: Measure = run_trial,
-    notify: Notify = ignore,
+    notify: Notify = lambda event: None,
     clock: Callable[[], float] = time.monotonic,
     started: float | None = None,
-    sampler: studies.Sampler = "additive",
     calibrate_loss: bool = False,
 ) -> Verdict:
     """Search within the settings' budget and leave a run in `run_dir`, which must be new.
@@ -109,13 +101,12 @@ def search(
     Raises ConfigError, NoFeasibleError when nothing fits, InterruptedByUser after Ctrl-C.
     """
     budget = begin(settings.budget_seconds, started, clock)
-    told: list[str] = []
+    told: tuple[str, ...] = ()
     with files.new_directory(run_dir):
         if calibrate_loss:
             settings, line = calibrate_law(settings, run_dir, budget, measure)
-            told.append(line)
-        url = studies.storage_url(run_dir, settings.storage)
-        study = studies.create_study(url, settings.name, maximised(settings), settings.seed, sampler)
+            told = (line,)
+        study = studies.create_study(run_dir, settings)
         study.set_user_attr(_SETTINGS, asdict(settings))
         study.set_user_attr(_ENVIRONMENT, asdict(environment))
         files.write_inputs(run_dir, settings, environment)
@@ -123,7 +114,7 @@ def search(
     with files.locked(run_dir):
         return _go(_Run(
             settings=settings, directory=run_dir, environment=environment, space=build_space(settings, environment),
-            study=study, budget=budget, measure=measure, notify=notify, sampler=sampler, found=[], told=tuple(told),
+            study=study, budget=budget, measure=measure, notify=notify, found=[], told=told,
         ))  # fmt: skip
 
 
@@ -134,10 +125,9 @@ def resume(
     budget_seconds: float | None = None,
     same_machine: bool = True,
     measure: Measure = run_trial,
-    notify: Notify = ignore,
+    notify: Notify = lambda event: None,
     clock: Callable[[], float] = time.monotonic,
     started: float | None = None,
-    sampler: studies.Sampler = "additive",
 ) -> Verdict:
     """Go on with the search of `run_dir`. A budget that is given counts from now; otherwise what is left of the
     run's own is used up. What was in flight when the search died is recorded as interrupted.
@@ -150,8 +140,7 @@ def resume(
     if same_machine:
         files.refuse_another_machine(run_dir, environment)
     with files.locked(run_dir):
-        url = studies.storage_url(run_dir, settings.storage)
-        study = studies.load_study(url, settings.name, settings.seed, sampler)
+        study = studies.load_study(run_dir, settings)
         studies.close_stale(study)
         spent = float(study.user_attrs.get(_SPENT, 0.0))
         seconds = budget_seconds if budget_seconds is not None else settings.budget_seconds - spent
@@ -162,7 +151,7 @@ def resume(
         return _go(_Run(
             settings=settings, directory=run_dir, environment=environment, space=space,
             study=study, budget=begin(seconds, started, clock), spent_before=spent,
-            measure=measure, notify=notify, sampler=sampler, found=studies.records(study),
+            measure=measure, notify=notify, found=studies.records(study),
         ))  # fmt: skip
 
 
@@ -170,30 +159,21 @@ def rebuild(run_dir: Path) -> Verdict | None:
     """Write every file of a run anew from its study, and return the state of its search.
     Raises ConfigError where there is no study."""
     known = run_dir / "search.toml"
-    given = read_settings(known) if known.exists() else None
-    if (given is None or not given.storage) and not (run_dir / "study.db").exists():
-        raise ConfigError(f"{run_dir} has no study.db; give the directory of a run")
-    url = studies.storage_url(run_dir, given.storage if given else "")
-    study = studies.load_study(url, given.name if given else "", seed=0)
+    study = studies.load_study(run_dir, read_settings(known) if known.exists() else None)
     settings = read_table(SearchSettings, study.user_attrs[_SETTINGS], "search")
     environment = read_table(Environment, study.user_attrs[_ENVIRONMENT], "environment")
     files.write_inputs(run_dir, settings, environment)
     found = studies.records(study)
-    state = files.publish(run_dir, settings, environment, found)
-    return _conclude(run_dir, settings, build_space(settings, environment), study, found, state)
+    files.publish(run_dir, settings, environment, found)
+    return _conclude(run_dir, settings, build_space(settings, environment), study, found)
 
 
 def _conclude(
-    directory: Path,
-    settings: SearchSettings,
-    space: Space,
-    study: "optuna.Study",
-    found: list[TrialRecord],
-    state: Verdict | None,
+    directory: Path, settings: SearchSettings, space: Space, study: "optuna.Study", found: list[TrialRecord]
 ) -> Verdict | None:
     """The verdict with its notes; writes verdict.json."""
-    known = study.user_attrs
-    notes, spent = tuple(known.get(_NOTES, ())), float(known.get(_SPENT, 0.0))
+    notes, spent = tuple(study.user_attrs.get(_NOTES, ())), float(study.user_attrs.get(_SPENT, 0.0))
+    state = decide(found, settings)
     write_review(directory / "verdict.json", review(settings, space, study, found, state, notes, spent))
     return state and replace(state, notes=notes)
 
@@ -217,14 +197,13 @@ def _go(run: _Run) -> Verdict:
     save(_memory_model(run), run.directory / "memory_model.json")
     if verdict is None:
         raise NoFeasibleError(_nothing_fits(run))
-    run.notify(_event(run, "verdict", verdict=verdict))
     return verdict
 
 
 def _end(run: _Run, notes: list[str]) -> Verdict | None:
-    state = _publish(run)
+    _publish(run)
     run.study.set_user_attr(_NOTES, [*run.told, *notes])
-    return _conclude(run.directory, run.settings, run.space, run.study, run.found, state)
+    return _conclude(run.directory, run.settings, run.space, run.study, run.found)
 
 
 def _explore(run: _Run) -> list[str]:
@@ -233,22 +212,17 @@ def _explore(run: _Run) -> list[str]:
         "baseline": baseline(run.settings),
         "guide": guide_candidate(run.settings, run.environment),
     }
-    maximise = maximised(run.settings)
     while True:
         known = studies.answered(run.found)
-        allowance = next_allowance(run.budget, run.found, maximise)
+        allowance = next_allowance(run.budget, run.found, maximised(run.settings))
         role: Role = next((role for role, c in first.items() if c is not None and c.id not in known), "search")
         candidate = first.pop(role, None)  # once is enough, even if it is interrupted
         if allowance is None:
             return [f"the budget ended before the {role} was measured"] if candidate else []
-        if candidate is not None:
-            trial = studies.ask_for(run.study, run.space, candidate)
-        else:
-            asked = studies.ask_new(run.study, run.space, known, run.settings, run.sampler)
-            if asked is None:
-                return [f"all {len(known)} candidates of the space were measured before the budget's end"]
-            trial, candidate = asked
-        _measure(run, trial, role, candidate, allowance)
+        candidate = candidate or propose(run.space, known, run.settings)
+        if candidate is None:
+            return [f"all {len(known)} candidates of the space were measured before the budget's end"]
+        _measure(run, role, candidate, allowance)
 
 
 def _confirm(run: _Run) -> list[str]:
@@ -268,10 +242,7 @@ def _confirm(run: _Run) -> list[str]:
                 f"{format_duration(max(left, 0.0))} were left; give a larger --budget"
             )
             continue
-        patience = max(60.0, 4 * needed)
-        trial = studies.ask_for(run.study, run.space, record.candidate)
-        allowance = Allowance(seconds=min(left, patience), ends_budget=left < patience)
-        final = _measure(run, trial, "final", record.candidate, allowance)
+        final = _measure(run, "final", record.candidate, allow(left, patience=max(60.0, 4 * needed)))
         if final.result.status == "interrupted":
             skipped[name] = f"trial {record.trial} was not confirmed: the budget ended first; give a larger --budget"
 
@@ -279,50 +250,53 @@ def _confirm(run: _Run) -> list[str]:
 def _doubted(run: _Run) -> list[TrialRecord]:
     """The trial that was most likely disturbed, if there is one and it was not run again."""
     again = {record.candidate.id for record in run.found if record.role == "final"}
-    names = [dimension.name for dimension in run.space.dimensions]
-    return [r for r in doubted(names, searched(run.found), run.settings)[:1] if r.candidate.id not in again]
+    likeliest = doubted(run.space.choices, searched(run.found), run.settings)[:1]
+    return [record for record in likeliest if record.candidate.id not in again]
 
 
-def _measure(run: _Run, trial: "optuna.Trial", role: Role, candidate: Candidate, allowance: Allowance) -> TrialRecord:
+def _measure(run: _Run, role: Role, candidate: Candidate, allowance: Allowance) -> TrialRecord:
     """One trial: written down, measured, judged, told, published."""
-    number = 1 + max((record.trial for record in run.found), default=-1)
+    settings, budget, number = run.settings, run.budget, 1 + max((record.trial for record in run.found), default=-1)
     log = run.directory / "logs" / f"trial-{number:04d}.log"
-    best = decide(run.found, run.settings)
+    best = decide(run.found, settings)
     request = TrialRequest(
         candidate=candidate,
-        device=run.settings.device,
+        device=settings.device,
         result_path=str(log.with_suffix(".json")),
-        memory_limit_bytes=run.settings.memory_limit_bytes,
-        measure_seconds=measure_seconds(run.budget) * (2 if role == "final" else 1),
+        memory_limit_bytes=settings.memory_limit_bytes,
+        measure_seconds=measure_seconds(budget) * (2 if role == "final" else 1),
         timeout_seconds=allowance.seconds,
-        stop_below_tokens_per_second=_least_speed(run.settings, candidate, best) if role == "search" else None,
+        stop_below_tokens_per_second=_least_speed(settings, candidate, best) if role == "search" else None,
         final=role == "final",
     )
-    studies.begin(trial, number, role, request)
-    run.notify(_event(run, "begin", trial=number, role=role, candidate=candidate, verdict=best))
+    trial = studies.begin(run.study, run.space, number, role, request)
+    event = Event(
+        elapsed_seconds=budget.elapsed(), budget_seconds=budget.seconds, trial=number, role=role, candidate=candidate,
+        verdict=best,
+    )  # fmt: skip
+    run.notify(event)
     model = _memory_model(run)
     save(model, run.directory / "memory_model.json")
     prediction = predict(model, candidate)
-    hopeless = role == "search" and prediction.low_device_bytes > run.settings.memory_limit_bytes
-    result = _not_run(prediction) if hopeless and not _only_predicted(run) else run.measure(request, log)
+    result = _passed_over(run, prediction, model.trials) if role == "search" else None
+    if result is None:
+        result = run.measure(request, log)
     if result.status == "timeout" and allowance.ends_budget:
         result = replace(result, status="interrupted", message="the budget ended during this trial")
-    judged = None
-    if result.status == "ok" and result.tokens_per_second is not None:
-        judged = score(run.settings, candidate, result.tokens_per_second)
+    speed = result.tokens_per_second if result.status == "ok" else None
     record = TrialRecord(
         trial=number,
         role=role,
         candidate=candidate,
         result=result,
-        objective=judged.objective if judged else None,
+        objective=None if speed is None else score(settings, candidate, speed),
         predicted_peak_bytes=prediction.peak_device_bytes,
-        predicted_loss=judged.predicted_loss if judged else None,
+        predicted_loss=None if speed is None else loss_at(settings, candidate, speed),
     )
-    studies.finish(run.study, trial, record, run.settings.memory_limit_bytes)
+    studies.finish(run.study, trial, record, settings.memory_limit_bytes)
     run.found.append(record)
     state = _publish(run)
-    run.notify(_event(run, "end", trial=number, role=role, candidate=candidate, record=record, verdict=state))
+    run.notify(replace(event, elapsed_seconds=budget.elapsed(), record=record, verdict=state))
     return record
 
 
@@ -339,36 +313,19 @@ def _memory_model(run: _Run) -> MemoryModel:
     return calibrate(kind, [(record.candidate, record.result) for record in run.found], run.environment)
 
 
-def _only_predicted(run: _Run) -> bool:
-    """The last few candidates were all passed over: time to measure one, should the model be wrong."""
-    last = run.found[-PASSED_OVER:]
-    return len(last) == PASSED_OVER and all(record.result.status == "predicted_over_limit" for record in last)
-
-
-def _not_run(prediction: Prediction) -> TrialResult:
-    """What is told of a candidate whose predicted peak lies beyond the limit by more than the model's own error."""
+def _passed_over(run: _Run, prediction: Prediction, trials: int) -> TrialResult | None:
+    """What is told of a candidate whose predicted peak lies beyond the limit by more than the model's own error; None
+    for all others, and where the last few were all passed over: then one is measured, should the model be wrong."""
+    last = [record.result.status for record in run.found[-PASSED_OVER:]]
+    if prediction.low_device_bytes <= run.settings.memory_limit_bytes or last == ["predicted_over_limit"] * PASSED_OVER:
+        return None
     low, high = format_bytes(prediction.low_device_bytes), format_bytes(prediction.high_device_bytes)
     return TrialResult(
         status="predicted_over_limit",
         phase="start",
-        message=f"predicted to need {low} to {high}, from {prediction.trials} measured trials; not run",
+        message=f"predicted to need {low} to {high}, from {trials} measured trials; not run",
         wanted_bytes=prediction.peak_device_bytes,
     )
-
-
-def _event(
-    run: _Run,
-    kind: Literal["begin", "end", "verdict"],
-    trial: int | None = None,
-    role: Role = "search",
-    candidate: Candidate | None = None,
-    record: TrialRecord | None = None,
-    verdict: Verdict | None = None,
-) -> Event:
-    return Event(
-        kind=kind, elapsed_seconds=run.budget.elapsed(), budget_seconds=run.budget.seconds, trial=trial, role=role,
-        candidate=candidate, record=record, verdict=verdict,
-    )  # fmt: skip
 
 
 def _publish(run: _Run) -> Verdict | None:
@@ -384,14 +341,13 @@ def _nothing_fits(run: _Run) -> str:
         seconds = format_duration(run.budget.seconds)
         return f"--budget {seconds} is too short for one trial on {run.settings.device}; give for example 5m"
     nearest = min(tried, key=lambda record: studies.violation(record.result, limit))
+    result, over = nearest.result, studies.violation(nearest.result, limit)
     what = f"no feasible candidate among {len(tried)}; the nearest was trial {nearest.trial} "
-    what += f"({in_words(nearest.candidate)}): {nearest.result.status}"
-    if nearest.result.status in ("oom", "over_limit", "predicted_over_limit"):
-        over = int(studies.violation(nearest.result, limit) * limit)
-        return (
-            f"{what}, {format_bytes(over)} beyond the limit of {format_bytes(limit)}; raise --memory-limit or --budget"
-        )
-    if nearest.result.status == "timeout":
-        return f"{what} in the phase {nearest.result.phase}; give more time with --budget"
-    reason = nearest.result.message or f"in the phase {nearest.result.phase}"
+    what += f"({in_words(nearest.candidate)}): {result.status}"
+    if result.status in ("oom", "over_limit", "predicted_over_limit"):
+        beyond = f"{format_bytes(int(over * limit))} beyond the limit of {format_bytes(limit)}"
+        return f"{what}, {beyond}; raise --memory-limit or --budget"
+    if result.status == "timeout":
+        return f"{what} in the phase {result.phase}; give more time with --budget"
+    reason = result.message or f"in the phase {result.phase}"
     return f"{what}, {reason}; see logs/trial-{nearest.trial:04d}.log"

@@ -13,7 +13,8 @@ Nothing is remembered between calls: the same records give the same candidate.
 
 import itertools
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,8 @@ from autotune.config.search import SearchSettings
 from autotune.measure.records import TrialRecord
 from autotune.search.memory_model import MemoryModel, calibrate, predict
 from autotune.search.objective import maximised, score
-from autotune.search.space import reads_chunks
+from autotune.search.space import Space, candidate_at, every_candidate, reads_chunks, values_of
+from autotune.search.verdict import best_first
 
 Array = NDArray[np.floating[Any]]
 
@@ -55,6 +57,11 @@ _DOUBT = 0.01
 """Improvement, in standard deviations, that is expected of every candidate: where the model sees none, what surely
 fails must not look better than what surely works."""
 
+_POOL = 4096
+"""Spaces up to this size are looked through whole; of larger ones..."""
+_DRAWN, _LEADERS = 256, 4
+"""...so many candidates by chance, and all neighbours of the best few."""
+
 _SURPRISE = 2.0
 """A trial so many standard deviations slower than all others say may have been disturbed."""
 
@@ -73,27 +80,20 @@ class _Kernel:
     """Standard deviation of an answer's own error."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Posterior:
-    """Of the pool's candidates, (n,) each."""
-
-    mean: Array
-    sd: Array
-
-
-def propose(
-    names: Sequence[str], pool: Sequence[Candidate], known: Sequence[TrialRecord], settings: SearchSettings
-) -> Candidate:
-    """The one of `pool` (not empty, none of it measured) to measure next, after the answers `known`; they differ
-    in the knobs `names`."""
-    measured, everything = len(known), [record.candidate for record in known] + list(pool)
-    apart = _distances([_knobs(candidate, names) for candidate in everything], measured)
+def propose(space: Space, known: Mapping[str, TrialRecord], settings: SearchSettings) -> Candidate | None:
+    """The candidate to measure next: of those whose answer does not follow from the `known` ones (by candidate id);
+    None when none is left."""
+    pool, records = unknown(space, known, settings), list(known.values())
+    if not pool:
+        return None
+    everything = [record.candidate for record in records] + pool
+    apart = _distances(space.choices, everything, len(records))
     kind = settings.device.partition(":")[0]
     expected = np.array([_expected(candidate, kind) for candidate in everything])  # (measured + pool, 2)
-    speed = _fit(apart, *_logarithms([r.result.tokens_per_second for r in known]), expected[:, 0])
-    seconds = _fit(apart, *_logarithms([r.result.trial_seconds for r in known]), expected[:, 1])
-    value = _improvement(pool, speed, known, settings) * _works(apart, known) / np.exp(seconds.mean)
-    model = calibrate(kind, [(record.candidate, record.result) for record in known])
+    speed = _fit(apart, *_logarithms([r.result.tokens_per_second for r in records]), expected[:, 0])
+    seconds, _ = _fit(apart, *_logarithms([r.result.trial_seconds for r in records]), expected[:, 1])
+    value = _improvement(pool, *speed, records, settings) * _works(apart, records) / np.exp(seconds)
+    model = calibrate(kind, [(record.candidate, record.result) for record in records])
     best, chosen = -1.0, pool[0]
     for i in np.argsort(-value, kind="stable"):
         if value[i] <= best:  # nothing further down can be better, however little memory it takes
@@ -104,14 +104,56 @@ def propose(
     return chosen
 
 
-def doubted(names: Sequence[str], known: Sequence[TrialRecord], settings: SearchSettings) -> list[TrialRecord]:
+def unknown(space: Space, known: Mapping[str, TrialRecord], settings: SearchSettings) -> list[Candidate]:
+    """Candidates whose answer is not known: all in a small space; in a large one some by chance, and what differs
+    from the best in one knob."""
+    if space.size <= _POOL:
+        pool = every_candidate(space)
+    else:
+        rng = random.Random(settings.seed + len(known))
+        drawn = [{name: rng.choice(choices) for name, choices in space.choices.items()} for _ in range(_DRAWN)]
+        for record in best_first(list(known.values()), maximised(settings))[:_LEADERS]:
+            here = values_of(space, record.candidate)
+            drawn += [{**here, name: choice} for name, choices in space.choices.items() for choice in choices]
+        pool = {c.id: c for values in drawn for c in [candidate_at(space, values)]}
+    return [candidate for candidate in pool.values() if implied(candidate, known) is None]
+
+
+def implied(candidate: Candidate, known: Mapping[str, TrialRecord]) -> TrialRecord | None:
+    """The record that answers for `candidate`: its own, or that of one which ran out of memory although it
+    needs no more of it in any respect."""
+    if candidate.id in known:
+        return known[candidate.id]
+    full = (record for record in known.values() if record.result.status in ("oom", "over_limit"))
+    return next((record for record in full if _needs_no_more(record.candidate, candidate)), None)
+
+
+def _needs_no_more(small: Candidate, large: Candidate) -> bool:
+    """Whether `small` surely fits where `large` does. Only what is certain counts: kernels, compilation and
+    allocators are not compared, they must be the same."""
+    a, b = small.plan, large.plan
+    same = all(getattr(a, name) == getattr(b, name) for name in ("attention", "loss", "compile", "dtype", "allocator"))
+    whole_blocks = a.recomputed_every is not None and b.activation_checkpointing == "none"
+    return (
+        same
+        and a.micro_batch_size * small.shape.block_size <= b.micro_batch_size * large.shape.block_size
+        and a.loss_chunk_tokens <= b.loss_chunk_tokens
+        and (a.activation_checkpointing == b.activation_checkpointing or whole_blocks)
+        and all(
+            getattr(small.shape, name) <= getattr(large.shape, name)
+            for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        )
+    )
+
+
+def doubted(names: Iterable[str], known: Sequence[TrialRecord], settings: SearchSettings) -> list[TrialRecord]:
     """Trials that would be the best of all had they been as fast as all others say (each left out in turn: Rasmussen
     and Williams, Gaussian Processes for Machine Learning, 5.4.2), the likeliest first. Another program that takes
     the device for as long as a trial is timed leaves no other trace."""
     timed = [record for record in known if record.objective is not None and record.result.tokens_per_second]
     if not timed:
         return []
-    apart = _distances([_knobs(record.candidate, names) for record in timed], len(timed))
+    apart = _distances(names, [record.candidate for record in timed], len(timed))
     kind, sign = settings.device.partition(":")[0], 1.0 if maximised(settings) else -1.0
     answers = np.log([record.result.tokens_per_second or 1.0 for record in timed])
     rest = answers - np.array([_expected(record.candidate, kind)[0] for record in timed])
@@ -124,30 +166,15 @@ def doubted(names: Sequence[str], known: Sequence[TrialRecord], settings: Search
     at_best = np.exp(answers - above + sd).tolist()
     best = max(sign * (record.objective or 0.0) for record in timed)
     slow = np.flatnonzero(above < -_SURPRISE * sd)
-    worth = {i: sign * score(settings, timed[i].candidate, at_best[i]).objective for i in slow}
+    worth = {i: sign * score(settings, timed[i].candidate, at_best[i]) for i in slow}
     return [timed[i] for i in sorted(worth, key=lambda i: -worth[i]) if worth[i] > best]
 
 
-def _knobs(candidate: Candidate, names: Sequence[str]) -> list[float | str]:
-    """Numbers count by their octaves. The micro batch and the loss's chunk are measured in the tokens that a
-    kernel sees: a loss without chunks is one whose chunk is the whole micro batch."""
-    shape, plan = candidate.shape, candidate.plan
-    tokens = plan.micro_batch_size * shape.block_size
-    found: list[float | str] = []
-    for name in names:
-        value = getattr(plan, name) if hasattr(plan, name) else getattr(shape, name)
-        if name == "micro_batch_size":
-            value = tokens
-        elif name == "loss_chunk_tokens":
-            value = min(value, tokens) if reads_chunks(plan) else tokens
-        found.append(value if isinstance(value, str) else math.log2(value))
-    return found
-
-
-def _distances(knobs: Sequence[Sequence[float | str]], measured: int) -> Array:
-    """(knobs, measured, all): octaves apart, or 2 for different words."""
+def _distances(names: Iterable[str], candidates: Sequence[Candidate], measured: int) -> Array:
+    """(names, measured, all): octaves apart, or 2 for different words."""
     layers = []
-    for column in zip(*knobs, strict=True):
+    for name in names:
+        column = [_knob(candidate, name) for candidate in candidates]
         if isinstance(column[0], str):
             codes = np.unique(np.array(column), return_inverse=True)[1]
             layers.append(2.0 * (codes[:measured, None] != codes[None, :]))
@@ -155,6 +182,19 @@ def _distances(knobs: Sequence[Sequence[float | str]], measured: int) -> Array:
             numbers = np.array(column, dtype=float)
             layers.append(np.abs(numbers[:measured, None] - numbers[None, :]))
     return np.array(layers)
+
+
+def _knob(candidate: Candidate, name: str) -> float | str:
+    """Numbers count by their octaves. The micro batch and the loss's chunk are measured in the tokens that a
+    kernel sees: a loss without chunks is one whose chunk is the whole micro batch."""
+    shape, plan = candidate.shape, candidate.plan
+    tokens = plan.micro_batch_size * shape.block_size
+    value: int | str = getattr(plan if hasattr(plan, name) else shape, name)
+    if name == "micro_batch_size":
+        value = tokens
+    elif name == "loss_chunk_tokens":
+        value = min(plan.loss_chunk_tokens, tokens) if reads_chunks(plan) else tokens
+    return value if isinstance(value, str) else math.log2(value)
 
 
 def _expected(candidate: Candidate, kind: str) -> tuple[float, float]:
@@ -171,21 +211,24 @@ def _logarithms(values: Sequence[float | None]) -> tuple[list[int], Array]:
     return rows, np.log([value for value in values if value])
 
 
-def _fit(apart: Array, rows: Sequence[int], answers: Array, expected: Array, offset: float | None = None) -> _Posterior:
-    """What `answers` (m,), those of the measured `rows`, say of the pool. `expected` (measured + pool,) is the
-    mean before them, but for a constant: `offset`, or where that is None the answers' own."""
+def _fit(
+    apart: Array, rows: Sequence[int], answers: Array, expected: Array, offset: float | None = None
+) -> tuple[Array, Array]:
+    """Mean and standard deviation of the pool's answers, (n,) each, given `answers` (m,), those of the measured
+    `rows`. `expected` (measured + n,) is the mean before them, but for a constant: `offset`, or where that is None
+    the answers' own."""
     measured = apart.shape[1]
     rest = answers - expected[rows]
     constant = offset if offset is not None else float(np.median(rest)) if rows else 0.0
     rest, mean = rest - constant, expected[measured:] + constant
     if not rows:
-        return _Posterior(mean=mean, sd=np.full(len(mean), _PRIOR_SCALE))
+        return mean, np.full(len(mean), _PRIOR_SCALE)
     kernel, (lower, half, scale) = _likeliest(apart[:, rows][:, :, rows], rest)
     to_pool = np.exp(-apart[:, rows, measured:] / kernel.length)
     across = np.linalg.solve(lower, _covariance(kernel, to_pool))  # (m, pool)
     alone = _covariance(kernel, np.ones((len(apart), 1, 1)))[0, 0]
     variance = scale * np.maximum(alone - (across**2).sum(0), 1e-6)
-    return _Posterior(mean=mean + across.T @ half, sd=np.sqrt(variance))
+    return mean + across.T @ half, np.sqrt(variance)
 
 
 def _likeliest(apart: Array, rest: Array) -> tuple[_Kernel, tuple[Array, Array, float]]:
@@ -227,17 +270,18 @@ def _covariance(kernel: _Kernel, alike: Array) -> Array:
 
 
 def _improvement(
-    pool: Sequence[Candidate], speed: _Posterior, known: Sequence[TrialRecord], settings: SearchSettings
+    pool: Sequence[Candidate], speed: Array, sd: Array, known: Sequence[TrialRecord], settings: SearchSettings
 ) -> Array:
-    """Expected improvement over the best so far; over the worst of the pool while nothing is feasible."""
+    """Expected improvement over the best so far; over the worst of the pool while nothing is feasible. `speed` and
+    `sd`: logarithms."""
     sign = 1.0 if maximised(settings) else -1.0
 
     def objective(log_speeds: Array) -> Array:
         speeds = zip(pool, np.exp(log_speeds).tolist(), strict=True)
-        return sign * np.array([score(settings, candidate, speed).objective for candidate, speed in speeds])
+        return sign * np.array([score(settings, candidate, speed) for candidate, speed in speeds])
 
-    mean = objective(speed.mean)
-    sd = np.maximum((objective(speed.mean + speed.sd) - objective(speed.mean - speed.sd)) / 2, 1e-12)
+    mean = objective(speed)
+    sd = np.maximum((objective(speed + sd) - objective(speed - sd)) / 2, 1e-12)
     feasible = [sign * record.objective for record in known if record.objective is not None]
     z = (mean - max(feasible, default=float(mean.min()))) / sd
     density = np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
@@ -249,8 +293,8 @@ def _works(apart: Array, known: Sequence[TrialRecord]) -> Array:
     failed = np.array([0.0 if record.objective is not None else 1.0 for record in known])
     if not failed.any():
         return np.ones(apart.shape[2] - apart.shape[1])
-    found = _fit(apart, range(len(known)), failed, np.zeros(apart.shape[2]), offset=0.0)
-    return _normal((0.5 - found.mean) / np.hypot(found.sd, 0.1))
+    mean, sd = _fit(apart, range(len(known)), failed, np.zeros(apart.shape[2]), offset=0.0)
+    return _normal((0.5 - mean) / np.hypot(sd, 0.1))
 
 
 def _fits(model: MemoryModel, candidate: Candidate, limit_bytes: int) -> float:

@@ -45,22 +45,23 @@ def resolve(
     """The command line's words (empty: not given) as settings for the machine of `environment`.
     Raises ConfigError for a word that is not understood and for flags that contradict each other, DataError for
     a data directory that cannot be trained on."""
-    _refuse_contradictions(environment, objective, model, from_file, train_time, train_tokens, workers)
-    kind = environment.device.partition(":")[0]
-    recipe, baseline, source = _start(environment, model, from_file)
+    _refuse_contradictions(objective, model, from_file, workers, environment.device)
     fixed = bool(model or from_file)
-    seconds = parse_duration(train_time) if train_time else None
-    tokens = parse_count(train_tokens) if train_tokens else None
-    _refuse_nothing("--train-time", train_time, seconds)
-    _refuse_nothing("--train-tokens", train_tokens, tokens)
-    if seconds is None and tokens is None and not from_file:
-        seconds = _TRAIN_SECONDS[kind]
     chosen = objective or ("throughput" if fixed else "loss")
     if calibrate_loss and (chosen != "loss" or data is None):
         raise ConfigError(
             "--calibrate-loss trains on your data to predict its loss; add --data, and leave out "
             "--model, --from and --objective throughput"
         )
+    recipe, baseline, source = _start(environment, model, from_file)
+    seconds = parse_duration(train_time) if train_time else None
+    tokens = parse_count(train_tokens) if train_tokens else None
+    for flag, word, value in (("--train-time", train_time, seconds), ("--train-tokens", train_tokens, tokens)):
+        if value == 0:
+            raise ConfigError(f"{flag} {word} leaves nothing to train; give for example 24h or 10B")
+    given = seconds is not None or tokens is not None
+    if not given and not from_file:
+        seconds = _TRAIN_SECONDS[environment.device.partition(":")[0]]
     settings = SearchSettings(
         name=name or time.strftime("%Y%m%d-%H%M%S-") + chosen,
         device=environment.device,
@@ -75,7 +76,7 @@ def resolve(
         baseline=baseline,
         baseline_source=source,
         # A length given on the command line replaces the file's, and the schedule must follow it.
-        keep_schedule=from_file is not None and seconds is None and tokens is None,
+        keep_schedule=from_file is not None and not given,
         law=find_law(law).name,
         workers=workers,
         storage=storage,
@@ -93,39 +94,22 @@ def _choices(words: str) -> tuple[str, tuple[str, ...]]:
     return name.strip(), tuple(value.strip() for value in values.split(","))
 
 
-def _refuse_contradictions(
-    environment: Environment,
-    objective: str,
-    model: str,
-    from_file: Path | None,
-    train_time: str,
-    train_tokens: str,
-    workers: int,
-) -> None:
+def _refuse_contradictions(objective: str, model: str, from_file: Path | None, workers: int, device: str) -> None:
+    fixed = "--model" if model else "--from" if from_file else ""
     if model and from_file:
         raise ConfigError(f"--model {model} and --from {from_file} both fix the shape; give one")
-    if train_time and train_tokens:
-        raise ConfigError(f"--train-time {train_time} and --train-tokens {train_tokens} exclude each other; give one")
-    if objective == "throughput" and not model and not from_file:
+    if objective == "throughput" and not fixed:
         raise ConfigError(
             "--objective throughput needs a shape, or the smallest model would always win; "
             "add for example --model 12x12x768, or use --objective loss"
         )
-    if objective == "loss" and (model or from_file):
-        raise ConfigError(
-            f"--objective loss compares shapes, but {'--model' if model else '--from'} fixes the shape; "
-            "leave one of the two out"
-        )
+    if objective == "loss" and fixed:
+        raise ConfigError(f"--objective loss compares shapes, but {fixed} fixes the shape; leave one of the two out")
     if workers != 1:
         raise ConfigError(
-            f"--workers {workers} is not allowed: the search has one device ({environment.device}), where trials "
+            f"--workers {workers} is not allowed: the search has one device ({device}), where trials "
             "at the same time would disturb each other; use 1"
         )
-
-
-def _refuse_nothing(flag: str, word: str, value: float | None) -> None:
-    if value is not None and value <= 0:
-        raise ConfigError(f"{flag} {word} leaves nothing to train; give for example 24h or 10B")
 
 
 def _start(environment: Environment, model: str, from_file: Path | None) -> tuple[Recipe, Plan, str]:
@@ -187,22 +171,20 @@ def _data_dir(data: Path | None, recipe: Recipe) -> str:
 
 def describe_settings(settings: SearchSettings, environment: Environment) -> str:
     """Settings and space in plain lines: what `--dry-run` prints."""
-    shape = settings.recipe.shape
-    length = (
-        format_duration(settings.train_seconds)
-        if settings.train_seconds is not None
-        else f"{format_count(settings.train_tokens or settings.recipe.max_tokens)} tokens"
-    )
+    recipe, shape, baseline = settings.recipe, settings.recipe.shape, settings.baseline
+    length = f"{format_count(settings.train_tokens or recipe.max_tokens)} tokens"
+    if settings.train_seconds is not None:
+        length = format_duration(settings.train_seconds)
     facts = {
         "name": settings.name,
         "device": f"{environment.device} ({environment.device_name})",
         "budget": format_duration(settings.budget_seconds),
         "objective": settings.objective + (f" by the law {settings.law!r}" if settings.objective == "loss" else ""),
         "memory limit": format_bytes(settings.memory_limit_bytes),
-        "training": f"{length}, {settings.recipe.tokens_per_step:,} tokens a step",
-        "data": settings.recipe.data or "synthetic tokens",
+        "training": f"{length}, {recipe.tokens_per_step:,} tokens a step",
+        "data": recipe.data or "synthetic tokens",
         "baseline": f"{settings.baseline_source}: {shape.n_layer}x{shape.n_head}x{shape.n_embd}, "
-        f"micro batch {settings.baseline.micro_batch_size}",
+        f"micro batch {baseline.micro_batch_size}",
     }
     lines = [f"{key:<12}  {value}" for key, value in facts.items()]
     return "\n".join([*lines, "", describe_space(build_space(settings, environment))])

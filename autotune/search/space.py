@@ -16,29 +16,15 @@ from autotune.environment import Environment
 from autotune.kernels import registry
 
 Value = str | int
-Values = Mapping[str, Value]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dimension:
-    """One thing that is searched."""
-
-    name: str
-    """A field of the plan or the shape, or `head_size`."""
-    choices: tuple[Value, ...]
-    """At least two, or the one that the user allows; numbers in ascending order."""
-
-    @property
-    def ordered(self) -> bool:
-        """Neighbours are alike: the sampler may interpolate."""
-        return isinstance(self.choices[0], int)
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # spaces are told apart by identity, which `every_candidate` needs
 class Space:
     """All that one search may try."""
 
-    dimensions: tuple[Dimension, ...]
+    choices: Mapping[str, tuple[Value, ...]]
+    """By field of the plan or the shape, and by `head_size`. At least two, or the one that the user allows; numbers
+    in ascending order."""
     recipe: Recipe
     """Shape and batch, where they are not searched."""
     plan: Plan
@@ -47,23 +33,28 @@ class Space:
     @property
     def size(self) -> int:
         """Combinations of choices; several may be the same candidate."""
-        return math.prod(len(dimension.choices) for dimension in self.dimensions)
+        return math.prod(map(len, self.choices.values()))
+
+
+def ordered(choices: tuple[Value, ...]) -> bool:
+    """Neighbours are alike."""
+    return isinstance(choices[0], int)
 
 
 # Wide enough to hold the optimum of an hour to a month on one card: 10M to 500M parameters.
-_CUDA_SHAPES: tuple[tuple[str, tuple[int, ...]], ...] = (
-    ("n_layer", (6, 8, 10, 12, 16, 20, 24)),
-    ("n_embd", (384, 512, 640, 768, 896, 1024, 1280)),
-    ("head_size", (64, 128)),
-    ("block_size", (512, 1024)),
-)
+_CUDA_SHAPES: Mapping[str, tuple[int, ...]] = {
+    "n_layer": (6, 8, 10, 12, 16, 20, 24),
+    "n_embd": (384, 512, 640, 768, 896, 1024, 1280),
+    "head_size": (64, 128),
+    "block_size": (512, 1024),
+}
 # What two cores train in minutes.
-_CPU_SHAPES: tuple[tuple[str, tuple[int, ...]], ...] = (
-    ("n_layer", (2, 3, 4, 6)),
-    ("n_embd", (64, 128, 192, 256, 384)),
-    ("head_size", (32, 64)),
-    ("block_size", (64, 128, 256)),
-)
+_CPU_SHAPES: Mapping[str, tuple[int, ...]] = {
+    "n_layer": (2, 3, 4, 6),
+    "n_embd": (64, 128, 192, 256, 384),
+    "head_size": (32, 64),
+    "block_size": (64, 128, 256),
+}
 
 
 # From all in memory to all computed again; a budget in between is one that Inductor's partitioner fills.
@@ -73,39 +64,36 @@ _CUDA_RECOMPUTE = ("none", "selective", "budget_0.5", "every_2", "block")
 def build_space(settings: SearchSettings, environment: Environment) -> Space:
     """Everything that `environment` can run, the baseline's own values included; of what `settings.choices` names,
     only those. Raises ConfigError for choices that there are not."""
-    recipe, baseline = settings.recipe, settings.baseline
-    on_cuda = machine_of(environment).device == "cuda"
-    blocks: tuple[int, ...] = (recipe.shape.block_size,)
-    found: list[tuple[str, tuple[Value, ...]]] = []
+    recipe, machine = settings.recipe, _machine(environment)
+    on_cuda = machine.device == "cuda"
+    shapes: dict[str, tuple[int, ...]] = {}
     if settings.search_shape:
-        for name, choices in _CUDA_SHAPES if on_cuda else _CPU_SHAPES:
-            if name == "block_size":  # the tokens of a step must stay the same
-                choices = blocks = tuple(block for block in choices if recipe.tokens_per_step % block == 0)
-            found.append((name, choices))
-    largest = max(recipe.tokens_per_step // block for block in blocks)
-    found.append(("micro_batch_size", _micro_batches(largest)))
-    found.extend(_kernel_choices(environment, recipe.shape))
-    found.append(("loss_chunk_tokens", (512, 1024, 2048, 4096, 8192) if on_cuda else (128, 256, 512, 1024)))
-    found.append(("activation_checkpointing", _CUDA_RECOMPUTE if on_cuda else ("none", "block", "selective")))
-    found.append(("compile", ("off", "full", "block")))
-    found.append(("dtype", _dtypes(environment)))
-    found.append(("allocator", ("default", "expandable_segments") if on_cuda else ("default",)))
-    dimensions = [Dimension(name=name, choices=_with_baseline(name, choices, baseline)) for name, choices in found]
-    kept = (_allowed(dimension, settings.choices) for dimension in dimensions)
-    several = tuple(dimension for dimension in kept if len(dimension.choices) > 1 or dimension.name in settings.choices)
-    for name in settings.choices:
-        one_of("--choices", name, tuple(dimension.name for dimension in dimensions))
-    return Space(dimensions=several, recipe=recipe, plan=baseline)
+        shapes |= _CUDA_SHAPES if on_cuda else _CPU_SHAPES
+        # the tokens of a step must stay the same
+        shapes["block_size"] = tuple(block for block in shapes["block_size"] if recipe.tokens_per_step % block == 0)
+    shortest = min(shapes.get("block_size", (recipe.shape.block_size,)))
+    every: dict[str, tuple[Value, ...]] = {
+        **shapes,
+        "micro_batch_size": _micro_batches(recipe.tokens_per_step // shortest),
+        "attention": _kernels("attention", machine, recipe.shape),
+        "loss": _kernels("loss", machine, recipe.shape),
+        "loss_chunk_tokens": (512, 1024, 2048, 4096, 8192) if on_cuda else (128, 256, 512, 1024),
+        "activation_checkpointing": _CUDA_RECOMPUTE if on_cuda else ("none", "block", "selective"),
+        "compile": ("off", "full", "block"),
+        "dtype": _dtypes(machine),
+        "allocator": ("default", "expandable_segments") if on_cuda else ("default",),
+    }
+    every = {name: _with_baseline(name, choices, settings.baseline) for name, choices in every.items()}
+    for name, words in settings.choices.items():
+        one_of("--choices", name, tuple(every))
+        for word in words:
+            one_of(f"--choices {name}", word, tuple(map(str, every[name])))
+        every[name] = tuple(choice for choice in every[name] if str(choice) in words)
+    several = {name: choices for name, choices in every.items() if len(choices) > 1 or name in settings.choices}
+    return Space(choices=several, recipe=recipe, plan=settings.baseline)
 
 
-def _allowed(dimension: Dimension, choices: Mapping[str, tuple[str, ...]]) -> Dimension:
-    name, known = dimension.name, {str(choice): choice for choice in dimension.choices}
-    for word in choices.get(name, ()):
-        one_of(f"--choices {name}", word, tuple(known))
-    return replace(dimension, choices=tuple(known[word] for word in known if word in choices.get(name, known)))
-
-
-def machine_of(environment: Environment) -> registry.Machine:
+def _machine(environment: Environment) -> registry.Machine:
     """What kernels are checked against."""
     return registry.machine(environment.device, environment.capability, environment.torch)
 
@@ -116,26 +104,23 @@ def _micro_batches(largest: int) -> tuple[int, ...]:
     return tuple(sorted({size for size in ladder if size < largest} | {largest}))
 
 
-def _dtypes(environment: Environment) -> tuple[str, ...]:
+def _dtypes(machine: registry.Machine) -> tuple[str, ...]:
     """Tensor cores before capability 8 know float16 only; above it bfloat16 is as fast and needs no loss scaling."""
-    machine = machine_of(environment)
     if machine.device == "cpu":
         return ("float32", "bfloat16")
     return ("bfloat16",) if machine.capability >= (8, 0) else ("float16",)
 
 
-def _kernel_choices(environment: Environment, shape: Shape) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _kernels(operation: registry.Operation, machine: registry.Machine, shape: Shape) -> tuple[str, ...]:
     """Rows worth searching that run in every dtype of the search. Searched head sizes suit them all."""
-    machine = machine_of(environment)
 
     def usable(row: registry.Kernel) -> bool:
         return machine.device in row.searched and not any(
             registry.why_unavailable(row, machine, dtype=dtype, head_size=shape.head_size, dropout=shape.dropout)
-            for dtype in _dtypes(environment)
+            for dtype in _dtypes(machine)
         )
 
-    for operation in ("attention", "loss"):
-        yield operation, tuple(row.name for row in registry.kernels(operation) if usable(row))
+    return tuple(row.name for row in registry.kernels(operation) if usable(row))
 
 
 def _with_baseline(name: str, choices: tuple[Value, ...], baseline: Plan) -> tuple[Value, ...]:
@@ -145,8 +130,8 @@ def _with_baseline(name: str, choices: tuple[Value, ...], baseline: Plan) -> tup
     return tuple(sorted((*choices, own))) if isinstance(own, int) else (*choices, own)
 
 
-def candidate_at(space: Space, values: Values) -> Candidate:
-    """The candidate of `values` (a choice for each dimension), in its canonical form."""
+def candidate_at(space: Space, values: Mapping[str, Value]) -> Candidate:
+    """The candidate of `values`, a choice for each name, in its canonical form."""
     shape, plan = {**vars(space.recipe.shape)}, {**vars(space.plan)}  # asdict would take most of a search's own time
     for name, value in values.items():
         if name in plan:
@@ -156,12 +141,11 @@ def candidate_at(space: Space, values: Values) -> Candidate:
     if "head_size" in values:
         shape["n_head"] = shape["n_embd"] // int(values["head_size"])
     rows = (registry.find("attention", plan["attention"]), registry.find("loss", plan["loss"]))
-    compiles = next((dimension.choices for dimension in space.dimensions if dimension.name == "compile"), ())
-    if plan["compile"] == "off" and "full" in compiles and any(row.compiled_only for row in rows):
+    if plan["compile"] == "off" and "full" in space.choices.get("compile", ()) and any(r.compiled_only for r in rows):
         plan["compile"] = "full"
     sequences = space.recipe.tokens_per_step // shape["block_size"]
     plan["micro_batch_size"] = min(plan["micro_batch_size"], sequences)
-    recipe = replace(space.recipe, shape=type(space.recipe.shape)(**shape), global_batch_size=sequences)
+    recipe = replace(space.recipe, shape=Shape(**shape), global_batch_size=sequences)
     return canonical(Candidate(recipe=recipe, plan=Plan(**plan)))
 
 
@@ -195,8 +179,7 @@ def values_of(space: Space, candidate: Candidate) -> dict[str, Value]:
     leads back to the same candidate if it is the canonical form of one in the space; the guide's width of 672,
     which is not, is filed under 768."""
     values: dict[str, Value] = {}
-    for dimension in space.dimensions:
-        name, choices = dimension.name, dimension.choices
+    for name, choices in space.choices.items():
         own: Value = getattr(candidate.plan if hasattr(candidate.plan, name) else candidate.shape, name)
         if isinstance(own, int):
             values[name] = next((choice for choice in choices if int(choice) >= own), choices[-1])
@@ -206,10 +189,9 @@ def values_of(space: Space, candidate: Candidate) -> dict[str, Value]:
 
 
 def every_value(space: Space) -> Iterator[dict[str, Value]]:
-    """All combinations of choices, the last dimension fastest."""
-    names = [dimension.name for dimension in space.dimensions]
-    for choice in itertools.product(*(dimension.choices for dimension in space.dimensions)):
-        yield dict(zip(names, choice, strict=True))
+    """All combinations of choices, the last one fastest."""
+    for combination in itertools.product(*space.choices.values()):
+        yield dict(zip(space.choices, combination, strict=True))
 
 
 @functools.lru_cache(maxsize=1)
@@ -226,7 +208,7 @@ def baseline(settings: SearchSettings) -> Candidate:
 def guide_candidate(settings: SearchSettings, environment: Environment) -> Candidate | None:
     """What the guide advises for this much memory, over the same tokens a step; None where shapes are not
     searched, or on the CPU, for which it has no advice."""
-    if not settings.search_shape or machine_of(environment).device != "cuda":
+    if not settings.search_shape or _machine(environment).device != "cuda":
         return None
     row = guide_row(environment.device_memory_bytes)
     shape = replace(row.shape, vocab_size=settings.recipe.shape.vocab_size)
@@ -238,14 +220,13 @@ def guide_candidate(settings: SearchSettings, environment: Environment) -> Candi
 def in_words(candidate: Candidate) -> str:
     """A candidate on one line: shape, micro batch and how it runs."""
     shape, plan = candidate.shape, candidate.plan
-    chunk = plan.loss_chunk_tokens if reads_chunks(plan) else None
     words = [
         f"{shape.n_layer}x{shape.n_head}x{shape.n_embd} block {shape.block_size}",
         f"micro batch {plan.micro_batch_size} x {candidate.gradient_accumulation_steps}",
         plan.dtype,
         "eager" if plan.compile == "off" else f"compile {plan.compile}",
         plan.attention,
-        f"{plan.loss} loss" if chunk is None else f"{plan.loss} loss by {chunk}",
+        f"{plan.loss} loss" + (f" by {plan.loss_chunk_tokens}" if reads_chunks(plan) else ""),
     ]
     if plan.activation_checkpointing != "none":
         words.append(f"recompute {plan.activation_checkpointing}")
@@ -257,7 +238,7 @@ def in_words(candidate: Candidate) -> str:
 
 
 def describe_space(space: Space) -> str:
-    """One line a dimension, and the size: what `--dry-run` prints."""
-    width = max(len(dimension.name) for dimension in space.dimensions)
-    lines = [f"{d.name:<{width}}  {', '.join(map(str, d.choices))}" for d in space.dimensions]
+    """One line for each thing that is searched, and the size: what `--dry-run` prints."""
+    width = max(map(len, space.choices))
+    lines = [f"{name:<{width}}  {', '.join(map(str, choices))}" for name, choices in space.choices.items()]
     return "\n".join([*lines, f"{space.size:,} combinations"])

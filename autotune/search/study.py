@@ -1,4 +1,4 @@
-"""The Optuna study: the store of truth. Ask for values, keep what was measured, tell the sampler.
+"""The Optuna study: the store of truth, to which every trial is written before and after it is measured.
 
 Each Optuna trial carries its TrialRecord as a user attribute, so that every file of a run can be rebuilt.
 
@@ -9,11 +9,10 @@ violation first (optuna 5, `_split_trials`), which leads towards memory that fit
 
 import json
 import os
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from autotune.config.candidate import Candidate
 from autotune.config.search import SearchSettings
@@ -22,28 +21,13 @@ from autotune.errors import ConfigError
 from autotune.measure.records import Role, TrialRecord
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.search.objective import maximised
-from autotune.search.sampler import propose
-from autotune.search.space import Space, Value, candidate_at, every_candidate, values_of
-from autotune.search.verdict import best_first
+from autotune.search.space import Space, Value, ordered, values_of
 
 if TYPE_CHECKING:  # importing optuna takes a quarter of a second; only a search pays it
-    import sqlite3
-
     import optuna
 
-Sampler = Literal["additive", "tpe", "gp", "random"]
-"""Ours (`autotune.search.sampler`), the default by what `scripts/replay` shows; Optuna's, to compare with: `gp` loads
-torch."""
-
 _MARK = "autotune"
-_REQUEST, _ROLE, _NUMBER, _RECORD, _SAME_AS = "request", "role", "trial", "record", "same_as"
-
-_REPEATS = 10
-"""Known candidates in a row before one that is not known is drawn at random."""
-_POOL = 4096
-"""Spaces up to this size are looked through whole; of larger ones..."""
-_DRAWN, _LEADERS = 256, 4
-"""...so many candidates by chance, and all neighbours of the best few."""
+_REQUEST, _ROLE, _NUMBER, _RECORD = "request", "role", "trial", "record"
 
 _FAILED = 10.0
 """Violation of a trial that failed for another reason than memory: worse than any overshoot seen."""
@@ -51,57 +35,51 @@ _INTERRUPTED = 0.01
 """An interrupted trial says next to nothing of its candidate."""
 
 
-def storage_url(run_dir: Path, storage: str) -> str:
-    """`storage`, or the SQLite file of the run directory."""
-    if storage:
-        return storage
-    from sqlalchemy.engine import URL
-
-    return URL.create("sqlite", database=str((run_dir / "study.db").resolve())).render_as_string()
-
-
-def create_study(url: str, name: str, maximise: bool, seed: int, sampler: Sampler = "additive") -> "optuna.Study":
+def create_study(run_dir: Path, settings: SearchSettings) -> "optuna.Study":
     """A new study. Raises ConfigError for a storage that does not open, or a name that is taken."""
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage, sampler = _open(run_dir, settings.storage), optuna.samplers.RandomSampler()  # asked for nothing
     directions = optuna.study.StudyDirection
-    direction = directions.MAXIMIZE if maximise else directions.MINIMIZE
-    chosen, storage = optuna_sampler(sampler, seed), _open(url)
+    direction = directions.MAXIMIZE if maximised(settings) else directions.MINIMIZE
     try:
-        study = optuna.create_study(storage=storage, study_name=name, direction=direction, sampler=chosen)
+        study = optuna.create_study(storage=storage, study_name=settings.name, direction=direction, sampler=sampler)
     except optuna.exceptions.DuplicatedStudyError:
-        message = f"the storage has a study {name!r} already; go on with --resume or give another --name"
+        message = f"the storage has a study {settings.name!r} already; go on with --resume or give another --name"
         raise ConfigError(message) from None
     study.set_user_attr(_MARK, 1)
     return study
 
 
-def load_study(url: str, name: str, seed: int, sampler: Sampler = "additive") -> "optuna.Study":
-    """The study of an earlier search. Its sampler goes on with other random numbers than the first time.
+def load_study(run_dir: Path, settings: SearchSettings | None) -> "optuna.Study":
+    """The study of an earlier search; where its settings are lost, the only one of the run directory.
     Raises ConfigError for a storage that does not open or is not ours."""
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = _open(url)
+    name, url = (settings.name, settings.storage) if settings else ("", "")
+    if not url and not (run_dir / "study.db").exists():
+        raise ConfigError(f"{run_dir} has no study.db; give the directory of a run")
+    storage = _open(run_dir, url)
     names = optuna.get_all_study_names(storage)
     if not name and len(names) == 1:
         name = names[0]
     if name not in names:
         raise ConfigError(f"the storage has no study {name!r}; it has: {', '.join(sorted(names)) or 'none'}")
-    study = optuna.load_study(study_name=name, storage=storage)
+    study = optuna.load_study(study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler())
     if _MARK not in study.user_attrs:
         raise ConfigError(f"the study {name!r} is not one of autotune's; give another --storage or --name")
-    study.sampler = optuna_sampler(sampler, seed + len(study.get_trials(deepcopy=False)))
     return study
 
 
-def _open(url: str) -> "optuna.storages.BaseStorage":
+def _open(run_dir: Path, url: str) -> "optuna.storages.BaseStorage":
+    """The storage of that URL; where it is empty, the SQLite file of the run directory."""
     import optuna
     import sqlalchemy
     import sqlalchemy.event
     import sqlalchemy.exc
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    url = url or sqlalchemy.URL.create("sqlite", database=str((run_dir / "study.db").resolve())).render_as_string()
     try:
         engine = sqlalchemy.create_engine(url)
         tables = sqlalchemy.inspect(engine).get_table_names()
@@ -116,7 +94,7 @@ def _open(url: str) -> "optuna.storages.BaseStorage":
     if storage.engine.dialect.name == "sqlite":
         # Some thirty commits a trial, 5 to 10 ms each where they wait for the disk. Without waiting nothing is
         # lost when a process is killed; `sync` after each trial is for the machine itself.
-        sqlalchemy.event.listen(storage.engine, "connect", _do_not_wait_for_disk)
+        sqlalchemy.event.listen(storage.engine, "connect", lambda new, _: new.execute("PRAGMA synchronous = OFF"))
         storage.engine.dispose()  # connections that were made before
     return storage
 
@@ -129,23 +107,8 @@ def sync(run_dir: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def _do_not_wait_for_disk(connection: "sqlite3.Connection", _: object) -> None:
-    connection.execute("PRAGMA synchronous = OFF")
-
-
-def optuna_sampler(kind: Sampler, seed: int) -> "optuna.samplers.BaseSampler":
-    """Optuna's part in a search: everything for its own samplers, nothing for ours."""
-    import optuna
-
-    if kind == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
-    if kind == "gp":
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=8, deterministic_objective=False)
-    return optuna.samplers.RandomSampler(seed=seed)
-
-
 def records(study: "optuna.Study") -> list[TrialRecord]:
-    """Every ended measurement, in the order of the trials. Answers that were only looked up are not listed."""
+    """Every ended measurement, in the order of the trials."""
     found = [record for trial in study.get_trials(deepcopy=False) if (record := _record(trial)) is not None]
     return sorted(found, key=lambda record: record.trial)
 
@@ -161,119 +124,50 @@ def _record(trial: "optuna.trial.FrozenTrial") -> TrialRecord | None:
     return TrialRecord(trial=attributes[_NUMBER], role=attributes[_ROLE], candidate=request.candidate, result=killed)
 
 
-def ask_new(
-    study: "optuna.Study",
-    space: Space,
-    known: Mapping[str, TrialRecord],
-    settings: SearchSettings,
-    sampler: Sampler = "additive",
-) -> tuple["optuna.Trial", Candidate] | None:
-    """A candidate whose answer does not follow from the `known` ones (by candidate id); None when there is none
-    left. What one of Optuna's samplers proposes and is known is answered from the record."""
-    for _ in range(_REPEATS if sampler != "additive" else 0):
-        trial = study.ask()
-        candidate = candidate_at(space, _suggest(trial, space))
-        answer = implied(candidate, known)
-        if answer is None:
-            return trial, candidate
-        trial.set_user_attr(_SAME_AS, answer.trial)
-        _tell(study, trial, answer, settings.memory_limit_bytes)
-    rng = random.Random(settings.seed + len(known))
-    pool = _unknown(space, known, maximised(settings), rng)
-    if not pool:
-        return None
-    names = [dimension.name for dimension in space.dimensions]
-    fresh = propose(names, pool, list(known.values()), settings) if sampler == "additive" else rng.choice(pool)
-    return ask_for(study, space, fresh), fresh
-
-
-def implied(candidate: Candidate, known: Mapping[str, TrialRecord]) -> TrialRecord | None:
-    """The record that answers for `candidate`: its own, or that of one which ran out of memory although it
-    needs no more of it in any respect."""
-    if candidate.id in known:
-        return known[candidate.id]
-    full = (record for record in known.values() if record.result.status in ("oom", "over_limit"))
-    return next((record for record in full if _needs_no_more(record.candidate, candidate)), None)
-
-
-def _needs_no_more(small: Candidate, large: Candidate) -> bool:
-    """Whether `small` surely fits where `large` does. Only what is certain counts: kernels, compilation and
-    allocators are not compared, they must be the same."""
-    a, b = small.plan, large.plan
-    same = all(getattr(a, name) == getattr(b, name) for name in ("attention", "loss", "compile", "dtype", "allocator"))
-    whole_blocks = a.recomputed_every is not None and b.activation_checkpointing == "none"
-    return (
-        same
-        and a.micro_batch_size * small.shape.block_size <= b.micro_batch_size * large.shape.block_size
-        and a.loss_chunk_tokens <= b.loss_chunk_tokens
-        and (a.activation_checkpointing == b.activation_checkpointing or whole_blocks)
-        and all(
-            getattr(small.shape, name) <= getattr(large.shape, name)
-            for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-        )
-    )
-
-
 def as_begun(study: "optuna.Study", space: Space) -> Space:
     """`space` with the names that the study began with, which optuna cannot change: what has been installed since is
     not tried, and what has gone is tried and found unsupported."""
     known = {name: was for trial in study.trials for name, was in trial.distributions.items()}
-    dimensions = (replace(d, choices=getattr(known.get(d.name), "choices", d.choices)) for d in space.dimensions)
-    return replace(space, dimensions=tuple(dimensions))
+    choices = {name: getattr(known.get(name), "choices", here) for name, here in space.choices.items()}
+    return replace(space, choices=choices)
+
+
+def begin(study: "optuna.Study", space: Space, number: int, role: Role, request: TrialRequest) -> "optuna.Trial":
+    """Write down what is about to be measured, so that a killed search knows what was in flight."""
+    trial = ask_for(study, space, request.candidate)
+    trial.set_user_attr(_NUMBER, number)
+    trial.set_user_attr(_ROLE, role)
+    trial.set_user_attr(_REQUEST, json.dumps(asdict(request), allow_nan=False))
+    return trial
 
 
 def ask_for(study: "optuna.Study", space: Space, candidate: Candidate) -> "optuna.Trial":
     """A trial for a given candidate, filed under the nearest values of the space."""
-    study.enqueue_trial(_encoded(space, values_of(space, candidate)))
+    values = values_of(space, candidate)
+    study.enqueue_trial({n: c.index(values[n]) if ordered(c) else values[n] for n, c in space.choices.items()})
     trial = study.ask()
-    _suggest(trial, space)
+    suggest(trial, space)
     return trial
 
 
-def _suggest(trial: "optuna.Trial", space: Space) -> dict[str, Value]:
-    """Ordered choices are told to the sampler as their index, so that it knows of neighbours."""
+def suggest(trial: "optuna.Trial", space: Space) -> dict[str, Value]:
+    """The trial's values. Ordered choices are told to Optuna as their index, so that it knows of neighbours."""
     values: dict[str, Value] = {}
-    for dimension in space.dimensions:
-        name, choices = dimension.name, dimension.choices
-        if dimension.ordered:
+    for name, choices in space.choices.items():
+        if ordered(choices):
             values[name] = choices[trial.suggest_int(name, 0, len(choices) - 1)]
         else:
             values[name] = str(trial.suggest_categorical(name, choices))
     return values
 
 
-def _encoded(space: Space, values: Mapping[str, Value]) -> dict[str, Value]:
-    return {d.name: d.choices.index(values[d.name]) if d.ordered else values[d.name] for d in space.dimensions}
-
-
-def _unknown(space: Space, known: Mapping[str, TrialRecord], maximise: bool, rng: random.Random) -> list[Candidate]:
-    """Candidates whose answer is not known: all in a small space; in a large one some by chance, and what differs
-    from the best in one knob."""
-    if space.size <= _POOL:
-        pool = every_candidate(space)
-    else:
-        drawn = [{d.name: rng.choice(d.choices) for d in space.dimensions} for _ in range(_DRAWN)]
-        for record in best_first(list(known.values()), maximise)[:_LEADERS]:
-            here = values_of(space, record.candidate)
-            drawn += [{**here, d.name: choice} for d in space.dimensions for choice in d.choices]
-        pool = {c.id: c for values in drawn for c in [candidate_at(space, values)]}
-    return [candidate for candidate in pool.values() if implied(candidate, known) is None]
-
-
-def begin(trial: "optuna.Trial", number: int, role: Role, request: TrialRequest) -> None:
-    """Write down what is about to be measured, so that a killed search knows what was in flight."""
-    trial.set_user_attr(_NUMBER, number)
-    trial.set_user_attr(_ROLE, role)
-    trial.set_user_attr(_REQUEST, json.dumps(asdict(request), allow_nan=False))
-
-
 def finish(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int) -> None:
-    """Keep the record, then tell the sampler."""
+    """Keep the record, then tell the study."""
     trial.set_user_attr(_RECORD, json.dumps(asdict(record), allow_nan=False))
-    _tell(study, trial, record, limit_bytes)
+    tell(study, trial, record, limit_bytes)
 
 
-def _tell(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int) -> None:
+def tell(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int) -> None:
     import optuna
 
     trial.set_constraint("feasible", violation(record.result, limit_bytes))
@@ -306,16 +200,12 @@ def close_stale(study: "optuna.Study") -> None:
     while study.get_trials(deepcopy=False, states=(states.WAITING,)):
         study.tell(study.ask(), state=states.FAIL)
     for frozen in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-        text = frozen.user_attrs.get(_RECORD)
-        if text is not None:  # killed between keeping the record and telling it
-            objective = read_table(TrialRecord, json.loads(text), "record").objective
-            study.tell(frozen.number, objective, state=states.PRUNED if objective is None else states.COMPLETE)
-        elif _REQUEST in frozen.user_attrs:
-            study.tell(frozen.number, state=states.PRUNED)
-        else:
-            # Not all of its values were drawn yet; TPE would from now on search only those it shares with
-            # every other trial, so this one is hidden from it.
-            study.tell(frozen.number, state=states.FAIL)
+        kept = frozen.user_attrs.get(_RECORD)  # killed between keeping the record and telling it
+        objective = json.loads(kept)["objective"] if kept else None
+        if objective is not None:
+            study.tell(frozen.number, objective)
+        else:  # without its request it may lack values too, and Optuna reads only those that all its trials have
+            study.tell(frozen.number, state=states.PRUNED if _REQUEST in frozen.user_attrs else states.FAIL)
 
 
 def answered(found: Sequence[TrialRecord]) -> dict[str, TrialRecord]:

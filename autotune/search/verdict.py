@@ -1,6 +1,6 @@
-"""Who won: by confirmed values, ties called ties, with the gain over the baseline."""
+"""Who won: by confirmed values, ties called ties."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autotune.config.search import SearchSettings
@@ -23,10 +23,6 @@ class Verdict:
     """Trials whose interval overlaps the winner's; the winner needs the least memory of them."""
     fell_through: tuple[int, ...] = ()
     """Better trials that did not survive their confirmation."""
-    baseline: TrialRecord | None = None
-    """The best measurement of the baseline; None where it did not run."""
-    gain: float | None = None
-    """`throughput`: winner's tokens/s over the baseline's. `loss`: predicted nats below the baseline's."""
     drift: float | None = None
     """Speed of the machine at the end over that at the start, by the baseline's confirmation and its trial; None where
     that was not measured twice, or the two agree within their intervals."""
@@ -50,9 +46,9 @@ def searched(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     return [record for record in records if record.role != "final" and record.objective is not None]
 
 
-def failed_confirmation(record: TrialRecord) -> bool:
-    """The candidate's own failure; running out of budget is not."""
-    return record.role == "final" and record.result.status not in ("ok", "interrupted")
+def _failed(finals: Iterable[TrialRecord]) -> set[str]:
+    """Ids of the candidates that failed their confirmation; running out of budget is not their fault."""
+    return {record.candidate.id for record in finals if record.result.status not in ("ok", "interrupted")}
 
 
 def unconfirmed(records: Sequence[TrialRecord], maximise: bool) -> list[TrialRecord]:
@@ -60,17 +56,17 @@ def unconfirmed(records: Sequence[TrialRecord], maximise: bool) -> list[TrialRec
     confirmation, the next best takes its place."""
     finals = [record for record in records if record.role == "final"]
     done = {record.candidate.id for record in finals if record.objective is not None}
-    failed = {record.candidate.id for record in finals if failed_confirmation(record)}
-    ranked = [r for r in best_first(searched(records), maximise) if r.candidate.id not in failed]
+    failed = _failed(finals)
+    ranked = [record for record in best_first(searched(records), maximise) if record.candidate.id not in failed]
     wanted = ranked[:FINALISTS] + [record for record in ranked[FINALISTS:] if record.role == "baseline"]
     return [record for record in wanted if record.candidate.id not in done]
 
 
-def decide(records: Sequence[TrialRecord], settings: SearchSettings, notes: tuple[str, ...] = ()) -> Verdict | None:
+def decide(records: Sequence[TrialRecord], settings: SearchSettings) -> Verdict | None:
     """The verdict over all records so far; None while nothing feasible is known."""
     maximise = maximised(settings)
     finals = {record.candidate.id: record for record in records if record.role == "final"}
-    failed = {name for name, record in finals.items() if failed_confirmation(record)}
+    failed = _failed(finals.values())
     search = best_first(searched(records), maximise)
     confirmed = best_first(list(finals.values()), maximise)
     pool = confirmed or [record for record in search if record.candidate.id not in failed]
@@ -78,31 +74,21 @@ def decide(records: Sequence[TrialRecord], settings: SearchSettings, notes: tupl
         return None
     tied = _tied(pool, settings) if confirmed else pool[:1]
     winner = min(tied, key=_memory)
-    first = next((record for record in records if record.role == "baseline" and record.objective is not None), None)
-    again = finals.get(first.candidate.id) if first is not None else None
-    start = again if again is not None and again.objective is not None else first
-    better = [record for record in search if record.candidate.id in failed]
+    better = [record for record in search if _signed(record, maximise) <= _signed(pool[0], maximise)]
     return Verdict(
         winner=winner,
         confirmed=bool(confirmed),
         tied_with=tuple(record.trial for record in tied if record is not winner),
-        fell_through=tuple(r.trial for r in better if _signed(r, maximise) <= _signed(pool[0], maximise)),
-        baseline=start,
-        gain=_gain(winner, start, maximise),
-        drift=_drift(first, start),
-        notes=notes,
+        fell_through=tuple(record.trial for record in better if record.candidate.id in failed),
+        drift=_drift(searched(records), finals),
     )
 
 
 def _tied(ranked: Sequence[TrialRecord], settings: SearchSettings) -> list[TrialRecord]:
     """The leading record, and those whose interval overlaps its own."""
-    low, high = interval(settings, ranked[0].candidate, ranked[0].result)
-    tied = []
-    for record in ranked:
-        other_low, other_high = interval(settings, record.candidate, record.result)
-        if other_low <= high and low <= other_high:
-            tied.append(record)
-    return tied
+    intervals = [interval(settings, record.candidate, record.result) for record in ranked]
+    low, high = intervals[0]
+    return [record for record, other in zip(ranked, intervals, strict=True) if other[0] <= high and low <= other[1]]
 
 
 def _memory(record: TrialRecord) -> tuple[float, int]:
@@ -111,15 +97,11 @@ def _memory(record: TrialRecord) -> tuple[float, int]:
     return next((float(peak) for peak in peaks if peak is not None), float("inf")), record.trial
 
 
-def _drift(first: TrialRecord | None, again: TrialRecord | None) -> float | None:
-    if first is None or again is None or again is first:
+def _drift(search: Sequence[TrialRecord], finals: Mapping[str, TrialRecord]) -> float | None:
+    first = next((record for record in search if record.role == "baseline"), None)
+    again = finals.get(first.candidate.id) if first is not None else None
+    if first is None or again is None or again.objective is None:
         return None
-    speeds = [r.result.tokens_per_second or 0.0 for r in (first, again)]
-    within = sum(r.result.tokens_per_second_ci95 or 0.0 for r in (first, again))
-    return speeds[1] / speeds[0] if abs(speeds[1] - speeds[0]) > within else None
-
-
-def _gain(winner: TrialRecord, baseline: TrialRecord | None, maximise: bool) -> float | None:
-    if baseline is None or winner.objective is None or baseline.objective is None:
-        return None
-    return winner.objective / baseline.objective if maximise else baseline.objective - winner.objective
+    before, after = (record.result.tokens_per_second or 0.0 for record in (first, again))
+    within = sum(record.result.tokens_per_second_ci95 or 0.0 for record in (first, again))
+    return after / before if abs(after - before) > within else None

@@ -13,7 +13,7 @@ from autotune.errors import AutotuneError, ConfigError, InterruptedByUser
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.search.budget import Budget
 from autotune.search.calibrate import calibrate_law, pilot_shapes
-from autotune.search.objective import law_of, predict_loss, raw_loss, score, unlimited
+from autotune.search.objective import law_of, loss_at, predict_loss, raw_loss, unlimited
 from autotune.search.run import search
 from autotune.search.space import baseline
 
@@ -51,7 +51,7 @@ def test_two_pilots_move_the_law_to_the_data(tmp_path: Path) -> None:
     assert shapes == list(pilot_shapes(SETTINGS.recipe.shape))
     assert (shapes[0].n_layer, shapes[0].n_embd, shapes[0].head_size) == (6, 384, 64)
     candidate = baseline(SETTINGS)
-    losses = [score(asked, candidate, 1e5).predicted_loss for asked in (SETTINGS, moved)]
+    losses = [loss_at(asked, candidate, 1e5) for asked in (SETTINGS, moved)]
     assert losses[1] == pytest.approx((losses[0] or 0.0) + 0.32, abs=0.01)
 
 

@@ -16,6 +16,7 @@ from autotune.search.objective import (
     find_law,
     finish_recipe,
     interval,
+    loss_at,
     predict_loss,
     score,
     speed_needed,
@@ -75,17 +76,17 @@ def loss_settings(**words: object) -> SearchSettings:
 def test_more_speed_predicts_a_lower_loss_for_the_same_shape() -> None:
     asked = loss_settings(train_time="1h")
     slow, fast = (score(asked, baseline(asked), speed) for speed in (1e5, 2e5))
-    assert fast.objective < slow.objective
-    assert fast.objective == fast.predicted_loss
+    assert fast < slow
+    assert fast == loss_at(asked, baseline(asked), 2e5)
 
 
 def test_with_tokens_given_speed_only_decides_between_plans_of_one_shape() -> None:
     asked = loss_settings(train_tokens="1B")
     small = baseline(asked)
     large = replace(small, recipe=replace(small.recipe, shape=Shape(n_layer=16)))
-    assert score(asked, small, 2e5).objective < score(asked, small, 1e5).objective
-    assert score(asked, small, 2e5).predicted_loss == score(asked, small, 1e5).predicted_loss
-    assert score(asked, large, 1e4).objective < score(asked, small, 1e6).objective
+    assert score(asked, small, 2e5) < score(asked, small, 1e5)
+    assert loss_at(asked, small, 2e5) == loss_at(asked, small, 1e5)
+    assert score(asked, large, 1e4) < score(asked, small, 1e6)
 
 
 def test_short_blocks_are_not_free() -> None:
@@ -106,14 +107,14 @@ def test_the_interval_of_a_loss_comes_from_the_interval_of_the_speed() -> None:
     asked = loss_settings(train_time="1h")
     result = TrialResult(status="ok", phase="done", tokens_per_second=1e5, tokens_per_second_ci95=1e3)
     low, high = interval(asked, baseline(asked), result)
-    assert low < score(asked, baseline(asked), 1e5).objective < high
+    assert low < score(asked, baseline(asked), 1e5) < high
 
 
 @pytest.mark.parametrize("words", [{"train_time": "1h"}, {"train_tokens": "1B"}])
 def test_the_speed_that_is_needed_reaches_the_objective(words: dict[str, str]) -> None:
     asked = loss_settings(**words)
     candidate = baseline(asked)
-    wanted = score(asked, candidate, 123_456.0).objective
+    wanted = score(asked, candidate, 123_456.0)
     assert speed_needed(asked, candidate, wanted) == pytest.approx(123_456.0, rel=1e-6)
     assert speed_needed(asked, candidate, 0.0) == pytest.approx(1e15, rel=1e-6)  # no speed reaches it
     fixed = settings(CUDA)

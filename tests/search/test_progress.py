@@ -24,13 +24,13 @@ def test_plain_lines_go_to_stderr_one_a_trial(tmp_path: Path, capsys: pytest.Cap
     output = capsys.readouterr()
     assert output.out == ""
     lines = output.err.splitlines()
-    assert len(lines) == sum(event.kind == "end" for event in seen)
+    assert len(lines) == sum(event.record is not None for event in seen)
     assert lines[0].startswith("[5.0s/1m00s] trial   0 baseline 373,217 tokens/s, 9.39 GiB: 12x12x768 block 1024")
     assert lines[0].endswith("<- best")
 
 
 def test_the_live_picture_shows_budget_trial_and_best(tmp_path: Path) -> None:
-    begin = [event for event in events(tmp_path, model="") if event.kind == "begin"][2]
+    begin = [event for event in events(tmp_path, model="") if event.record is None][2]
     console = Console(width=200, record=True, force_terminal=False)
     console.print(_picture(0.0, begin))
     text = console.export_text()

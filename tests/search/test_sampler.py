@@ -16,8 +16,8 @@ from autotune.measure.records import TrialRecord
 from autotune.measure.types import Status, TrialRequest, TrialResult
 from autotune.search import study as studies
 from autotune.search.objective import maximised, score
-from autotune.search.replay import Table, read_tables, speed
-from autotune.search.sampler import doubted
+from autotune.search.replay import Sampler, Table, ask, optuna_sampler, read_tables, speed
+from autotune.search.sampler import doubted, propose
 from autotune.search.space import baseline, build_space, every_candidate
 
 RECORDED = Path(__file__).parents[2] / "results" / "reference" / "cpu-torch-2.13" / "trials.jsonl"
@@ -31,20 +31,20 @@ SMALL = (
 """180 plans, whatever else there will be to choose from."""
 
 
-def searched(asked: SearchSettings, trials: int, sampler: studies.Sampler, answers: Answer) -> list[TrialRecord]:
+def searched(asked: SearchSettings, trials: int, sampler: Sampler, answers: Answer) -> list[TrialRecord]:
     """The baseline and what the sampler asks for after it."""
     space = build_space(asked, CUDA)
     direction = "maximize" if maximised(asked) else "minimize"
-    study = optuna.create_study(direction=direction, sampler=studies.optuna_sampler(sampler, asked.seed))
+    study = optuna.create_study(direction=direction, sampler=optuna_sampler(sampler, asked.seed))
     known: dict[str, TrialRecord] = {}
     start = baseline(asked)
     for number in range(trials):
-        found = studies.ask_new(study, space, known, asked, sampler) if known else None
+        found = ask(study, space, known, asked, sampler) if known else None
         trial, candidate = found or (studies.ask_for(study, space, start), start)
         assert candidate.id not in known
         result = answers(candidate)
         speed = result.tokens_per_second if result.status == "ok" else None
-        objective = score(asked, candidate, speed).objective if speed else None
+        objective = score(asked, candidate, speed) if speed else None
         record = TrialRecord(trial=number, role="search", candidate=candidate, result=result, objective=objective)
         studies.finish(study, trial, record, asked.memory_limit_bytes)
         known[candidate.id] = record
@@ -120,9 +120,9 @@ def test_the_same_records_give_the_same_candidate() -> None:
     known = {record.candidate.id: record for record in random.Random(0).sample(records, len(records))}
     chosen = []
     for _ in range(2):
-        found = studies.ask_new(optuna.create_study(), space, known, asked)
+        found = propose(space, known, asked)
         assert found is not None
-        chosen.append(found[1].id)
+        chosen.append(found.id)
     assert chosen[0] == chosen[1]
 
 
@@ -130,7 +130,7 @@ def test_a_disturbed_trial_is_doubted_and_no_other() -> None:
     """Thirty of the recorded trials of real models, as a search would have chosen them; then the best at 0.6 of its
     speed, as when another program runs beside it."""
     table = read_tables(RECORDED)[-1]
-    names = [dimension.name for dimension in table.space.dimensions]
+    names = table.space.choices
     ranked = sorted(table.results, key=lambda name: -speed(table.results[name]))
     noticed = 0
     for seed in range(6):

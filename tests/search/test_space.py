@@ -27,7 +27,7 @@ SPACES = {
 
 
 def values(space: Space) -> st.SearchStrategy[dict[str, str | int]]:
-    return st.fixed_dictionaries({d.name: st.sampled_from(d.choices) for d in space.dimensions})
+    return st.fixed_dictionaries({name: st.sampled_from(choices) for name, choices in space.choices.items()})
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -74,23 +74,22 @@ def test_a_large_micro_batch_becomes_its_share_of_the_global_batch() -> None:
 
 
 def test_micro_batches_are_not_only_powers_of_two() -> None:
-    choices = next(d.choices for d in SPACES["cuda fixed"].dimensions if d.name == "micro_batch_size")
+    choices = SPACES["cuda fixed"].choices["micro_batch_size"]
     assert {1, 2, 3, 4, 6, 8, 12, 24, 48, 96, 512} <= set(choices)
     assert max(choices) == 512
 
 
 def test_only_what_the_machine_can_run_is_searched() -> None:
-    cpu = {d.name: d.choices for d in SPACES["cpu loss"].dimensions}
+    cpu = SPACES["cpu loss"].choices
     assert cpu["attention"] == ("sdpa", "sdpa_math")
     assert cpu["loss"] == ("full", "chunked")
     assert set(cpu["dtype"]) == {"float32", "bfloat16"}
     assert "allocator" not in cpu
     old = build_space(settings(OLD_CUDA), OLD_CUDA)
     assert old.plan.dtype == "float16"
-    choices = {d.name: d.choices for d in old.dimensions}
-    assert "dtype" not in choices
-    assert "sdpa_flash" not in choices["attention"]
-    new = {d.name: d.choices for d in SPACES["cuda fixed"].dimensions}
+    assert "dtype" not in old.choices
+    assert "sdpa_flash" not in old.choices["attention"]
+    new = SPACES["cuda fixed"].choices
     assert "dtype" not in new
     assert {"sdpa_flash", "sdpa_cudnn", "flex"} <= set(new["attention"])
     assert {"torch_linear_cross_entropy", "auto_chunker"} <= set(new["loss"])
@@ -105,19 +104,17 @@ def test_what_exists_only_compiled_is_searched_compiled() -> None:
 
 def test_a_head_size_that_a_backend_cannot_run_leaves_it_out() -> None:
     odd = build_space(settings(CUDA, model="12x64x768"), CUDA)  # heads of 12
-    attention = {d.name: d.choices for d in odd.dimensions}["attention"]
-    assert attention == ("sdpa", "sdpa_math")
+    assert odd.choices["attention"] == ("sdpa", "sdpa_math")
 
 
 def test_shapes_are_searched_only_where_none_is_fixed() -> None:
-    assert {"n_layer", "n_embd", "head_size", "block_size"} <= {d.name for d in SPACES["cuda loss"].dimensions}
-    assert not {"n_layer", "n_embd", "head_size", "block_size"} & {d.name for d in SPACES["cuda fixed"].dimensions}
+    assert {"n_layer", "n_embd", "head_size", "block_size"} <= SPACES["cuda loss"].choices.keys()
+    assert not {"n_layer", "n_embd", "head_size", "block_size"} & SPACES["cuda fixed"].choices.keys()
 
 
 def test_the_baseline_is_exact_and_its_values_are_choices() -> None:
     asked = replace(settings(CUDA), baseline=Plan(micro_batch_size=5, dtype="float32"))
-    space = build_space(asked, CUDA)
-    choices = {d.name: d.choices for d in space.dimensions}
+    choices = build_space(asked, CUDA).choices
     assert baseline(asked).plan.micro_batch_size == 5
     assert 5 in choices["micro_batch_size"]
     assert choices["dtype"] == ("bfloat16", "float32")

@@ -8,12 +8,15 @@ import optuna
 import pytest
 from fake_machine import CUDA, Machine, answer, settings
 
+from autotune.config.candidate import Candidate
 from autotune.errors import ConfigError
 from autotune.measure.records import TrialRecord
 from autotune.measure.types import MemoryView, Status, TrialRequest, TrialResult
 from autotune.search import study as studies
+from autotune.search.replay import ask, optuna_sampler
 from autotune.search.run import search
-from autotune.search.space import build_space, candidate_at, every_value
+from autotune.search.sampler import implied, propose, unknown
+from autotune.search.space import build_space, candidate_at, every_value, ordered
 from autotune.units import GIB
 
 SETTINGS = settings(CUDA, choices=("attention=sdpa,sdpa_cudnn,sdpa_math", "loss=full,chunked"))
@@ -22,31 +25,33 @@ LIMIT = SETTINGS.memory_limit_bytes
 
 
 def new_study(tmp_path: Path) -> optuna.Study:
-    return studies.create_study(studies.storage_url(tmp_path, ""), "paper", maximise=True, seed=0)
+    return studies.create_study(tmp_path, SETTINGS)
 
 
 def request_of(candidate: object) -> TrialRequest:
     return TrialRequest(candidate=candidate, device="cuda:0", result_path="", memory_limit_bytes=LIMIT)  # type: ignore[arg-type]
 
 
-def measured(study: optuna.Study, number: int, sampler: studies.Sampler = "random") -> TrialRecord:
-    asked = studies.ask_new(study, SPACE, studies.answered(studies.records(study)), SETTINGS, sampler)
-    assert asked is not None
-    trial, candidate = asked
-    request = request_of(candidate)
-    studies.begin(trial, number, "search", request)
-    result = answer(request)
-    record = TrialRecord(
-        trial=number, role="search", candidate=candidate, result=result, objective=result.tokens_per_second
-    )
+def measured(study: optuna.Study, number: int) -> TrialRecord:
+    pool = unknown(SPACE, studies.answered(studies.records(study)), SETTINGS)
+    candidate = random.Random(number).choice(pool)
+    trial = studies.begin(study, SPACE, number, "search", request_of(candidate))
+    record = record_of(number, candidate)
     studies.finish(study, trial, record, LIMIT)
     return record
+
+
+def record_of(number: int, candidate: Candidate) -> TrialRecord:
+    result = answer(request_of(candidate))
+    return TrialRecord(
+        trial=number, role="search", candidate=candidate, result=result, objective=result.tokens_per_second
+    )
 
 
 def test_records_come_back_as_they_were_kept(tmp_path: Path) -> None:
     study = new_study(tmp_path)
     kept = [measured(study, number) for number in range(12)]
-    again = studies.load_study(studies.storage_url(tmp_path, ""), "paper", seed=0)
+    again = studies.load_study(tmp_path, SETTINGS)
     assert studies.records(again) == kept
 
 
@@ -81,36 +86,34 @@ def test_the_violation_is_the_overshoot_over_the_limit() -> None:
 
 
 def test_a_known_candidate_is_answered_from_its_record(tmp_path: Path) -> None:
-    study = studies.create_study(studies.storage_url(tmp_path, ""), "paper", maximise=True, seed=0, sampler="tpe")
-    kept = [measured(study, number, "tpe") for number in range(40)]
-    assert len({record.candidate.id for record in kept}) == 40
-    same = [trial for trial in study.trials if "same_as" in trial.user_attrs]
-    assert same
-    for trial in same:
-        record = kept[trial.user_attrs["same_as"]]
-        assert trial.value == record.objective
-        if record.objective is not None:
-            assert candidate_of(trial) == record.candidate.id
+    study = optuna.create_study(direction="maximize", sampler=optuna_sampler("tpe", 0))
+    known: dict[str, TrialRecord] = {}
+    for number in range(40):
+        asked = ask(study, SPACE, known, SETTINGS, "tpe")
+        assert asked is not None
+        trial, candidate = asked
+        assert candidate.id not in known
+        known[candidate.id] = record_of(number, candidate)
+        studies.tell(study, trial, known[candidate.id], LIMIT)
+    assert len(study.trials) > 40
+    for told in study.trials:
+        assert told.value == implied(candidate_of(told), known).objective  # type: ignore[union-attr]
 
 
-def candidate_of(trial: optuna.trial.FrozenTrial) -> str:
-    chosen = {d.name: d.choices[trial.params[d.name]] if d.ordered else trial.params[d.name] for d in SPACE.dimensions}
-    return candidate_at(SPACE, chosen).id
+def candidate_of(trial: optuna.trial.FrozenTrial) -> Candidate:
+    chosen = {n: c[trial.params[n]] if ordered(c) else trial.params[n] for n, c in SPACE.choices.items()}
+    return candidate_at(SPACE, chosen)
 
 
-def test_a_space_that_is_known_to_its_last_candidate_ends(tmp_path: Path) -> None:
-    study = new_study(tmp_path)
-    small = replace(SPACE, dimensions=tuple(d for d in SPACE.dimensions if d.name in ("micro_batch_size", "loss")))
-    asked = studies.ask_new(study, small, {}, SETTINGS)
-    assert asked is not None
-    last = asked[1]
+def test_a_space_that_is_known_to_its_last_candidate_ends() -> None:
+    small = replace(SPACE, choices={name: SPACE.choices[name] for name in ("micro_batch_size", "loss")})
+    last = propose(small, {}, SETTINGS)
+    assert last is not None
     ok = TrialRecord(trial=0, role="search", candidate=last, result=answer(request_of(last)), objective=1.0)
     known = {candidate_at(small, values).id: ok for values in every_value(small)}
     del known[last.id]
-    again = studies.ask_new(study, small, known, SETTINGS)
-    assert again is not None
-    assert again[1] == last
-    assert studies.ask_new(study, small, {**known, last.id: ok}, SETTINGS) is None
+    assert propose(small, known, SETTINGS) == last
+    assert propose(small, {**known, last.id: ok}, SETTINGS) is None
 
 
 def test_stale_trials_are_closed_and_what_was_in_flight_is_interrupted(tmp_path: Path) -> None:
@@ -120,47 +123,43 @@ def test_stale_trials_are_closed_and_what_was_in_flight_is_interrupted(tmp_path:
     study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)
     study.enqueue_trial({})
     study.ask()  # killed before its values were drawn
-    asked = studies.ask_new(study, SPACE, {}, SETTINGS)
+    asked = propose(SPACE, {}, SETTINGS)
     assert asked is not None
-    studies.begin(asked[0], 1, "search", request_of(asked[1]))  # killed while it was measured
+    studies.begin(study, SPACE, 1, "search", request_of(asked))  # killed while it was measured
     study.enqueue_trial({})
 
-    again = studies.load_study(studies.storage_url(tmp_path, ""), "paper", seed=0)
+    again = studies.load_study(tmp_path, SETTINGS)
     assert studies.records(again) == [first]
     studies.close_stale(again)
     states = {trial.state for trial in again.trials}
     assert not states & {optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING}
     interrupted = studies.records(again)[1]
-    assert (interrupted.trial, interrupted.result.status, interrupted.candidate) == (1, "interrupted", asked[1])
+    assert (interrupted.trial, interrupted.result.status, interrupted.candidate) == (1, "interrupted", asked)
     assert interrupted.candidate.id not in studies.answered([first, interrupted])
     # what the sampler searches has not shrunk
-    assert set(optuna.search_space.IntersectionSearchSpace(include_pruned=True).calculate(again)) == {
-        dimension.name for dimension in SPACE.dimensions
-    }
+    assert set(optuna.search_space.IntersectionSearchSpace(include_pruned=True).calculate(again)) == set(SPACE.choices)
 
 
 def test_a_storage_or_study_that_is_not_ours_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be opened"):
-        studies.create_study("nonsense", "paper", maximise=True, seed=0)
-    with pytest.raises(ConfigError, match="cannot be opened"):
-        studies.create_study("mysql://nowhere/x", "paper", maximise=True, seed=0)
-    url = studies.storage_url(tmp_path, "")
-    optuna.create_study(storage=url, study_name="theirs")
+    for url in ("nonsense", "mysql://nowhere/x"):
+        with pytest.raises(ConfigError, match="cannot be opened"):
+            studies.create_study(tmp_path, replace(SETTINGS, storage=url))
+    optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="theirs")
     with pytest.raises(ConfigError, match="not one of autotune's"):
-        studies.load_study(url, "theirs", seed=0)
+        studies.load_study(tmp_path, replace(SETTINGS, name="theirs"))
     with pytest.raises(ConfigError, match="has no study 'ours'; it has: theirs"):
-        studies.load_study(url, "ours", seed=0)
+        studies.load_study(tmp_path, replace(SETTINGS, name="ours"))
     with pytest.raises(ConfigError, match="already"):
-        studies.create_study(url, "theirs", maximise=True, seed=0)
+        studies.create_study(tmp_path, replace(SETTINGS, name="theirs"))
     with contextlib.closing(sqlite3.connect(tmp_path / "thesis.db")) as database:
         database.execute("CREATE TABLE chapters (text)")
         with pytest.raises(ConfigError, match=r"holds something else \(chapters\)"):
-            studies.create_study(f"sqlite:///{tmp_path}/thesis.db", "paper", maximise=True, seed=0)
+            studies.create_study(tmp_path, replace(SETTINGS, storage=f"sqlite:///{tmp_path}/thesis.db"))
         assert database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (1,)
 
 
 def test_what_ran_out_of_memory_answers_for_all_that_need_more(tmp_path: Path) -> None:
-    chosen = {d.name: d.choices[0] for d in SPACE.dimensions} | {"micro_batch_size": 64}
+    chosen = {name: choices[0] for name, choices in SPACE.choices.items()} | {"micro_batch_size": 64}
     candidate = candidate_at(SPACE, chosen)
     oom = TrialResult(status="oom", phase="build")
     known = {candidate.id: TrialRecord(trial=7, role="search", candidate=candidate, result=oom)}
@@ -171,7 +170,7 @@ def test_what_ran_out_of_memory_answers_for_all_that_need_more(tmp_path: Path) -
         ({"compile": "full"}, False),
         ({"attention": "sdpa_math"}, False),
     ):
-        answer_to = studies.implied(candidate_at(SPACE, chosen | change), known)
+        answer_to = implied(candidate_at(SPACE, chosen | change), known)
         assert (answer_to is not None) == follows, change
 
 
@@ -183,7 +182,7 @@ def test_infeasible_trials_teach_the_sampler(tmp_path: Path) -> None:
     searched = [answer(request).status for request in machine.requests if not request.final]
     taught = searched[10:].count("oom") / len(searched[10:])
     rng, drawn = random.Random(0), 400
-    values = [{d.name: rng.choice(d.choices) for d in SPACE.dimensions} for _ in range(drawn)]
+    values = [{name: rng.choice(choices) for name, choices in SPACE.choices.items()} for _ in range(drawn)]
     requests = [
         replace(request_of(candidate_at(SPACE, v)), memory_limit_bytes=asked.memory_limit_bytes) for v in values
     ]

@@ -5,7 +5,7 @@ from fake_machine import CUDA, settings
 from autotune.measure.records import Role, TrialRecord
 from autotune.measure.types import MemoryView, Status, TrialResult
 from autotune.search.space import baseline
-from autotune.search.verdict import decide, unconfirmed
+from autotune.search.verdict import Verdict, decide, unconfirmed
 
 SETTINGS = settings(CUDA)
 
@@ -35,46 +35,45 @@ def record(
 SEARCH = [record(0, 1, 100, "baseline"), record(1, 2, 200), record(2, 3, 190), record(3, 4, 150)]
 
 
+def decided(records: list[TrialRecord]) -> Verdict:
+    verdict = decide(records, SETTINGS)
+    assert verdict is not None
+    return verdict
+
+
 def test_nothing_feasible_is_no_verdict() -> None:
     assert decide([], SETTINGS) is None
     assert decide([record(0, 1, 0, status="oom")], SETTINGS) is None
 
 
 def test_the_best_so_far_before_anything_is_confirmed() -> None:
-    verdict = decide(SEARCH, SETTINGS)
-    assert verdict is not None
-    assert (verdict.winner.trial, verdict.confirmed, verdict.gain) == (1, False, 2.0)
+    verdict = decided(SEARCH)
+    assert (verdict.winner.trial, verdict.confirmed) == (1, False)
 
 
 def test_the_winner_is_by_confirmed_values() -> None:
-    verdict = decide([*SEARCH, record(4, 2, 180, "final"), record(5, 3, 191, "final")], SETTINGS)
-    assert verdict is not None
+    verdict = decided([*SEARCH, record(4, 2, 180, "final"), record(5, 3, 191, "final")])
     assert (verdict.winner.trial, verdict.confirmed, verdict.tied_with) == (5, True, ())
 
 
 def test_a_failed_confirmation_falls_back_to_the_runner_up() -> None:
-    verdict = decide([*SEARCH, record(4, 2, 0, "final", "oom"), record(5, 3, 191, "final")], SETTINGS)
-    assert verdict is not None
+    verdict = decided([*SEARCH, record(4, 2, 0, "final", "oom"), record(5, 3, 191, "final")])
     assert (verdict.winner.trial, verdict.fell_through) == (5, (1,))
-    alone = decide([*SEARCH, record(4, 2, 0, "final", "oom")], SETTINGS)
-    assert alone is not None
+    alone = decided([*SEARCH, record(4, 2, 0, "final", "oom")])
     assert (alone.winner.trial, alone.confirmed) == (2, False)
 
 
 def test_running_out_of_budget_is_no_failure_of_the_candidate() -> None:
-    verdict = decide([*SEARCH, record(4, 2, 0, "final", "interrupted")], SETTINGS)
-    assert verdict is not None
+    verdict = decided([*SEARCH, record(4, 2, 0, "final", "interrupted")])
     assert (verdict.winner.trial, verdict.confirmed, verdict.fell_through) == (1, False, ())
 
 
 def test_a_tie_goes_to_the_one_with_less_memory() -> None:
     finals = [record(4, 2, 200, "final", ci95=6, peak=2000), record(5, 3, 190, "final", ci95=6, peak=1000)]
-    verdict = decide([*SEARCH, *finals], SETTINGS)
-    assert verdict is not None
+    verdict = decided([*SEARCH, *finals])
     assert (verdict.winner.trial, verdict.tied_with) == (5, (4,))
     sharper = [replace_ci(final, 4.0) for final in finals]
-    clear = decide([*SEARCH, *sharper], SETTINGS)
-    assert clear is not None
+    clear = decided([*SEARCH, *sharper])
     assert (clear.winner.trial, clear.tied_with) == (4, ())
 
 
@@ -82,21 +81,17 @@ def replace_ci(final: TrialRecord, ci95: float) -> TrialRecord:
     return replace(final, result=replace(final.result, tokens_per_second_ci95=ci95))
 
 
-def test_the_gain_is_over_the_confirmed_baseline() -> None:
+def test_a_machine_that_changed_is_told_by_its_baseline() -> None:
     finals = [record(4, 2, 200, "final"), record(5, 1, 125, "final")]
-    verdict = decide([*SEARCH, *finals], SETTINGS)
-    assert verdict is not None
-    assert verdict.gain == 1.6
+    verdict = decided([*SEARCH, *finals])
     assert verdict.drift == 1.25
-    steady = decide([*SEARCH, finals[0], record(5, 1, 101, "final")], SETTINGS)
-    assert steady is not None
+    steady = decided([*SEARCH, finals[0], record(5, 1, 101, "final")])
     assert steady.drift is None
 
 
-def test_without_a_baseline_there_is_no_gain() -> None:
-    verdict = decide([record(0, 1, 0, "baseline", "oom"), record(1, 2, 200)], SETTINGS)
-    assert verdict is not None
-    assert (verdict.baseline, verdict.gain) == (None, None)
+def test_a_baseline_that_did_not_run_leaves_a_verdict() -> None:
+    verdict = decided([record(0, 1, 0, "baseline", "oom"), record(1, 2, 200)])
+    assert (verdict.winner.trial, verdict.drift) == (1, None)
 
 
 def test_the_next_best_takes_the_place_of_a_failed_finalist() -> None:
