@@ -36,6 +36,8 @@ class Review:
     fell_through: tuple[int, ...] = ()
     drift: float | None = None
     """As in the verdict."""
+    at_first_speed: Mapping[str, float] = field(default_factory=dict)
+    """Objective by trial, with the machine's drift taken out; empty unless it is more than 5 %."""
     law: str = ""
     """By which losses are predicted, with its band and source; empty for `throughput`."""
     notes: tuple[str, ...] = ()

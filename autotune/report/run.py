@@ -132,10 +132,15 @@ def _read_trials(file: Path) -> tuple[Row, ...]:
 
 
 def ranked(run: Run) -> list[Row]:
-    """The feasible trials: the verdict's own first, then by objective."""
-    best = best_trial(run)
-    sign = 1 if run.lower_is_better else -1
-    return sorted(_feasible(run), key=lambda row: (row is not best, sign * row["objective"]))
+    """The feasible trials: the verdict's own first, then by objective, the machine's drift taken out."""
+    best, sign = best_trial(run), 1 if run.lower_is_better else -1
+    return sorted(_feasible(run), key=lambda row: (row is not best, sign * at_first_speed(run, row)))
+
+
+def at_first_speed(run: Run, row: Row) -> float:
+    """The trial's objective, the machine's drift taken out where the search found one."""
+    corrected = run.review.at_first_speed if run.review else {}
+    return float(corrected.get(str(row["trial"]), row["objective"]))
 
 
 def _feasible(run: Run) -> list[Row]:

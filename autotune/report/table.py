@@ -13,6 +13,7 @@ from autotune.measure.types import cache_text
 from autotune.report.run import (
     Row,
     Run,
+    at_first_speed,
     baseline_trial,
     best_trial,
     failures,
@@ -30,6 +31,7 @@ Line = Mapping[str, str]
 _FIGURES = {
     "trial", "predicted loss", "tokens/s", "MFU", "peak", "allocated", "predicted", "batch", "count",
     "ok/trials", "best", "gain", "least memory", "share", "reserved", "device", "retries",
+    "without drift",
 }  # fmt: skip
 _SPENT = {
     "compiling": ("compile",),
@@ -140,7 +142,7 @@ def _review_lines(review: Review) -> list[str]:
     if review.drift is not None:
         lines.append(
             f"warning: the baseline ran at {review.drift:.2f}x its first speed when it was confirmed: the machine "
-            "changed during the search; only the confirmed trials compare"
+            "changed during the search" + (", trials are ranked without its drift" if review.at_first_speed else "")
         )
     if review.law:
         lines.append(f"predicted losses are by the law {review.law}")
@@ -216,12 +218,15 @@ def cells(run: Run, row: Row) -> dict[str, str]:
     """A trial as it is shown, by column header."""
     best = best_trial(run)
     loss = {"predicted loss": number(row["predicted_loss"], ".3f")} if run.lower_is_better else {}
+    corrected = number(at_first_speed(run, row), ".3f" if run.lower_is_better else ",.0f")
+    drifted = {"without drift": corrected} if run.review and run.review.at_first_speed else {}
     return {
         "": "*" if best is not None and row["trial"] == best["trial"] else "",
         "trial": str(row["trial"]),
         "role": row["role"],
         **loss,
         "tokens/s": _rate(row),
+        **drifted,
         "MFU": number(row["mfu"], ".1%"),
         "peak": format_bytes(row[peak_view([row])]),
         "allocated": format_bytes(row["peak_allocated_bytes"]),

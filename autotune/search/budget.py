@@ -4,7 +4,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from autotune.config.search import SearchSettings
 from autotune.measure.records import TrialRecord
+from autotune.search.objective import maximised
 from autotune.search.verdict import best_first, searched, unconfirmed
 
 CLOSING_SECONDS = 3.0
@@ -59,13 +61,13 @@ def final_seconds(record: TrialRecord, budget: Budget) -> float:
     return 1.1 * again + max(measure_seconds(budget), steps)
 
 
-def reserve(budget: Budget, records: Sequence[TrialRecord], maximised: bool) -> float:
+def reserve(budget: Budget, records: Sequence[TrialRecord], settings: SearchSettings) -> float:
     """Seconds to keep back for the finalists that are not confirmed yet: at least for one. Nothing where
     even that one would not fit any more, for then only a faster candidate can be confirmed."""
-    ranked = best_first(searched(records), maximised)
+    ranked = best_first(searched(records), maximised(settings))
     if not ranked:
         return 0.25 * budget.seconds
-    waiting = unconfirmed(records, maximised) or ranked[:1]  # should the next trial win, it is a finalist too
+    waiting = unconfirmed(records, settings) or ranked[:1]  # should the next trial win, it is a finalist too
     first = final_seconds(waiting[0], budget)
     if first > budget.remaining():
         return 0.0
@@ -87,9 +89,9 @@ def allow(left: float, patience: float) -> Allowance:
     return Allowance(seconds=min(left, patience), ends_budget=left < patience)
 
 
-def next_allowance(budget: Budget, records: Sequence[TrialRecord], maximised: bool) -> Allowance | None:
+def next_allowance(budget: Budget, records: Sequence[TrialRecord], settings: SearchSettings) -> Allowance | None:
     """How long the next search trial may take; None: it could not finish before the reserve."""
-    left = budget.remaining() - reserve(budget, records, maximised)
+    left = budget.remaining() - reserve(budget, records, settings)
     lasted = sorted(record.result.trial_seconds or 0.0 for record in searched(records))
     if left <= 0 or (lasted and left < lasted[len(lasted) // 2]):
         return None

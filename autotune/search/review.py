@@ -10,7 +10,7 @@ from autotune.measure.records import TrialRecord
 from autotune.measure.review import Review, Step
 from autotune.search.objective import law_of, maximised
 from autotune.search.space import Space, ordered, values_of
-from autotune.search.verdict import Verdict, searched
+from autotune.search.verdict import Verdict, at_first_speed, searched
 
 if TYPE_CHECKING:
     import optuna
@@ -38,6 +38,7 @@ def review(
         tied_with=verdict.tied_with if verdict else (),
         fell_through=verdict.fell_through if verdict else (),
         drift=verdict.drift if verdict else None,
+        at_first_speed=_at_first_speed(settings, found),
         law=_law(settings),
         notes=tuple(notes),
         spent_seconds=spent_seconds,
@@ -46,6 +47,12 @@ def review(
         steps=tuple(_steps(settings, space, found, verdict)) if verdict else (),
         importance=_importance(study, len(searched(found))),
     )
+
+
+def _at_first_speed(settings: SearchSettings, found: Sequence[TrialRecord]) -> dict[str, float]:
+    corrected = at_first_speed(found, settings)
+    changed = any(new.objective != old.objective for new, old in zip(corrected, found, strict=True))
+    return {str(r.trial): r.objective for r in corrected if r.objective is not None} if changed else {}
 
 
 def _law(settings: SearchSettings) -> str:

@@ -24,7 +24,7 @@ from autotune.search import study as studies
 from autotune.search.budget import Allowance, Budget, allow, begin, final_seconds, measure_seconds, next_allowance
 from autotune.search.calibrate import calibrate_law
 from autotune.search.memory_model import MemoryModel, Prediction, calibrate, predict, save
-from autotune.search.objective import loss_at, maximised, score, speed_needed
+from autotune.search.objective import loss_at, score, speed_needed
 from autotune.search.review import review
 from autotune.search.sampler import doubted, propose
 from autotune.search.space import Space, baseline, build_space, guide_candidate, in_words
@@ -214,7 +214,7 @@ def _explore(run: _Run) -> list[str]:
     }
     while True:
         known = studies.answered(run.found)
-        allowance = next_allowance(run.budget, run.found, maximised(run.settings))
+        allowance = next_allowance(run.budget, run.found, run.settings)
         role: Role = next((role for role, c in first.items() if c is not None and c.id not in known), "search")
         candidate = first.pop(role, None)  # once is enough, even if it is interrupted
         if allowance is None:
@@ -229,7 +229,7 @@ def _confirm(run: _Run) -> list[str]:
     """Run the best candidates and the baseline again, in fresh processes, as time permits. Returns notes."""
     skipped: dict[str, str] = {}
     while True:
-        waiting = unconfirmed(run.found, maximised(run.settings))
+        waiting = unconfirmed(run.found, run.settings)
         best_first = not any(record.role == "final" for record in run.found)  # should there be time for one only
         waiting = waiting[:best_first] + _doubted(run) + waiting[best_first:]
         record = next((record for record in waiting if record.candidate.id not in skipped), None)

@@ -1,14 +1,17 @@
 """Who won: by confirmed values, ties called ties."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autotune.config.search import SearchSettings
 from autotune.measure.records import TrialRecord
-from autotune.search.objective import interval, maximised
+from autotune.search.objective import interval, maximised, score
 
 FINALISTS = 3
 """Candidates that are run again, besides the baseline, before the verdict."""
+
+DRIFT = 0.05
+"""Beyond this change of the machine's own speed, trials are ranked by what they would have reached at its first one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,26 +49,58 @@ def searched(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     return [record for record in records if record.role != "final" and record.objective is not None]
 
 
+def _finals(records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
+    """The last confirmation of each candidate, by its id."""
+    return {record.candidate.id: record for record in records if record.role == "final"}
+
+
+def _baseline(records: Sequence[TrialRecord]) -> TrialRecord | None:
+    return next((record for record in searched(records) if record.role == "baseline"), None)
+
+
 def _failed(finals: Iterable[TrialRecord]) -> set[str]:
     """Ids of the candidates that failed their confirmation; running out of budget is not their fault."""
     return {record.candidate.id for record in finals if record.result.status not in ("ok", "interrupted")}
 
 
-def unconfirmed(records: Sequence[TrialRecord], maximise: bool) -> list[TrialRecord]:
-    """The finalists that have yet to be run again, best first, then the baseline. Where one has failed its
-    confirmation, the next best takes its place."""
+def at_first_speed(records: Sequence[TrialRecord], settings: SearchSettings) -> list[TrialRecord]:
+    """The records, and where the machine has drifted by more than DRIFT, with the drift taken out of their tokens/s:
+    it is what the baseline's confirmation says, and taken to have come evenly from trial to trial since the first."""
+    finals = _finals(records)
+    drift, first = _drift(searched(records), finals), _baseline(records)
+    if drift is None or first is None or abs(drift - 1.0) <= DRIFT:
+        return list(records)
+    lasted = finals[first.candidate.id].trial - first.trial
+
+    def corrected(record: TrialRecord) -> TrialRecord:
+        speed = record.result.tokens_per_second
+        if speed is None or record.objective is None:
+            return record
+        speed /= 1.0 + (drift - 1.0) * min(1.0, (record.trial - first.trial) / lasted)
+        result = replace(record.result, tokens_per_second=speed)
+        return replace(record, result=result, objective=score(settings, record.candidate, speed))
+
+    return [corrected(record) for record in records]
+
+
+def unconfirmed(records: Sequence[TrialRecord], settings: SearchSettings) -> list[TrialRecord]:
+    """The finalists that have yet to be run again: the best, then the baseline, whose drift may change the order of
+    the others. Where one has failed its confirmation, the next best takes its place."""
     finals = [record for record in records if record.role == "final"]
     done = {record.candidate.id for record in finals if record.objective is not None}
     failed = _failed(finals)
-    ranked = [record for record in best_first(searched(records), maximise) if record.candidate.id not in failed]
-    wanted = ranked[:FINALISTS] + [record for record in ranked[FINALISTS:] if record.role == "baseline"]
-    return [record for record in wanted if record.candidate.id not in done]
+    ranked = best_first(searched(at_first_speed(records, settings)), maximised(settings))
+    ranked = [record for record in ranked if record.candidate.id not in failed]
+    baseline = [record for record in ranked if record.role == "baseline"]
+    wanted = [*ranked[:1], *baseline, *ranked[1:FINALISTS]]
+    waiting = {record.candidate.id: record for record in wanted if record.candidate.id not in done}
+    return list(waiting.values())
 
 
 def decide(records: Sequence[TrialRecord], settings: SearchSettings) -> Verdict | None:
     """The verdict over all records so far; None while nothing feasible is known."""
     maximise = maximised(settings)
-    finals = {record.candidate.id: record for record in records if record.role == "final"}
+    finals = _finals(records)
     failed = _failed(finals.values())
     search = best_first(searched(records), maximise)
     confirmed = best_first(list(finals.values()), maximise)
@@ -98,7 +133,7 @@ def _memory(record: TrialRecord) -> tuple[float, int]:
 
 
 def _drift(search: Sequence[TrialRecord], finals: Mapping[str, TrialRecord]) -> float | None:
-    first = next((record for record in search if record.role == "baseline"), None)
+    first = _baseline(search)
     again = finals.get(first.candidate.id) if first is not None else None
     if first is None or again is None or again.objective is None:
         return None

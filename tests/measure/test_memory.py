@@ -65,6 +65,7 @@ class Driver:
     """NVML as it answers on three kinds of machine."""
 
     NVMLError = pynvml.NVMLError
+    nvmlMemory_v2 = pynvml.nvmlMemory_v2  # noqa: N815
 
     def __init__(self, kind: str) -> None:
         self.kind, self.used = kind, 3000 * MIB
@@ -77,8 +78,10 @@ class Driver:
         assert uuid == "GPU-1234"
         return "handle"
 
-    def nvmlDeviceGetMemoryInfo(self, handle: object) -> SimpleNamespace:  # noqa: N802
-        return SimpleNamespace(used=self.used)
+    def nvmlDeviceGetMemoryInfo(self, handle: object, version: int) -> SimpleNamespace:  # noqa: N802
+        assert version == self.nvmlMemory_v2
+        total, reserved = 8192 * MIB, 600 * MIB  # the driver's own: nobody's memory
+        return SimpleNamespace(total=total, reserved=reserved, free=total - reserved - self.used, used=self.used)
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: object) -> list[SimpleNamespace]:  # noqa: N802
         if self.kind == "refuses":

@@ -100,6 +100,9 @@ def test_what_the_search_concluded(write_run: WriteRun, capsys: pytest.CaptureFi
     assert "a tie: trial 1 lies within the intervals" in text
     assert "trial 2 was better, but failed its confirmation" in text
     assert "warning: the baseline ran at 0.90x its first speed" in text
+    assert "trials are ranked without its drift" in text
+    assert "without drift" in text
+    assert "99,000" in text  # trial 1, first of those that are not the best
     assert (
         "time: 10m00s: compiling 50%, warming up 0%, measuring 40%, between trials 3%, starting trials 7%; "
         "harness overhead 10%, 60 trials an hour"
@@ -117,6 +120,7 @@ REVIEW = Review(
     tied_with=(1,),
     fell_through=(2,),
     drift=0.9,
+    at_first_speed={"1": 99_000.0},
     notes=("the budget ended early",),
     spent_seconds=600.0,
     trials=10,

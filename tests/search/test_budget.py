@@ -15,6 +15,8 @@ from autotune.search.budget import (
 )
 from autotune.search.space import baseline
 
+SETTINGS = settings(CUDA)
+
 
 def budget(seconds: float, elapsed: float = 0.0) -> Budget:
     return Budget(seconds=seconds, started=100.0, clock=lambda: 100.0 + elapsed)
@@ -28,11 +30,11 @@ def record(trial: int, objective: float, seconds: float = 10.0, role: Role = "se
 
 
 def test_the_first_trial_may_take_half_of_a_long_search_and_all_of_a_short_one() -> None:
-    long = next_allowance(budget(3600), [], maximised=True)
+    long = next_allowance(budget(3600), [], SETTINGS)
     assert long is not None
     assert long.seconds == (0.75 * 3600 - CLOSING_SECONDS) / 2
     assert not long.ends_budget
-    short = next_allowance(budget(60), [], maximised=True)
+    short = next_allowance(budget(60), [], SETTINGS)
     assert short is not None
     assert short.seconds == 0.75 * 60 - CLOSING_SECONDS
     assert short.ends_budget
@@ -40,38 +42,38 @@ def test_the_first_trial_may_take_half_of_a_long_search_and_all_of_a_short_one()
 
 def test_no_trial_starts_that_cannot_finish_before_the_reserve() -> None:
     known = [record(0, 1.0, micro=1), record(1, 2.0, micro=2)]
-    kept = reserve(budget(600), known, maximised=True)
-    assert next_allowance(budget(600, elapsed=600 - kept - CLOSING_SECONDS - 11), known, maximised=True) is not None
-    assert next_allowance(budget(600, elapsed=600 - kept - CLOSING_SECONDS - 9), known, maximised=True) is None
+    kept = reserve(budget(600), known, SETTINGS)
+    assert next_allowance(budget(600, elapsed=600 - kept - CLOSING_SECONDS - 11), known, SETTINGS) is not None
+    assert next_allowance(budget(600, elapsed=600 - kept - CLOSING_SECONDS - 9), known, SETTINGS) is None
 
 
 def test_a_hanging_trial_costs_four_times_the_slowest_that_worked() -> None:
-    allowance = next_allowance(budget(3600), [record(0, 1.0, seconds=50)], maximised=True)
+    allowance = next_allowance(budget(3600), [record(0, 1.0, seconds=50)], SETTINGS)
     assert allowance is not None
     assert allowance.seconds == 200
 
 
 def test_the_reserve_is_for_the_three_best_and_the_baseline() -> None:
     known = [record(0, 1.0, role="baseline", micro=1)] + [record(n, 10.0 + n, micro=1 + n) for n in range(1, 6)]
-    assert reserve(budget(3600), known, maximised=True) == 4 * final_seconds(known[0], budget(3600))
+    assert reserve(budget(3600), known, SETTINGS) == 4 * final_seconds(known[0], budget(3600))
 
 
 def test_the_reserve_is_a_part_of_the_budget_but_enough_for_one() -> None:
     known = [record(n, 10.0 + n, seconds=60, micro=1 + n) for n in range(5)]
     one = final_seconds(known[0], budget(600))
-    assert reserve(budget(600), known, maximised=True) == 180
-    assert reserve(budget(100), known, maximised=True) == final_seconds(known[0], budget(100)) > 30
+    assert reserve(budget(600), known, SETTINGS) == 180
+    assert reserve(budget(100), known, SETTINGS) == final_seconds(known[0], budget(100)) > 30
     assert one > 60
 
 
 def test_no_time_is_kept_for_what_cannot_be_confirmed_any_more() -> None:
-    assert reserve(budget(100), [record(0, 1.0, seconds=95)], maximised=True) == 0.0
+    assert reserve(budget(100), [record(0, 1.0, seconds=95)], SETTINGS) == 0.0
 
 
 def test_what_is_confirmed_needs_no_reserve() -> None:
     known = [record(n, 10.0 + n, micro=1 + n) for n in range(3)]
     finals = [replace(r, trial=10 + r.trial, role="final") for r in known]
-    assert reserve(budget(3600), [*known, *finals], maximised=True) == final_seconds(known[0], budget(3600))
+    assert reserve(budget(3600), [*known, *finals], SETTINGS) == final_seconds(known[0], budget(3600))
 
 
 def test_a_machine_that_was_slow_to_start_is_given_time_to_close() -> None:

@@ -1,11 +1,12 @@
 from dataclasses import replace
 
+import pytest
 from fake_machine import CUDA, settings
 
 from autotune.measure.records import Role, TrialRecord
 from autotune.measure.types import MemoryView, Status, TrialResult
 from autotune.search.space import baseline
-from autotune.search.verdict import Verdict, decide, unconfirmed
+from autotune.search.verdict import Verdict, at_first_speed, decide, unconfirmed
 
 SETTINGS = settings(CUDA)
 
@@ -96,7 +97,24 @@ def test_a_baseline_that_did_not_run_leaves_a_verdict() -> None:
 
 def test_the_next_best_takes_the_place_of_a_failed_finalist() -> None:
     failed = record(4, 2, 0, "final", "crashed")
-    waiting = [r.trial for r in unconfirmed([*SEARCH, failed], maximise=True)]
-    assert waiting == [2, 3, 0]
+    assert waiting([*SEARCH, failed]) == [2, 0, 3]  # the baseline second: it tells whether the machine has changed
     done = record(5, 3, 190, "final")
-    assert [r.trial for r in unconfirmed([*SEARCH, failed, done], maximise=True)] == [3, 0]
+    assert waiting([*SEARCH, failed, done]) == [0, 3]
+
+
+def waiting(records: list[TrialRecord]) -> list[int]:
+    return [record.trial for record in unconfirmed(records, SETTINGS)]
+
+
+def test_trials_of_a_machine_that_slowed_down_are_ranked_without_its_drift() -> None:
+    early, late = record(1, 2, 200), record(9, 3, 170)
+    slower = [record(0, 1, 100, "baseline"), early, late, record(10, 2, 160, "final"), record(11, 1, 80, "final")]
+    corrected = {r.trial: r.objective for r in at_first_speed(slower, SETTINGS)}
+    assert corrected[0] == 100
+    assert corrected[1] == pytest.approx(200 / (1 - 0.2 / 11))
+    assert corrected[9] == pytest.approx(170 / (1 - 0.2 * 9 / 11))  # 203: as good as the early one
+    assert corrected[11] == pytest.approx(100)
+    others = [record(n, 3 + n, speed) for n, speed in ((2, 180), (3, 179), (8, 165))]
+    assert waiting(sorted([*slower, *others], key=lambda r: r.trial)) == [9, 8]  # 8 by its corrected 193
+    steady = [*slower[:4], record(11, 1, 96, "final")]
+    assert at_first_speed(steady, SETTINGS) == steady
