@@ -31,7 +31,7 @@ from autotune.data.shards import write_shard
 from autotune.environment import Environment
 from autotune.measure.runner import run_trial
 from autotune.measure.types import TrialRequest, TrialResult
-from autotune.search.memory_model import calibrate, predict
+from autotune.search.memory_model import MemoryModel, calibrate, predict
 from autotune.search.settings import resolve
 from autotune.search.space import build_space, every_candidate
 from autotune.units import GIB, format_bytes
@@ -101,10 +101,11 @@ class Bench:
         log = ROOT / "results" / "acceptance-logs" / f"{candidate.id}.log"
         return run_trial(replace(request, **changes), log)
 
-    def rows(self, part: str) -> list[Row]:
-        """What an earlier part recorded."""
+    def rows(self, part: str) -> dict[str, Row]:
+        """What an earlier part recorded, by item."""
         path = self.directory / f"{part}.json"
-        return [row for row in json.loads(path.read_text())["rows"] if row["ok"]] if path.exists() else []
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        return {row["item"]: row for row in rows if row["ok"]}
 
     def autotune(self, *words: object) -> str:
         """The command line in a process of its own, from the repository's root; its output."""
@@ -197,12 +198,6 @@ def _pytest_report(kind: str, *words: str) -> tuple[bool, str]:
         if not report.exists():
             raise RuntimeError((run.stdout + run.stderr).strip().splitlines()[-1])
         return run.returncode == 0, report.read_text()
-
-
-def _tests_headline(rows: list[Row]) -> str:
-    return "; ".join(
-        f"{r.get('passed')} passed, {len(r.get('failed', []))} failed, {r.get('skipped')} skipped" for r in rows
-    )
 
 
 def _kernel_speed(bench: Bench) -> Iterator[Item]:
@@ -370,7 +365,7 @@ def synthetic_data() -> Path:
 
 
 def _winner_candidate(bench: Bench, model: str) -> CandidateFile:
-    row = next((row for row in bench.rows("throughput") if row["item"] == f"{model}: winner"), None)
+    row = bench.rows("throughput").get(f"{model}: winner")
     if row is None:
         raise RuntimeError(f"no winner of {model} is recorded; run scripts/gpu_acceptance --only throughput")
     return parse_candidate(row["toml"], "the winner")
@@ -381,9 +376,7 @@ def _at_64(bench: Bench, model: str) -> Row:
     candidate = _winner_candidate(bench, model).candidate
     micro = min(64, candidate.recipe.global_batch_size)
     row = _good(bench, replace(candidate, plan=replace(candidate.plan, micro_batch_size=micro)))
-    plain = next(
-        (r for r in bench.rows("throughput") if r["item"] == f"{model}: plain nanoGPT, compiled, micro batch 64"), None
-    )
+    plain = bench.rows("throughput").get(f"{model}: plain nanoGPT, compiled, micro batch 64")
     if plain and row["peak_allocated_bytes"]:
         row["peak_against_plain"] = row["peak_allocated_bytes"] / plain["peak_allocated_bytes"]
     return {"model": model, **row}
@@ -393,14 +386,10 @@ def _throughput_headline(rows: list[Row]) -> str:
     """The winner's tokens/s, against the best compiled plain plan, for each model."""
     words = []
     for model in MODELS:
-        plain = [
-            r["tokens_per_second"]
-            for r in rows
-            if r["item"].startswith(f"{model}: plain nanoGPT, compiled") and r["ok"]
-        ]
-        best = [r["tokens_per_second"] for r in rows if r["item"] == f"{model}: winner" and r["ok"]]
-        if plain and best:
-            words.append(f"{model} {best[0]:,.0f} tokens/s, {best[0] / max(plain):.2f}x plain compiled")
+        speeds = {row["item"]: row["tokens_per_second"] for row in rows if row["ok"]}
+        plain = [speed for item, speed in speeds.items() if item.startswith(f"{model}: plain nanoGPT, compiled")]
+        if plain and (best := speeds.get(f"{model}: winner")):
+            words.append(f"{model} {best:,.0f} tokens/s, {best / max(plain):.2f}x plain compiled")
     return "; ".join([*words, f"aim on an H200: 124M {AIM_TOKENS_PER_SECOND:,.0f} tokens/s"])
 
 
@@ -440,12 +429,6 @@ def _profiled(bench: Bench, model: str) -> Row:
     if run.returncode:
         raise RuntimeError((run.stderr.strip().splitlines() or ["no output"])[-1])
     return dict(json.loads(run.stdout))
-
-
-def _breakdown_headline(rows: list[Row]) -> str:
-    return "; ".join(
-        f"{row['item']}: " + ", ".join(f"{k} {v:.0%}" for k, v in row["shares"].items()) for row in rows if row["ok"]
-    )
 
 
 # --- memory ----------------------------------------------------------------------------------------
@@ -491,26 +474,22 @@ def _peaks(bench: Bench, candidate: Candidate) -> Row:
 def _memory_error(bench: Bench) -> Iterator[Item]:
     """The memory model's error over the held-out candidates of `memory_trials`."""
     rows = bench.rows("memory_trials")
-    known = [_pair(row) for row in rows if row["item"].startswith("calibration")]
+    known = [_pair(row) for item, row in rows.items() if item.startswith("calibration")]
     model = calibrate(bench.device.partition(":")[0], known, bench.environment)
-    for row in (row for row in rows if row["item"].startswith("held out")):
-        candidate, result = _pair(row)
+    for item, row in rows.items():
+        if item.startswith("held out"):
+            yield Item(item, 0.0, partial(_compared, bench, model, *_pair(row)))
 
-        def compare(candidate: Candidate = candidate, result: TrialResult = result) -> Row:
-            prediction = predict(model, candidate)
-            pairs = {
-                "allocated": (prediction.peak_allocated_bytes, result.peak("allocated_bytes")),
-                "device": (prediction.peak_device_bytes, result.peak("device_bytes")),
-            }
-            errors = {f"{view}_error": p / m - 1 for view, (p, m) in pairs.items() if m}
-            worst = max(abs(error) for error in errors.values())
-            return {
-                "predicted_peak_bytes": prediction.peak_allocated_bytes,
-                **errors,
-                "ok": bench.rehearse or worst <= 0.10,
-            }
 
-        yield Item(row["item"], 0.0, compare)
+def _compared(bench: Bench, model: MemoryModel, candidate: Candidate, result: TrialResult) -> Row:
+    prediction = predict(model, candidate)
+    pairs = {
+        "allocated": (prediction.peak_allocated_bytes, result.peak("allocated_bytes")),
+        "device": (prediction.peak_device_bytes, result.peak("device_bytes")),
+    }
+    errors = {f"{view}_error": p / m - 1 for view, (p, m) in pairs.items() if m}
+    ok = bench.rehearse or max(abs(error) for error in errors.values()) <= 0.10
+    return {"predicted_peak_bytes": prediction.peak_allocated_bytes, **errors, "ok": ok}
 
 
 def _pair(row: Row) -> tuple[Candidate, TrialResult]:
@@ -637,7 +616,7 @@ def _searched(bench: Bench) -> Row:
     row = {"trials": trials, "trials_an_hour": trials * 60 / minutes, **best.measured}
     if bench.rehearse:  # three trials are no table
         return row
-    speeds = {row["item"]: row["tokens_per_second"] or 0.0 for row in rows}
+    speeds = {item: row["tokens_per_second"] or 0.0 for item, row in rows.items()}
     regret = 1 - speeds[best.candidate.id] / max(speeds.values())
     return {**row, "regret": regret, "ok": regret <= 0.02}
 
@@ -648,18 +627,13 @@ def _quality_headline(rows: list[Row]) -> str:
     )
 
 
-def _trials_headline(rows: list[Row]) -> str:
-    speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
-    return f"{len(rows)} trials, best {max(speeds):,.0f} tokens/s" if speeds else f"{len(rows)} trials"
-
-
 def _count(what: str) -> Callable[[list[Row]], str]:
     return lambda rows: f"{sum(row['ok'] for row in rows)} of {len(rows)} {what}"
 
 
 PARTS = (
-    Part("kernels", "every kernel row against float64", _pytest("tests/kernels"), _tests_headline),
-    Part("tests", "the other tests that need a card", _pytest(*OTHER_TESTS), _tests_headline),
+    Part("kernels", "every kernel row against float64", _pytest("tests/kernels"), _count("test runs passed")),
+    Part("tests", "the other tests that need a card", _pytest(*OTHER_TESTS), _count("test runs passed")),
     Part("faults", "a fault costs its own trial and nothing else", _faults, _count("left the next trial as it was")),
     Part("kernel_speed", "every kernel row against torch's own, in seconds and bytes", _kernel_speed, _count("ran")),
     Part("limits", "emulated smaller cards", _limits, _count("limits held")),
@@ -667,9 +641,9 @@ PARTS = (
     Part("promise", "what was measured is what is trained", _promise, _count("trainings kept the promise")),
     Part("memory_trials", "peaks of candidates drawn by chance", _memory, _count("measured"), parallel=6),
     Part("memory_error", "the memory model's error on those held out", _memory_error, _error_headline),
-    Part("breakdown", "where the winner's step spends its time", _breakdown, _breakdown_headline),
+    Part("breakdown", "where the winner's step spends its time", _breakdown, _count("steps taken apart")),
     Part("guide", "the guide's rows on the cards they are meant for", _guide, _guide_headline),
     Part("largest", "largest micro batch below emulated limits", _largest, _count("limits filled"), default=False),
-    Part("exhaustive", "every plan of a space of 124M", _exhaustive, _trials_headline, default=False),
+    Part("exhaustive", "every plan of a space of 124M", _exhaustive, _count("recorded"), default=False),
     Part("search_quality", "a search against that table", _search_quality, _quality_headline, default=False),
 )
