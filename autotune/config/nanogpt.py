@@ -3,7 +3,6 @@
 import ast
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,22 +41,13 @@ _LARGEST = 1e18
 """Of a number in a file; keeps `9**9**9` from being computed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class NanoGPT:
-    """What a nanoGPT file asks for."""
-
-    recipe: Recipe
-    plan: Plan
-    """nanoGPT's own way of running it."""
-
-
-def read_nanogpt(path: Path, device: str, capability: tuple[int, ...] = ()) -> NanoGPT:
-    """Read a nanoGPT config file as train.py would on `device` (`cpu`, `cuda:0`), without running it.
+def read_nanogpt(path: Path, device: str, capability: tuple[int, ...] = ()) -> Candidate:
+    """A nanoGPT config file as train.py would run it on `device` (`cpu`, `cuda:0`); nothing is executed.
     Raises ConfigError with the line for code, an unknown key, or a value of another type."""
     return parse_nanogpt(read_text(path, "give a nanoGPT config file"), str(path), device, capability)
 
 
-def parse_nanogpt(text: str, where: str, device: str, capability: tuple[int, ...] = ()) -> NanoGPT:
+def parse_nanogpt(text: str, where: str, device: str, capability: tuple[int, ...] = ()) -> Candidate:
     """`read_nanogpt` of a text; `where` names it in messages."""
     values: dict[str, Any] = {**DEFAULTS, **_assignments(text, where)}
     for key, only in (("init_from", "scratch"), ("eval_only", False)):
@@ -78,7 +68,7 @@ def parse_nanogpt(text: str, where: str, device: str, capability: tuple[int, ...
         compile="full" if values["compile"] else "off",
         dtype=_dtype(values["dtype"], device, capability),
     )
-    return NanoGPT(recipe=read_table(Recipe, table, where), plan=plan)
+    return Candidate(recipe=read_table(Recipe, table, where), plan=plan)
 
 
 def nanogpt_dtype(device: str, capability: tuple[int, ...]) -> DType:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 
@@ -33,11 +33,7 @@ from autotune.errors import DataError, InterruptedByUser
 from autotune.units import format_count, format_duration
 
 FIRST_SHARD = "the first shard is validation"
-SOME_DOCUMENTS = "every {stride}th document is validation"
 LAST_TENTH = "the last tenth of the tokens is validation"
-
-Packed: TypeAlias = tuple[Split, Tokens, Position]
-"""A shard to write: its split, its tokens, and where in the stream it ends."""
 
 _OTHER_OUT = "nothing was touched; choose another --out or delete this one"
 _CHUNK_CHARACTERS = 1 << 20  # a task of about 60 ms
@@ -192,14 +188,19 @@ def _write(settings: PrepareSettings, source: Source, manifest: Manifest) -> Man
     with ThreadPoolExecutor(workers := settings.workers or len(os.sched_getaffinity(0))) as pool:
         stream = _reported(_tokenised(texts, pool, 2 * workers), done, settings.max_tokens)
         stream = _limited(stream, start.offset, done, settings.max_tokens)
-        rule, planned = FIRST_SHARD, _packed("train", stream, settings.shard_tokens, start)
+        parts: dict[Split, Iterable[Tokens]] = {"train": stream}
+        rule = FIRST_SHARD
         if not skipped:
-            rule, planned = _divided(stream, settings.shard_tokens)
+            rule, parts = _divided(stream, settings.shard_tokens)
         in_order = rule == FIRST_SHARD
-        for index, (split, tokens, end) in enumerate(planned, start=skipped):
+        packed = (
+            (split, *shard) for split, part in parts.items() for shard in _packed(part, settings.shard_tokens, start)
+        )
+        for index, (split, tokens, end) in enumerate(packed, start=skipped):
             if index < len(manifest.shards):
                 continue  # a small source is read again from its start, but its whole shards are kept
-            split = "val" if in_order and index == 0 else split
+            if in_order and index == 0:
+                split = "val"
             file = f"fineweb_{split}_{index:06d}.bin"
             bookmark = next((mark for mark in reversed(marks) if mark["documents"] <= end.documents), None)
             shard = ShardRecord(
@@ -280,26 +281,24 @@ def _limited(stream: Iterable[Tokens], skip: int, done: int, max_tokens: int | N
         yield rest
 
 
-def _divided(stream: Iterator[Tokens], shard_tokens: int) -> tuple[str, Iterator[Packed]]:
-    """Look ahead by two shards and decide which tokens are validation: the rule in words, and the shards."""
+def _divided(stream: Iterator[Tokens], shard_tokens: int) -> tuple[str, dict[Split, Iterable[Tokens]]]:
+    """Look ahead by two shards and decide which tokens are validation: the rule in words, and the parts in order."""
     ahead: deque[Tokens] = deque()
-    start, size = Position(documents=0), 0
+    size = 0
     for document in stream:
         ahead.append(document)
         size += len(document)
         if size >= 2 * shard_tokens:
-            return FIRST_SHARD, _packed("train", _drained(ahead, stream), shard_tokens, start)
+            return FIRST_SHARD, {"train": _drained(ahead, stream)}
     if size < 2:
         raise DataError("the source holds no text at all; give one with documents that are not empty")
+    if len(ahead) < 10:
+        everything, cut = np.concatenate(ahead), size - max(1, size // 10)
+        return LAST_TENTH, {"val": [everything[cut:]], "train": [everything[:cut]]}
     stride = min(100, len(ahead))
-    rule = SOME_DOCUMENTS.format(stride=stride)
     val = [document for index, document in enumerate(ahead) if index % stride == stride // 2]
     train = [document for index, document in enumerate(ahead) if index % stride != stride // 2]
-    if len(ahead) < 10:
-        everything, cut, rule = np.concatenate(ahead), size - max(1, size // 10), LAST_TENTH
-        val, train = [everything[cut:]], [everything[:cut]]
-    parts: list[tuple[Split, list[Tokens]]] = [("val", val), ("train", train)]
-    return rule, (shard for split, part in parts for shard in _packed(split, part, shard_tokens, start))
+    return f"every {stride}th document is validation", {"val": val, "train": train}
 
 
 def _drained(ahead: deque[Tokens], stream: Iterator[Tokens]) -> Iterator[Tokens]:
@@ -309,8 +308,8 @@ def _drained(ahead: deque[Tokens], stream: Iterator[Tokens]) -> Iterator[Tokens]
     yield from stream
 
 
-def _packed(split: Split, stream: Iterable[Tokens], shard_tokens: int, start: Position) -> Iterator[Packed]:
-    """Full shards (shard_tokens,) and a last shorter one; documents straddle them as in llm.c.
+def _packed(stream: Iterable[Tokens], shard_tokens: int, start: Position) -> Iterator[tuple[Tokens, Position]]:
+    """Full shards (shard_tokens,) and a last shorter one, each with its end; documents straddle them as in llm.c.
 
     The array is reused: a shard's tokens are valid until the next one is asked for.
     """
@@ -320,9 +319,9 @@ def _packed(split: Split, stream: Iterable[Tokens], shard_tokens: int, start: Po
         while len(rest) > (room := shard_tokens - filled):
             buffer[filled:] = rest[:room]
             offset += room
-            yield split, buffer, Position(documents=whole, offset=offset)
+            yield buffer, Position(documents=whole, offset=offset)
             rest, filled = rest[room:], 0
         buffer[filled : filled + len(rest)] = rest
         filled, whole, offset = filled + len(rest), whole + 1, 0
     if filled:
-        yield split, buffer[:filled], Position(documents=whole)
+        yield buffer[:filled], Position(documents=whole)
