@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -23,15 +24,15 @@ from autotune.units import parse_bytes, parse_count, parse_duration
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from autotune.search.run import Measure, Notify
-    from autotune.search.verdict import Verdict
-
 # Plain help: typer's rich help takes three times as long to come up.
 app = typer.Typer(name="autotune", rich_markup_mode=None, add_completion=False, no_args_is_help=False)
 data = typer.Typer(rich_markup_mode=None, help="Make and inspect data directories.")
 app.add_typer(data, name="data")
 
 CandidateArgument = Annotated[Path, typer.Argument(metavar="RUN|TOML", help="Run directory or candidate file.")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. plan.loss=chunked.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda:0, or auto: the first CUDA device, else the CPU.")]
 
@@ -103,6 +104,7 @@ def autotune_command(
 
 @app.command()
 def search(
+    context: typer.Context,
     budget: Annotated[
         str, typer.Option(metavar="TIME", help="Hard wall clock, everything included. [default: 1h]")
     ] = "",
@@ -143,20 +145,9 @@ def search(
 
     here = probe(device)
     if resume is not None:
-        flags = {
-            "--objective": objective, "--memory-limit": memory_limit, "--train-time": train_time,
-            "--train-tokens": train_tokens, "--model": model, "--from": from_file, "--data": data,
-            "--choices": choices, "--workers": workers != 1, "--storage": storage, "--seed": seed, "--name": name,
-            "--law": law != "lingle", "--calibrate-loss": calibrate_loss, "--dry-run": dry_run,
-        }  # fmt: skip
-        _refuse_beside_resume([flag for flag, value in flags.items() if value])
+        _refuse_beside_resume(context)
         seconds = parse_duration(budget) if budget else None
-        _watch(
-            resume,
-            lambda notify, measure: run.resume(
-                resume, here, budget_seconds=seconds, measure=measure, notify=notify, started=started
-            ),
-        )
+        _watch(resume, partial(run.resume, resume, here, budget_seconds=seconds, started=started))
         return
     asked = settings.resolve(
         here,
@@ -180,31 +171,29 @@ def search(
         print(settings.describe_settings(asked, here))
         return
     directory = Path("results", asked.name)
-    _watch(
-        directory,
-        lambda notify, measure: run.search(
-            asked, directory, here, measure=measure, notify=notify, started=started, calibrate_loss=calibrate_loss
-        ),
-    )
+    _watch(directory, partial(run.search, asked, directory, here, started=started, calibrate_loss=calibrate_loss))
 
 
-def _refuse_beside_resume(flags: list[str]) -> None:
-    if flags:
-        raise ConfigError(f"--resume goes on with the run's own settings; leave out {', '.join(flags)}")
+def _refuse_beside_resume(context: typer.Context) -> None:
+    options = [option for option in context.command.params if option.name not in ("resume", "budget", "device")]
+    sources = {option.opts[0]: context.get_parameter_source(str(option.name)) for option in options}
+    if given := [flag for flag, source in sources.items() if source and source.name == "COMMANDLINE"]:
+        raise ConfigError(f"--resume goes on with the run's own settings; leave out {', '.join(given)}")
 
 
-def _watch(directory: Path, go: "Callable[[Notify, Measure], Verdict]") -> None:
+def _watch(directory: Path, go: "Callable[..., object]") -> None:
     """Run a search under the eyes of the user, then show its report, also of one in which nothing fits."""
     from autotune.measure.runner import trials_in_a_row
     from autotune.search import progress
 
+    show = partial(_report, [directory], html=True, json=False, top=10)
     try:
         with progress.show_progress() as notify, trials_in_a_row() as measure:
-            go(notify, measure)
+            go(notify=notify, measure=measure)
     except NoFeasibleError:
-        _report([directory], html=True, json=False, top=10)
+        show()
         raise
-    _report([directory], html=True, json=False, top=10)
+    show()
 
 
 @app.command()
@@ -251,9 +240,7 @@ def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
 @app.command()
 def trial(
     toml: CandidateArgument,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. plan.loss=chunked.")
-    ] = None,
+    assignments: Assignments = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -283,9 +270,7 @@ def trial(
 def profile(
     tomls: Annotated[list[Path], typer.Argument(metavar="TOML...", help="Candidate file or run; two are compared.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where timeline and snapshot go.")] = Path("results/profile"),
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. plan.loss=chunked.")
-    ] = None,
+    assignments: Assignments = None,
     device: Device = "auto",
 ) -> None:
     """Show where the memory of one step goes: by category at the peak, and over time."""
@@ -311,9 +296,7 @@ def estimate(
     model: Annotated[
         list[str] | None, typer.Option(metavar="LxHxW", help="12x12x768; may be repeated. [default: the guide's rows]")
     ] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. plan.loss=chunked.")
-    ] = None,
+    assignments: Assignments = None,
     calibration: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Of a search on such a card. [default: none, wide intervals]")
     ] = None,
@@ -440,10 +423,8 @@ def prepare(
         shard_tokens=parse_count(shard_tokens),
         workers=workers,
     )
-    with making.stderr_progress() as show:
-        prepared = making.prepare(settings, show)
-    print(f"{out}: {prepared.outcome}", file=sys.stderr)
-    table.print_text(facts.data_facts(look.info(out)))
+    print(f"{out}: {making.prepare(settings).outcome}", file=sys.stderr)
+    table.print_text(facts.facts_table(look.info(out)))
 
 
 @data.command()
@@ -452,7 +433,7 @@ def info(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Data dir
     from autotune.data import info as look
     from autotune.report import facts, table
 
-    table.print_text(facts.data_facts(look.info(directory)))
+    table.print_text(facts.facts_table(look.info(directory)))
 
 
 @app.command()

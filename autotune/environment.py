@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import autotune
@@ -70,43 +70,37 @@ def describe(device: str = "auto") -> Environment:
         where = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"--device {device!r} is not understood; write cpu or cuda:0") from None
-    if where.type == "cuda":
-        return _describe_cuda(where.index or 0)
-    if where.type != "cpu":
+    if where.type not in ("cpu", "cuda"):
         raise UnsupportedError(f"--device {device!r} is not supported; write cpu or cuda:0")
-    return Environment(
+    here = Environment(
         device="cpu",
         device_name=_cpu_name(),
         device_memory_bytes=_available_memory(),
-        cpu_count=len(os.sched_getaffinity(0)),
         torch=torch.__version__,
         python=platform.python_version(),
         autotune=autotune.__version__,
+        cpu_count=len(os.sched_getaffinity(0)),
         platform=platform.system() + " " + platform.machine(),
     )
+    return here if where.type == "cpu" else _with_card(here, where.index or 0)
 
 
-def _describe_cuda(index: int) -> Environment:
+def _with_card(here: Environment, index: int) -> Environment:
     import torch
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= found:
         raise ConfigError(f"--device cuda:{index} does not exist, {found} are visible; see `autotune doctor`")
     properties = torch.cuda.get_device_properties(index)
-    peak = next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS if part in properties.name), None)
-    return Environment(
+    return replace(
+        here,
         device=f"cuda:{index}",
         device_name=properties.name,
         device_memory_bytes=properties.total_memory,
         capability=(properties.major, properties.minor),
         driver=_driver_version(),
         cuda=torch.version.cuda or "",
-        cpu_count=len(os.sched_getaffinity(0)),
-        torch=torch.__version__,
-        python=platform.python_version(),
-        autotune=autotune.__version__,
-        platform=platform.system() + " " + platform.machine(),
-        peak_flops=peak,
+        peak_flops=next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS if part in properties.name), None),
     )
 
 

@@ -1,12 +1,4 @@
-"""The exceptions a user can meet, and the exit code of each.
-
-    AutotuneError            1   anything below
-    ├── ConfigError          1   a file, key or flag value that is not allowed
-    ├── DataError            1   a data source or directory that cannot be read or written
-    ├── CheckpointError      1   a checkpoint that is missing, damaged or of another training
-    ├── UnsupportedError     1   a kernel or plan that this machine cannot run, with the reason
-    ├── NoFeasibleError      3   a search in which no candidate fits
-    └── InterruptedByUser  130   Ctrl-C or SIGTERM, with everything so far kept
+"""The exceptions a user can meet; the exit code is 1 where nothing else is said.
 
 A message is one line: what, the value, what is allowed, what to do next.
 """

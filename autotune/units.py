@@ -33,24 +33,18 @@ def parse_duration(text: str) -> float:
 
 def parse_bytes(text: str) -> int:
     """`"24GiB"`, `"512MiB"`, `"24GB"` (10^9), `"1073741824"` -> bytes. Raises ConfigError."""
-    value = _scaled(text, _BYTES)
-    if value is None:
-        raise ConfigError(f"memory size {text!r} is not understood; write for example 24GiB, 512MiB or 24GB")
-    return value
+    return _scaled(text, text, _BYTES, "memory size", "24GiB, 512MiB or 24GB")
 
 
 def parse_count(text: str) -> int:
     """`"10B"`, `"2.5M"`, `"1000"`, `"1e9"` -> a whole number of tokens. Raises ConfigError."""
-    value = _scaled(text.replace("_", "").replace(",", ""), _COUNTS)
-    if value is None:
-        raise ConfigError(f"count {text!r} is not understood; write for example 10B, 300M or 1000000")
-    return value
+    return _scaled(text, text.replace("_", "").replace(",", ""), _COUNTS, "count", "10B, 300M or 1000000")
 
 
-def _scaled(text: str, units: dict[str, int]) -> int | None:
-    match = re.fullmatch(_NUMBER + r"(?:[eE]\+?([0-9]{1,2}))?\s*([A-Za-z]*)", text.strip())
+def _scaled(text: str, compact: str, units: dict[str, int], what: str, examples: str) -> int:
+    match = re.fullmatch(_NUMBER + r"(?:[eE]\+?([0-9]{1,2}))?\s*([A-Za-z]*)", compact.strip())
     if match is None or match[3].upper() not in units:
-        return None
+        raise ConfigError(f"{what} {text!r} is not understood; write for example {examples}")
     return round(float(match[1]) * 10.0 ** int(match[2] or 0) * units[match[3].upper()])
 
 

@@ -31,7 +31,7 @@ from autotune.data.shards import write_shard
 from autotune.environment import Environment
 from autotune.measure.runner import run_trial
 from autotune.measure.types import TrialRequest, TrialResult
-from autotune.search.memory_model import calibrate, predict
+from autotune.search.memory_model import MemoryModel, calibrate, predict
 from autotune.search.settings import resolve
 from autotune.search.space import build_space, every_candidate
 from autotune.units import GIB, format_bytes
@@ -53,7 +53,7 @@ class Item:
 
     name: str
     seconds: float
-    """It is not begun with less time than this left."""
+    """On a card, it is not begun with less time than this left."""
     measure: Callable[[], Row]
 
 
@@ -70,9 +70,6 @@ class Bench:
     @property
     def device(self) -> str:
         return self.environment.device
-
-    def seconds(self, expected: float) -> float:
-        return 0.0 if self.rehearse else expected
 
     def some(self, choices: Sequence[Choice]) -> Sequence[Choice]:
         """All of them on a card, the first in a rehearsal."""
@@ -101,10 +98,11 @@ class Bench:
         log = ROOT / "results" / "acceptance-logs" / f"{candidate.id}.log"
         return run_trial(replace(request, **changes), log)
 
-    def rows(self, part: str) -> list[Row]:
-        """What an earlier part recorded."""
+    def rows(self, part: str) -> dict[str, Row]:
+        """What an earlier part recorded, by item."""
         path = self.directory / f"{part}.json"
-        return [row for row in json.loads(path.read_text())["rows"] if row["ok"]] if path.exists() else []
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        return {row["item"]: row for row in rows if row["ok"]}
 
     def autotune(self, *words: object) -> str:
         """The command line in a process of its own, from the repository's root; its output."""
@@ -174,7 +172,7 @@ def _pytest(*paths: str) -> Callable[[Bench], Iterator[Item]]:
     """The tests marked `gpu` in these folders."""
 
     def items(bench: Bench) -> Iterator[Item]:
-        yield Item(" ".join(paths), bench.seconds(60), partial(_run_tests, paths))
+        yield Item(" ".join(paths), 60, partial(_run_tests, paths))
 
     return items
 
@@ -199,16 +197,10 @@ def _pytest_report(kind: str, *words: str) -> tuple[bool, str]:
         return run.returncode == 0, report.read_text()
 
 
-def _tests_headline(rows: list[Row]) -> str:
-    return "; ".join(
-        f"{r.get('passed')} passed, {len(r.get('failed', []))} failed, {r.get('skipped')} skipped" for r in rows
-    )
-
-
 def _kernel_speed(bench: Bench) -> Iterator[Item]:
     """The kernel benchmark's ratios, at the guide's size on a card."""
     for test in bench.some(("test_attention", "test_losses")):
-        yield Item(test, bench.seconds(150), partial(_run_benchmark, test))
+        yield Item(test, 150, partial(_run_benchmark, test))
 
 
 def _run_benchmark(test: str) -> Row:
@@ -247,9 +239,9 @@ def _faults(bench: Bench) -> Iterator[Item]:
         return bench.trial(large, limit=400 << 20 if bench.rehearse else 4 * GIB)
 
     def fault(name: str, run: Callable[[], TrialResult], *statuses: str) -> Item:
-        return Item(name, bench.seconds(60), partial(unaffected, run, *statuses))
+        return Item(name, 60, partial(unaffected, run, *statuses))
 
-    yield Item("before all faults", bench.seconds(40), before)
+    yield Item("before all faults", 40, before)
     yield fault("out of memory", out_of_memory, "oom", "over_limit")
     yield fault("a hang", partial(_signalled, bench, reference, signal.SIGSTOP), "timeout")
     yield fault("a killed worker", partial(_signalled, bench, reference, signal.SIGKILL), "crashed")
@@ -300,7 +292,7 @@ def _limits(bench: Bench) -> Iterator[Item]:
     for gib in (2, 1) if bench.rehearse else (24, 16):
         for fits in (True, False):
             name = f"{gib} GiB, {'fits' if fits else 'does not fit'}"
-            yield Item(name, bench.seconds(40), partial(_limit, bench, gib, fits))
+            yield Item(name, 40, partial(_limit, bench, gib, fits))
 
 
 def _limit(bench: Bench, gib: int, fits: bool) -> Row:
@@ -328,9 +320,9 @@ def _throughput(bench: Bench) -> Iterator[Item]:
                 plan = replace(PLANS[name], micro_batch_size=micro)
                 candidate = bench.candidate(bench.shape(*sizes), plan)
                 label = f"{model}: {name}, micro batch {micro}"
-                yield Item(label, bench.seconds(45), partial(_good, bench, candidate))
-        yield Item(f"{model}: winner", bench.seconds(190), partial(_winner, bench, model))
-        yield Item(f"{model}: winner at micro batch 64", bench.seconds(45), partial(_at_64, bench, model))
+                yield Item(label, 45, partial(_good, bench, candidate))
+        yield Item(f"{model}: winner", 190, partial(_winner, bench, model))
+        yield Item(f"{model}: winner at micro batch 64", 45, partial(_at_64, bench, model))
 
 
 def _good(bench: Bench, candidate: Candidate, **changes: Any) -> Row:
@@ -370,7 +362,7 @@ def synthetic_data() -> Path:
 
 
 def _winner_candidate(bench: Bench, model: str) -> CandidateFile:
-    row = next((row for row in bench.rows("throughput") if row["item"] == f"{model}: winner"), None)
+    row = bench.rows("throughput").get(f"{model}: winner")
     if row is None:
         raise RuntimeError(f"no winner of {model} is recorded; run scripts/gpu_acceptance --only throughput")
     return parse_candidate(row["toml"], "the winner")
@@ -381,9 +373,7 @@ def _at_64(bench: Bench, model: str) -> Row:
     candidate = _winner_candidate(bench, model).candidate
     micro = min(64, candidate.recipe.global_batch_size)
     row = _good(bench, replace(candidate, plan=replace(candidate.plan, micro_batch_size=micro)))
-    plain = next(
-        (r for r in bench.rows("throughput") if r["item"] == f"{model}: plain nanoGPT, compiled, micro batch 64"), None
-    )
+    plain = bench.rows("throughput").get(f"{model}: plain nanoGPT, compiled, micro batch 64")
     if plain and row["peak_allocated_bytes"]:
         row["peak_against_plain"] = row["peak_allocated_bytes"] / plain["peak_allocated_bytes"]
     return {"model": model, **row}
@@ -393,24 +383,19 @@ def _throughput_headline(rows: list[Row]) -> str:
     """The winner's tokens/s, against the best compiled plain plan, for each model."""
     words = []
     for model in MODELS:
-        plain = [
-            r["tokens_per_second"]
-            for r in rows
-            if r["item"].startswith(f"{model}: plain nanoGPT, compiled") and r["ok"]
-        ]
-        best = [r["tokens_per_second"] for r in rows if r["item"] == f"{model}: winner" and r["ok"]]
-        if plain and best:
-            words.append(f"{model} {best[0]:,.0f} tokens/s, {best[0] / max(plain):.2f}x plain compiled")
+        speeds = {row["item"]: row["tokens_per_second"] for row in rows if row["ok"]}
+        plain = [speed for item, speed in speeds.items() if item.startswith(f"{model}: plain nanoGPT, compiled")]
+        if plain and (best := speeds.get(f"{model}: winner")):
+            words.append(f"{model} {best:,.0f} tokens/s, {best / max(plain):.2f}x plain compiled")
     return "; ".join([*words, f"aim on an H200: 124M {AIM_TOKENS_PER_SECOND:,.0f} tokens/s"])
 
 
-def _promise(bench: Bench) -> Iterator[Item]:
-    """The search's winner trained for sixty steps: tokens/s within 2 % of the verdict, peaks within 1 %."""
-    for model in bench.some(list(MODELS)):
-        yield Item(model, bench.seconds(150), partial(_trained, bench, model))
+def _each_model(seconds: float, measure: Callable[[Bench, str], Row]) -> Callable[[Bench], Iterator[Item]]:
+    return lambda bench: (Item(name, seconds, partial(measure, bench, name)) for name in bench.some(list(MODELS)))
 
 
 def _trained(bench: Bench, model: str) -> Row:
+    """The search's winner trained for sixty steps: tokens/s within 2 % of the verdict, peaks within 1 %."""
     file = _winner_candidate(bench, model)
     tokens = (10 if bench.rehearse else 60) * file.candidate.recipe.tokens_per_step
     with TemporaryDirectory() as directory:
@@ -419,19 +404,12 @@ def _trained(bench: Bench, model: str) -> Row:
         bench.autotune("train", toml, "--device", bench.device, "--out", out, "--max-tokens", tokens)
         summary = json.loads((out / "summary.json").read_text())
     kept = bench.rehearse or not summary["warnings"]  # a CPU shared with other programs promises nothing
-    numbers = {
-        key: summary[key] for key in ("tokens_per_second", "peak_allocated_bytes", "peak_device_bytes", "seconds")
-    }
-    return {"ok": kept, **numbers, "message": "; ".join(summary["comparison"])}
-
-
-def _breakdown(bench: Bench) -> Iterator[Item]:
-    """Where the winner's step spends the device's time."""
-    for model in bench.some(list(MODELS)):
-        yield Item(model, bench.seconds(60), partial(_profiled, bench, model))
+    keys = ("tokens_per_second", "peak_allocated_bytes", "peak_device_bytes", "seconds")
+    return {"ok": kept, **{key: summary[key] for key in keys}, "message": "; ".join(summary["comparison"])}
 
 
 def _profiled(bench: Bench, model: str) -> Row:
+    """Where the winner's step spends the device's time."""
     with TemporaryDirectory() as directory:
         toml = Path(directory) / "winner.toml"
         toml.write_text(format_candidate(_winner_candidate(bench, model)))
@@ -440,12 +418,6 @@ def _profiled(bench: Bench, model: str) -> Row:
     if run.returncode:
         raise RuntimeError((run.stderr.strip().splitlines() or ["no output"])[-1])
     return dict(json.loads(run.stdout))
-
-
-def _breakdown_headline(rows: list[Row]) -> str:
-    return "; ".join(
-        f"{row['item']}: " + ", ".join(f"{k} {v:.0%}" for k, v in row["shares"].items()) for row in rows if row["ok"]
-    )
 
 
 # --- memory ----------------------------------------------------------------------------------------
@@ -459,7 +431,7 @@ def _memory(bench: Bench) -> Iterator[Item]:
     for role, count in zip(("calibration", "held out"), counts, strict=True):
         for number in range(count):
             candidate = _draw(rng, bench)
-            yield Item(f"{role} {number:02}", bench.seconds(60), partial(_peaks, bench, candidate))
+            yield Item(f"{role} {number:02}", 60, partial(_peaks, bench, candidate))
 
 
 def _draw(rng: random.Random, bench: Bench) -> Candidate:
@@ -491,26 +463,22 @@ def _peaks(bench: Bench, candidate: Candidate) -> Row:
 def _memory_error(bench: Bench) -> Iterator[Item]:
     """The memory model's error over the held-out candidates of `memory_trials`."""
     rows = bench.rows("memory_trials")
-    known = [_pair(row) for row in rows if row["item"].startswith("calibration")]
+    known = [_pair(row) for item, row in rows.items() if item.startswith("calibration")]
     model = calibrate(bench.device.partition(":")[0], known, bench.environment)
-    for row in (row for row in rows if row["item"].startswith("held out")):
-        candidate, result = _pair(row)
+    for item, row in rows.items():
+        if item.startswith("held out"):
+            yield Item(item, 0.0, partial(_compared, bench, model, *_pair(row)))
 
-        def compare(candidate: Candidate = candidate, result: TrialResult = result) -> Row:
-            prediction = predict(model, candidate)
-            pairs = {
-                "allocated": (prediction.peak_allocated_bytes, result.peak("allocated_bytes")),
-                "device": (prediction.peak_device_bytes, result.peak("device_bytes")),
-            }
-            errors = {f"{view}_error": p / m - 1 for view, (p, m) in pairs.items() if m}
-            worst = max(abs(error) for error in errors.values())
-            return {
-                "predicted_peak_bytes": prediction.peak_allocated_bytes,
-                **errors,
-                "ok": bench.rehearse or worst <= 0.10,
-            }
 
-        yield Item(row["item"], 0.0, compare)
+def _compared(bench: Bench, model: MemoryModel, candidate: Candidate, result: TrialResult) -> Row:
+    prediction = predict(model, candidate)
+    pairs = {
+        "allocated": (prediction.peak_allocated_bytes, result.peak("allocated_bytes")),
+        "device": (prediction.peak_device_bytes, result.peak("device_bytes")),
+    }
+    errors = {f"{view}_error": p / m - 1 for view, (p, m) in pairs.items() if m}
+    ok = bench.rehearse or max(abs(error) for error in errors.values()) <= 0.10
+    return {"predicted_peak_bytes": prediction.peak_allocated_bytes, **errors, "ok": ok}
 
 
 def _pair(row: Row) -> tuple[Candidate, TrialResult]:
@@ -530,7 +498,7 @@ def _guide(bench: Bench) -> Iterator[Item]:
     """Each row of the guide as it stands, plain and with a chunked loss: does it fit the card it is meant for?"""
     for row in bench.some(GUIDE):
         for name, plan in PLANS.items():
-            yield Item(f"{row.card}: {name}", bench.seconds(40), partial(_guide_row, bench, row, plan))
+            yield Item(f"{row.card}: {name}", 40, partial(_guide_row, bench, row, plan))
 
 
 def _guide_row(bench: Bench, row: GuideRow, plan: Plan) -> Row:
@@ -554,11 +522,8 @@ def _largest(bench: Bench) -> Iterator[Item]:
     for row in bench.some(GUIDE):
         for name in ("plain nanoGPT, compiled", "chunked loss, compiled"):
             for gib in (1,) if bench.rehearse else (24, 16):
-                yield Item(
-                    f"{row.card}: {name}, {gib} GiB",
-                    bench.seconds(120),
-                    partial(_largest_micro_batch, bench, row, PLANS[name], gib * GIB),
-                )
+                measure = partial(_largest_micro_batch, bench, row, PLANS[name], gib * GIB)
+                yield Item(f"{row.card}: {name}, {gib} GiB", 120, measure)
 
 
 def _largest_micro_batch(bench: Bench, row: GuideRow, plan: Plan, limit: int) -> Row:
@@ -606,7 +571,7 @@ def _exhaustive(bench: Bench) -> Iterator[Item]:
     found = every_candidate(build_space(settings, bench.environment))
     order = random.Random(0).sample(list(found.values()), len(found))
     for candidate in order[:3] if bench.rehearse else order:
-        yield Item(candidate.id, bench.seconds(60), partial(_recorded, bench, candidate))
+        yield Item(candidate.id, 60, partial(_recorded, bench, candidate))
 
 
 def _in_words(shape: Shape) -> str:
@@ -622,7 +587,7 @@ def _recorded(bench: Bench, candidate: Candidate) -> Row:
 
 def _search_quality(bench: Bench) -> Iterator[Item]:
     """A search of fifteen minutes over the space of `exhaustive`, against the best of it."""
-    yield Item("fifteen minutes", bench.seconds(910), partial(_searched, bench))
+    yield Item("fifteen minutes", 910, partial(_searched, bench))
 
 
 def _searched(bench: Bench) -> Row:
@@ -637,20 +602,14 @@ def _searched(bench: Bench) -> Row:
     row = {"trials": trials, "trials_an_hour": trials * 60 / minutes, **best.measured}
     if bench.rehearse:  # three trials are no table
         return row
-    speeds = {row["item"]: row["tokens_per_second"] or 0.0 for row in rows}
+    speeds = {item: row["tokens_per_second"] or 0.0 for item, row in rows.items()}
     regret = 1 - speeds[best.candidate.id] / max(speeds.values())
     return {**row, "regret": regret, "ok": regret <= 0.02}
 
 
 def _quality_headline(rows: list[Row]) -> str:
-    return "; ".join(
-        f"{r['trials_an_hour']:.0f} trials an hour, regret {r.get('regret', 0):.1%}" for r in rows if r["ok"]
-    )
-
-
-def _trials_headline(rows: list[Row]) -> str:
-    speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
-    return f"{len(rows)} trials, best {max(speeds):,.0f} tokens/s" if speeds else f"{len(rows)} trials"
+    (row,) = rows
+    return f"{row['trials_an_hour']:.0f} trials an hour, regret {row.get('regret', 0):.1%}" if row["ok"] else ""
 
 
 def _count(what: str) -> Callable[[list[Row]], str]:
@@ -658,18 +617,18 @@ def _count(what: str) -> Callable[[list[Row]], str]:
 
 
 PARTS = (
-    Part("kernels", "every kernel row against float64", _pytest("tests/kernels"), _tests_headline),
-    Part("tests", "the other tests that need a card", _pytest(*OTHER_TESTS), _tests_headline),
+    Part("kernels", "every kernel row against float64", _pytest("tests/kernels"), _count("test runs passed")),
+    Part("tests", "the other tests that need a card", _pytest(*OTHER_TESTS), _count("test runs passed")),
     Part("faults", "a fault costs its own trial and nothing else", _faults, _count("left the next trial as it was")),
     Part("kernel_speed", "every kernel row against torch's own, in seconds and bytes", _kernel_speed, _count("ran")),
     Part("limits", "emulated smaller cards", _limits, _count("limits held")),
     Part("throughput", "plain nanoGPT eager, compiled, and the search's winner", _throughput, _throughput_headline),
-    Part("promise", "what was measured is what is trained", _promise, _count("trainings kept the promise")),
+    Part("promise", "what was measured is what is trained", _each_model(150, _trained), _count("promises kept")),
     Part("memory_trials", "peaks of candidates drawn by chance", _memory, _count("measured"), parallel=6),
     Part("memory_error", "the memory model's error on those held out", _memory_error, _error_headline),
-    Part("breakdown", "where the winner's step spends its time", _breakdown, _breakdown_headline),
+    Part("breakdown", "where the winner's step spends its time", _each_model(60, _profiled), _count("profiled")),
     Part("guide", "the guide's rows on the cards they are meant for", _guide, _guide_headline),
     Part("largest", "largest micro batch below emulated limits", _largest, _count("limits filled"), default=False),
-    Part("exhaustive", "every plan of a space of 124M", _exhaustive, _trials_headline, default=False),
+    Part("exhaustive", "every plan of a space of 124M", _exhaustive, _count("recorded"), default=False),
     Part("search_quality", "a search against that table", _search_quality, _quality_headline, default=False),
 )

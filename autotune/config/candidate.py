@@ -173,7 +173,13 @@ class Plan:
         at_least("plan.loss_chunk_tokens", self.loss_chunk_tokens, 1)
         one_of("plan.attention", self.attention, registry.names("attention"))
         one_of("plan.loss", self.loss, registry.names("loss"))
-        _check_checkpointing(self.activation_checkpointing)
+        known = r"none|block|selective|every_([2-9]|[1-9]\d+)|budget_(0|1|0\.\d*[1-9])"  # each in one way only
+        if re.fullmatch(known, self.activation_checkpointing) is None:
+            raise ConfigError(
+                f"plan.activation_checkpointing = {self.activation_checkpointing!r} is not known; choose from none, "
+                "block, selective, every_2 (or any larger number), budget_0.5 (any number from 0 to 1, without zeros "
+                "at its end)"
+            )
         one_of("plan.compile", self.compile, get_args(Compile))
         one_of("plan.dtype", self.dtype, get_args(DType))
         one_of("plan.allocator", self.allocator, get_args(Allocator))
@@ -224,15 +230,6 @@ class Candidate:
             "optimizer": self.recipe.optimizer,
         }
         return hashlib.sha256(json.dumps(executed, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def _check_checkpointing(value: str) -> None:
-    """Raise ConfigError unless `value` is one that `Plan.activation_checkpointing` knows, written in one way only."""
-    if re.fullmatch(r"none|block|selective|every_([2-9]|[1-9]\d+)|budget_(0|1|0\.\d*[1-9])", value) is None:
-        raise ConfigError(
-            f"plan.activation_checkpointing = {value!r} is not known; choose from none, block, selective, "
-            "every_2 (or any larger number), budget_0.5 (any number from 0 to 1, without zeros at its end)"
-        )
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -3,17 +3,17 @@
 import ast
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from autotune.config.candidate import Candidate, DType, Plan, Recipe, one_of
 from autotune.config.tables import read_table
+from autotune.config.toml import read_text
 from autotune.errors import ConfigError, suggest
 
 Value = str | int | float | bool | None
 
-# The defaults of nanoGPT's train.py. Its dtype is not among them: it depends on the device.
+# The defaults of nanoGPT's train.py, and by them each key's type. An empty dtype depends on the device.
 DEFAULTS: dict[str, Value] = {
     "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False,
     "always_save_checkpoint": True, "init_from": "scratch", "wandb_log": False, "wandb_project": "owt",
@@ -24,12 +24,8 @@ DEFAULTS: dict[str, Value] = {
     "backend": "nccl", "device": "cuda", "dtype": "", "compile": True,
 }  # fmt: skip
 
-_WHOLE = (
-    "batch_size", "gradient_accumulation_steps", "n_layer", "n_head", "n_embd", "block_size", "max_iters",
-    "warmup_iters", "lr_decay_iters", "eval_interval", "eval_iters", "log_interval",
-)  # fmt: skip
-_NUMBERS = ("learning_rate", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip", "dropout")
-# What a recipe and train.py call by the same name.
+# What a shape, and what a recipe, and train.py call by the same name.
+_SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
 _SHARED = (
     "learning_rate", "max_iters", "weight_decay", "beta1", "beta2", "grad_clip", "warmup_iters", "lr_decay_iters",
     "min_lr", "eval_interval", "eval_iters", "log_interval", "always_save_checkpoint", "wandb_log", "wandb_project",
@@ -45,56 +41,34 @@ _LARGEST = 1e18
 """Of a number in a file; keeps `9**9**9` from being computed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class NanoGPT:
-    """What a nanoGPT file asks for."""
-
-    recipe: Recipe
-    plan: Plan
-    """nanoGPT's own way of running it."""
-    dataset: str
-    """The file's name for its data; where that lies is `--data`'s matter."""
-
-
-def read_nanogpt(path: Path, device: str, capability: tuple[int, ...] = ()) -> NanoGPT:
-    """Read a nanoGPT config file as train.py would on `device` (`cpu`, `cuda:0`), without running it.
+def read_nanogpt(path: Path, device: str, capability: tuple[int, ...] = ()) -> Candidate:
+    """A nanoGPT config file as train.py would run it on `device` (`cpu`, `cuda:0`); nothing is executed.
     Raises ConfigError with the line for code, an unknown key, or a value of another type."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"--from {path} cannot be read: {reason}; give a nanoGPT config file") from None
-    return parse_nanogpt(text, str(path), device, capability)
+    return parse_nanogpt(read_text(path, "give a nanoGPT config file"), str(path), device, capability)
 
 
-def parse_nanogpt(text: str, where: str, device: str, capability: tuple[int, ...] = ()) -> NanoGPT:
+def parse_nanogpt(text: str, where: str, device: str, capability: tuple[int, ...] = ()) -> Candidate:
     """`read_nanogpt` of a text; `where` names it in messages."""
-    values = {**DEFAULTS, **_assignments(text, where)}
+    values: dict[str, Any] = {**DEFAULTS, **_assignments(text, where)}
     for key, only in (("init_from", "scratch"), ("eval_only", False)):
         if values[key] != only:
             raise ConfigError(f"{where}: {key} = {values[key]!r} trains nothing from scratch; set it to {only!r}")
-    whole = {key: _whole(key, values[key], where) for key in _WHOLE}
-    numbers = {key: _number(key, values[key], where) for key in _NUMBERS}
-    batch, decay = whole["batch_size"], bool(values["decay_lr"])
-    shape = {key: whole[key] for key in ("n_layer", "n_head", "n_embd", "block_size")}
-    training = {key: value for key, value in {**values, **whole, **numbers}.items() if key in _SHARED}
-    if not decay:  # where its rate does not decay, nanoGPT does not warm up either
-        training["warmup_iters"] = 0
-    table: dict[str, object] = {
-        **training,
-        "shape": {**shape, "bias": values["bias"], "dropout": numbers["dropout"]},
-        "global_batch_size": batch * whole["gradient_accumulation_steps"],
-        "schedule": "cosine" if decay else "constant",
-        "eval_batch_size": batch,
-        "checkpoint_interval": whole["eval_interval"],
+    table = {
+        **{key: values[key] for key in _SHARED},
+        "shape": {key: values[key] for key in _SHAPE},
+        "global_batch_size": values["batch_size"] * values["gradient_accumulation_steps"],
+        "schedule": "cosine" if values["decay_lr"] else "constant",
+        "eval_batch_size": values["batch_size"],
+        "checkpoint_interval": values["eval_interval"],
     }
-    recipe = read_table(Recipe, table, where)
+    if not values["decay_lr"]:  # where its rate does not decay, nanoGPT does not warm up either
+        table["warmup_iters"] = 0
     plan = Plan(
-        micro_batch_size=batch,
+        micro_batch_size=values["batch_size"],
         compile="full" if values["compile"] else "off",
-        dtype=_dtype(str(values["dtype"]), device, capability),
+        dtype=_dtype(values["dtype"], device, capability),
     )
-    return NanoGPT(recipe=recipe, plan=plan, dataset=str(values["dataset"]))
+    return Candidate(recipe=read_table(Recipe, table, where), plan=plan)
 
 
 def nanogpt_dtype(device: str, capability: tuple[int, ...]) -> DType:
@@ -143,14 +117,10 @@ def _evaluate(node: ast.expr, known: dict[str, Value], place: str) -> Value:
         return node.value
     if isinstance(node, ast.Name) and node.id in {**DEFAULTS, **known}:
         return known.get(node.id, DEFAULTS.get(node.id))
-    operands: list[ast.expr] = []
-    if isinstance(node, ast.BinOp):
-        operands = [node.left, node.right]
-    elif isinstance(node, ast.UnaryOp):
-        operands = [node.operand]
-    compute = _ARITHMETIC.get(type(node.op)) if isinstance(node, ast.BinOp | ast.UnaryOp) else None
-    if compute is None:
+    if not isinstance(node, ast.BinOp | ast.UnaryOp) or type(node.op) not in _ARITHMETIC:
         raise ConfigError(f"{place}: only literals and arithmetic are read, code is not run; write the value itself")
+    compute = _ARITHMETIC[type(node.op)]
+    operands = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
     numbers = [_evaluate(operand, known, place) for operand in operands]
     if not all(isinstance(number, int | float) and abs(number) <= _LARGEST for number in numbers):
         raise ConfigError(f"{place}: arithmetic is for numbers up to {_LARGEST:.0e}; write the value itself")
@@ -167,57 +137,44 @@ def _evaluate(node: ast.expr, known: dict[str, Value], place: str) -> Value:
 
 def _checked(key: str, value: Value, place: str) -> Value:
     """The same types that train.py's command line insists on, whole floats (1e3) as whole numbers aside."""
-    default = DEFAULTS[key]
-    if isinstance(default, bool | str):
-        fits = type(value) is type(default)
-    else:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-    if not fits:
-        raise ConfigError(f"{place}: {key} = {value!r} must be of type {type(default).__name__}")
-    return value
-
-
-def _number(key: str, value: Value, where: str) -> float:
-    assert isinstance(value, int | float), "checked where it was read"
+    kind = type(DEFAULTS[key])
+    if kind in (bool, str) and type(value) is kind:
+        return value
+    if kind in (bool, str) or isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{place}: {key} = {value!r} must be of type {kind.__name__}")
     if not 0 <= value <= _LARGEST:
-        raise ConfigError(f"{where}: {key} = {value!r} is not allowed; write a number from 0 to {_LARGEST:.0e}")
-    return float(value)
-
-
-def _whole(key: str, value: Value, where: str) -> int:
-    number = _number(key, value, where)
-    if number != int(number) or (number < 1 and key != "warmup_iters"):
-        raise ConfigError(f"{where}: {key} = {value!r} must be a whole number above 0")
-    return int(number)
+        raise ConfigError(f"{place}: {key} = {value!r} is not allowed; write a number from 0 to {_LARGEST:.0e}")
+    if kind is float:
+        return float(value)
+    if value != int(value) or (value < 1 and key != "warmup_iters"):
+        raise ConfigError(f"{place}: {key} = {value!r} must be a whole number above 0")
+    return int(value)
 
 
 def format_nanogpt(candidate: Candidate, heading: str, device: str) -> str:
     """A config file for nanoGPT's train.py that trains the same recipe on `device` (`cpu`, `cuda:0`); comments say
     what it cannot express."""
     recipe, shape, plan = candidate.recipe, candidate.shape, candidate.plan
-    micro = _dividing_micro_batch(candidate)
-    notes = [heading]
-    if micro != plan.micro_batch_size:
+    values, notes = nanogpt_values(candidate, device), [heading]
+    if (micro := values["batch_size"]) != plan.micro_batch_size:
         notes.append(
             f"The measured micro batch of {plan.micro_batch_size} does not divide the global batch of "
             f"{recipe.global_batch_size}; {micro} does, and nanoGPT pads nothing."
         )
-    lost = [
-        *([f"compile = {plan.compile}"] if plan.compile == "block" else []),
-        *([f"attention = {plan.attention}"] if plan.attention != "sdpa" else []),
-        *([f"loss = {plan.loss}"] if plan.loss != "full" else []),
-        *(["activation checkpointing"] if plan.activation_checkpointing != "none" else []),
-        *([f"allocator = {plan.allocator}"] if plan.allocator != "default" else []),
-        *([f"vocab_size = {shape.vocab_size}"] if shape.vocab_size != 50304 else []),
-        *([f"dtype = {plan.dtype} on the CPU"] if device == "cpu" and plan.dtype != "float32" else []),
-    ]
+    plain, knobs = vars(Plan()), ("attention", "loss", "activation_checkpointing", "allocator")
+    lost = [f"{name} = {value}" for name, value in vars(plan).items() if name in knobs and value != plain[name]]
+    if plan.compile == "block":
+        lost.append("compile = block")
+    if shape.vocab_size != 50304:
+        lost.append(f"vocab_size = {shape.vocab_size}")
+    if device == "cpu" and plan.dtype != "float32":
+        lost.append(f"dtype = {plan.dtype} on the CPU")
     if lost:
         notes.append(f"nanoGPT has no {', '.join(lost)}: expect it to be slower or to need more memory than measured.")
     if recipe.optimizer in ("muon", "adamw_8bit"):
         notes.append(f"nanoGPT has no {recipe.optimizer}: this trains with its AdamW.")
     if recipe.schedule == "wsd":
         notes.append("nanoGPT has no schedule wsd: this is its cosine.")
-    values = nanogpt_values(candidate, device)
     if recipe.data and "dataset" not in values:
         notes.append(f"Set dataset: nanoGPT reads a train.bin and a val.bin, {recipe.data} holds shards.")
     return "\n".join([*(f"# {note}" for note in notes), *(f"{key} = {value!r}" for key, value in values.items()), ""])
@@ -226,11 +183,12 @@ def format_nanogpt(candidate: Candidate, heading: str, device: str) -> str:
 def nanogpt_values(candidate: Candidate, device: str) -> dict[str, Value]:
     """The candidate by the keys of train.py; its micro batch is the largest that divides the global batch."""
     recipe, shape, plan = candidate.recipe, candidate.shape, candidate.plan
-    micro = _dividing_micro_batch(candidate)
+    rows = recipe.global_batch_size
+    micro = max(size for size in range(1, plan.micro_batch_size + 1) if rows % size == 0)
     values: dict[str, Value] = {
-        "gradient_accumulation_steps": recipe.global_batch_size // micro,
+        "gradient_accumulation_steps": rows // micro,
         "batch_size": micro,
-        **{key: getattr(shape, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")},
+        **{key: getattr(shape, key) for key in _SHAPE},
         **{key: getattr(recipe, key) for key in _SHARED},
         "decay_lr": recipe.schedule != "constant",
         "device": device,
@@ -240,8 +198,3 @@ def nanogpt_values(candidate: Candidate, device: str) -> dict[str, Value]:
     if recipe.data and (Path(recipe.data) / "train.bin").exists():
         values["dataset"] = recipe.data  # train.py joins it to data/, which an absolute path replaces
     return values
-
-
-def _dividing_micro_batch(candidate: Candidate) -> int:
-    rows = candidate.recipe.global_batch_size
-    return max(size for size in range(1, candidate.plan.micro_batch_size + 1) if rows % size == 0)

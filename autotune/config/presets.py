@@ -1,13 +1,12 @@
 """The memory guide that circulates among nanoGPT's users, as candidates to be measured."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from autotune.config.candidate import Shape
 from autotune.units import GIB
 
 
-@dataclass(frozen=True, kw_only=True)
-class GuideRow:
+class GuideRow(NamedTuple):
     """One row of the guide: what it advises for a card, and what it claims."""
 
     card: str
@@ -20,23 +19,12 @@ class GuideRow:
     gradient_accumulation_steps: int
 
 
-def _row(card: str, gib: int, claimed: str, layers: int, heads: int, width: int, micro: int, steps: int) -> GuideRow:
-    return GuideRow(
-        card=card,
-        memory_bytes=gib * GIB,
-        claimed=claimed,
-        shape=Shape(n_layer=layers, n_head=heads, n_embd=width),
-        micro_batch_size=micro,
-        gradient_accumulation_steps=steps,
-    )
-
-
 GUIDE = (
-    _row("A100/H100", 80, "~350M", 12, 12, 768, 64, 8),
-    _row("A6000", 48, "~250-300M", 12, 12, 672, 32, 16),
-    _row("4090/3090", 24, "~160-200M", 10, 10, 640, 32, 16),
-    _row("4080", 16, "~125M", 8, 8, 512, 32, 12),
-    _row("4070 Ti", 0, "~84M", 6, 6, 384, 16, 24),
+    GuideRow("A100/H100", 80 * GIB, "~350M", Shape(n_layer=12, n_head=12, n_embd=768), 64, 8),
+    GuideRow("A6000", 48 * GIB, "~250-300M", Shape(n_layer=12, n_head=12, n_embd=672), 32, 16),
+    GuideRow("4090/3090", 24 * GIB, "~160-200M", Shape(n_layer=10, n_head=10, n_embd=640), 32, 16),
+    GuideRow("4080", 16 * GIB, "~125M", Shape(n_layer=8, n_head=8, n_embd=512), 32, 12),
+    GuideRow("4070 Ti", 0, "~84M", Shape(n_layer=6, n_head=6, n_embd=384), 16, 24),
 )
 
 

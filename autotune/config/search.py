@@ -10,7 +10,7 @@ import tomli_w
 
 from autotune.config.candidate import Plan, Recipe, at_least, one_of
 from autotune.config.tables import read_table
-from autotune.config.toml import without_none, write_atomically
+from autotune.config.toml import read_text, without_none, write_atomically
 from autotune.errors import ConfigError
 
 Objective = Literal["throughput", "loss"]
@@ -60,16 +60,11 @@ class SearchSettings:
         one_of("--objective", self.objective, get_args(Objective))
         if self.name in ("", ".", "..") or Path(self.name).name != self.name:
             raise ConfigError(f"--name {self.name!r} is not the plain name of a directory; give for example my-run")
-        at_least("--workers", self.workers, 1)
         at_least("--seed", self.seed, 0)
         if self.budget_seconds <= 0:
             raise ConfigError(f"--budget {self.budget_seconds:g} leaves no time; give for example 15m or 1h")
         if self.memory_limit_bytes <= 0:
             raise ConfigError(f"--memory-limit {self.memory_limit_bytes} leaves no memory; give for example 24GiB")
-        if self.train_seconds is not None and self.train_tokens is not None:
-            raise ConfigError("--train-time and --train-tokens exclude each other; give one")
-        if self.objective == "loss" and self.train_seconds is None and self.train_tokens is None:
-            raise ConfigError("--objective loss needs the length of the training; give --train-time or --train-tokens")
 
 
 def write_settings(path: Path, settings: SearchSettings) -> None:
@@ -80,9 +75,7 @@ def write_settings(path: Path, settings: SearchSettings) -> None:
 def read_settings(path: Path) -> SearchSettings:
     """Read search.toml. Raises ConfigError."""
     try:
-        tables = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give the directory of a run") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        tables = tomllib.loads(read_text(path, "give the directory of a run"))
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     return read_table(SearchSettings, tables, "search")

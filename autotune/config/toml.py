@@ -60,15 +60,19 @@ def parse_candidate(text: str, where: str, overrides: tuple[str, ...] = ()) -> C
 def read_candidate(path: Path, overrides: tuple[str, ...] = ()) -> CandidateFile:
     """Read a candidate file, or the best.toml of a run directory. Raises ConfigError."""
     file = path / "best.toml" if path.is_dir() else path
+    in_run = file.name == "best.toml" and file.parent.is_dir()
+    hint = "the run has no feasible trial yet" if in_run else "give a run directory or a TOML file"
+    return parse_candidate(read_text(file, hint), str(file), overrides)
+
+
+def read_text(path: Path, hint: str) -> str:
+    """A file that the user named. Raises ConfigError, with `hint` where there is none."""
     try:
-        text = file.read_text()
+        return path.read_text()
     except FileNotFoundError:
-        in_run = file.name == "best.toml" and file.parent.is_dir()
-        hint = "the run has no feasible trial yet" if in_run else "give a run directory or a TOML file"
-        raise ConfigError(f"{file} does not exist; {hint}") from None
+        raise ConfigError(f"{path} does not exist; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
-    return parse_candidate(text, str(file), overrides)
+        raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
 def _assign(tables: dict[str, Any], assignment: str) -> None:

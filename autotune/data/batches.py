@@ -1,20 +1,23 @@
-"""Training and validation batches: a pure function of the data, a seed and a step number.
+"""Training and validation batches: a pure function of the data, a seed and a step number; and micro batches of them.
 
 Nothing is remembered between batches, so a resumed training continues where it was by its step number alone,
 and neither the micro batch nor the number of processes can change what a step learns from.
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from autotune.data.shards import Shard, check_length, check_vocabulary, open_split, split_paths
+from autotune.data.shards import Shard, check_length, open_split, split_paths
 from autotune.errors import DataError
 
-Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+IntArray = npt.NDArray[np.int64]
+Batch = tuple[IntArray, IntArray]
 """Inputs x and targets y, each (B, T) int64; y is x one token later."""
 
 _ROUNDS = 6
@@ -25,8 +28,8 @@ _HEAD_BYTES = 1 << 16
 class BatchSource:
     """Windows of `block_size + 1` tokens at multiples of `block_size` inside each file."""
 
-    train: tuple[Shard, ...]
-    val: tuple[Shard, ...]
+    train: Sequence[Shard]
+    val: Sequence[Shard]
     seed: int
     """Of the order of training windows, together with the epoch's number."""
     global_batch_size: int
@@ -35,34 +38,36 @@ class BatchSource:
     """Tokens of a sequence."""
     vocab_size: int
     """A token of a batch that is not below it is a DataError naming the file."""
-    _train_ends: npt.NDArray[np.int64] = field(init=False, repr=False)
-    _val_ends: npt.NDArray[np.int64] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        assert self.global_batch_size > 0
-        assert self.block_size > 0
-        object.__setattr__(self, "_train_ends", _window_ends(self.train, self.block_size))
-        object.__setattr__(self, "_val_ends", _window_ends(self.val, self.block_size))
-        self._need(self.train_windows, self.global_batch_size, "training", self.train)
-        self._need(self.validation_windows, 1, "validation", self.val)
+        for kind, shards, have, need in (
+            ("training", self.train, self.train_windows, self.global_batch_size),
+            ("validation", self.val, self.validation_windows, 1),
+        ):
+            if have < need:
+                tokens = sum(len(shard) for shard in shards)
+                raise DataError(
+                    f"{tokens} {kind} tokens give {have} sequences of {self.block_size}, {need} are needed; "
+                    "prepare more data, or lower block_size or global_batch_size"
+                )
 
-    def _need(self, have: int, need: int, kind: str, shards: tuple[Shard, ...]) -> None:
-        if have < need:
-            tokens = sum(len(shard) for shard in shards)
-            raise DataError(
-                f"{tokens} {kind} tokens give {have} sequences of {self.block_size}, {need} are needed; "
-                "prepare more data, or lower block_size or global_batch_size"
-            )
+    @cached_property
+    def _train_ends(self) -> IntArray:
+        return _window_ends(self.train, self.block_size)
+
+    @cached_property
+    def _val_ends(self) -> IntArray:
+        return _window_ends(self.val, self.block_size)
 
     @property
     def train_windows(self) -> int:
         """Training sequences of an epoch."""
-        return int(self._train_ends[-1]) if len(self._train_ends) else 0
+        return int(self._train_ends[-1])
 
     @property
     def validation_windows(self) -> int:
         """Different validation sequences."""
-        return int(self._val_ends[-1]) if len(self._val_ends) else 0
+        return int(self._val_ends[-1])
 
     def train_batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """The batch of optimizer step `step` (from 0), or these rows of it: x, y of (rows, block_size).
@@ -87,7 +92,7 @@ class BatchSource:
         windows = np.arange(index * batch_size, (index + 1) * batch_size) % self.validation_windows
         return self._gather(self.val, self._val_ends, windows)
 
-    def _gather(self, shards: tuple[Shard, ...], ends: npt.NDArray[np.int64], windows: npt.NDArray[np.int64]) -> Batch:
+    def _gather(self, shards: Sequence[Shard], ends: IntArray, windows: IntArray) -> Batch:
         rows = np.empty((len(windows), self.block_size + 1), dtype=np.int64)  # (B, T + 1)
         files = np.searchsorted(ends, windows, side="right")
         for file in np.unique(files):
@@ -96,9 +101,12 @@ class BatchSource:
             shard = shards[file]
             start = (window - (ends[file - 1] if file else 0)) * self.block_size
             row[:] = shard[start : start + self.block_size + 1]
-        if rows.max() >= self.vocab_size:
-            file = files[int(rows.max(axis=1).argmax())]
-            check_vocabulary(rows, self.vocab_size, shards[file])
+        if (largest := int(rows.max())) >= self.vocab_size:
+            path = shards[files[int(rows.max(axis=1).argmax())]].filename
+            raise DataError(
+                f"{path} holds token {largest}, vocab_size is {self.vocab_size}; "
+                "raise vocab_size above it (GPT-2: 50257) or prepare the data with the model's tokenizer"
+            )
         return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
 
@@ -107,8 +115,8 @@ def open_batches(
 ) -> BatchSource:
     """Batches of a data directory. Raises DataError where it is missing, unfinished, damaged or too small."""
     return BatchSource(
-        train=tuple(open_split(directory, "train")),
-        val=tuple(open_split(directory, "val")),
+        train=open_split(directory, "train"),
+        val=open_split(directory, "val"),
         seed=seed,
         global_batch_size=global_batch_size,
         block_size=block_size,
@@ -116,13 +124,13 @@ def open_batches(
     )
 
 
-def _window_ends(shards: tuple[Shard, ...], block_size: int) -> npt.NDArray[np.int64]:
+def _window_ends(shards: Sequence[Shard], block_size: int) -> IntArray:
     """(files,): how many windows the files up to and including each one hold."""
     # The last token of a window is only a target, and the first input of the next one: none is wasted.
     return np.cumsum([max(0, len(shard) - 1) // block_size for shard in shards], dtype=np.int64)
 
 
-def shuffled(places: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def shuffled(places: IntArray, size: int, seed: int, epoch: int) -> IntArray:
     """Where a permutation of range(size), drawn from (seed, epoch), sends each of `places` (N,).
 
     A Feistel network over the smallest even number of bits that holds `size`, walked until it lands inside
@@ -164,6 +172,27 @@ def synthetic_batch(*, seed: int, step: int, global_batch_size: int, block_size:
     rows = np.searchsorted(law, uniform * law[-1], side="right").reshape(global_batch_size, block_size + 1)
     np.minimum(rows, vocab_size - 1, out=rows)
     return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+
+
+def micro_batches(
+    tokens: IntArray, targets: IntArray, micro_batch_size: int, global_rows: int | None = None
+) -> Iterator[tuple[IntArray, IntArray, float]]:
+    """tokens, targets (rows, T) -> (tokens, targets, share) with micro_batch_size rows each.
+
+    Where the division leaves a rest, the last micro batch is filled up with token 0 and target -1, so that
+    every micro batch has one shape (one compilation) and the effective batch stays exactly that of the recipe.
+    share: counted rows of the micro batch over all rows, the weight of its mean loss. Where the rows are one
+    process's part of a batch of `global_rows`, over those.
+    """
+    rows = tokens.shape[0]
+    for start in range(0, rows, micro_batch_size):
+        x, y = tokens[start : start + micro_batch_size], targets[start : start + micro_batch_size]
+        counted = x.shape[0]
+        if counted < micro_batch_size:
+            missing = ((0, micro_batch_size - counted), (0, 0))
+            x = np.pad(x, missing, constant_values=0)
+            y = np.pad(y, missing, constant_values=-1)
+        yield x, y, counted / (global_rows or rows)
 
 
 def fingerprint(directory: Path) -> str:

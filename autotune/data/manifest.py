@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from autotune.errors import DataError
+from autotune.config.tables import read_table
+from autotune.errors import ConfigError, DataError
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -64,14 +65,10 @@ class Manifest:
         """Tokens in the whole shards of one split."""
         return sum(shard.tokens for shard in self.shards if shard.split == split)
 
-    @property
-    def documents(self) -> int:
-        """Documents in the whole shards."""
-        return sum(shard.documents for shard in self.shards)
-
     def to_json(self) -> str:
         """The file's text, with totals for its human readers."""
-        totals = {"documents": self.documents, "train": self.tokens("train"), "val": self.tokens("val")}
+        documents = sum(shard.documents for shard in self.shards)
+        totals = {"documents": documents, "train": self.tokens("train"), "val": self.tokens("val")}
         return json.dumps({"totals": totals} | asdict(self), indent=2) + "\n"
 
 
@@ -87,13 +84,8 @@ def read_manifest(directory: Path) -> Manifest | None:
     version = table.get("version") if isinstance(table, dict) else None
     if version != MANIFEST_VERSION:
         raise DataError(f"{path} has version {version!r}, allowed is {MANIFEST_VERSION}; prepare another directory")
+    table.pop("totals", None)
     try:
-        table.pop("totals", None)
-        return Manifest(**table | {"shards": tuple(_record(row) for row in table["shards"])})
-    except (KeyError, TypeError) as error:
+        return read_table(Manifest, table, "manifest")
+    except ConfigError as error:
         raise DataError(f"{path} is damaged ({error}); delete {directory} and prepare again") from error
-
-
-def _record(row: dict[str, Any]) -> ShardRecord:
-    end = Position(**row["end"]) if row.get("end") is not None else None
-    return ShardRecord(**row | {"end": end})

@@ -17,29 +17,24 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 
 from autotune.data.manifest import MANIFEST_NAME, Manifest, Position, ShardRecord, Split, read_manifest
 from autotune.data.shards import Tokens, open_shard, write_file, write_shard
-from autotune.data.sources import canonical, documents, find_source
+from autotune.data.sources import Bookmark, Source, documents, find_source
 from autotune.data.tokenizer import END_OF_TEXT, TOKENIZER, encode_documents, encoder
 from autotune.errors import DataError, InterruptedByUser
 from autotune.units import format_count, format_duration
 
 FIRST_SHARD = "the first shard is validation"
-SOME_DOCUMENTS = "every {stride}th document is validation"
 LAST_TENTH = "the last tenth of the tokens is validation"
 
-Packed: TypeAlias = tuple[Split, Tokens, Position]
-"""A shard to write: its split, its tokens, and where in the stream it ends."""
-
-_SETTINGS = ("source", "name", "tokenizer", "shard_tokens", "max_tokens")
 _OTHER_OUT = "nothing was touched; choose another --out or delete this one"
 _CHUNK_CHARACTERS = 1 << 20  # a task of about 60 ms
 _MOST_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
@@ -66,54 +61,37 @@ class PrepareSettings:
 class Prepared:
     """What stands in the data directory after `prepare`."""
 
-    out: Path
     manifest: Manifest
     outcome: Literal["written", "resumed", "already finished"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far tokenising has come."""
-
-    tokens: int
-    """Of the whole directory, those of earlier calls included."""
-    total_tokens: int | None
-    """`max_tokens`; None where the end of the source is not known."""
-    tokens_per_second: float
-    """Of this call."""
-
-    @property
-    def seconds_left(self) -> float | None:
-        """None where the total is not known."""
-        if self.total_tokens is None or not self.tokens_per_second:
-            return None
-        return (self.total_tokens - self.tokens) / self.tokens_per_second
-
-
-def prepare(settings: PrepareSettings, progress: Callable[[Progress], None] = lambda _: None) -> Prepared:
+def prepare(settings: PrepareSettings) -> Prepared:
     """Fill `settings.out` with shards and a manifest; take up what a call with the same settings began.
 
-    `progress` is called twice a second. Raises DataError for bad settings or sources and for a directory
+    Says on stderr how far it has come. Raises DataError for bad settings or sources and for a directory
     that holds something else or cannot be written, InterruptedByUser on Ctrl-C. Whole shards stay.
     """
     _check(settings)
-    out = settings.out
+    out, source = settings.out, find_source(settings.source, settings.name)
     with _locked(out):
-        manifest = _take_up(settings)
+        manifest = _take_up(settings, source)
         if manifest.finished:
-            return Prepared(out=out, manifest=manifest, outcome="already finished")
+            return Prepared(manifest=manifest, outcome="already finished")
         _save(out, manifest)
         try:
-            finished = _write(settings, manifest, progress)
+            finished = _write(settings, source, manifest)
         except BaseException as error:
-            count = len(reached.shards) if (reached := read_manifest(out)) else 0
-            if not any(out.glob("*.bin")):
+            whole = len(list(out.glob("*.bin")))
+            if not whole:
                 (out / MANIFEST_NAME).unlink(missing_ok=True)
             if isinstance(error, KeyboardInterrupt):
-                kept = f"{count} whole shards stay in {out}"
+                kept = f"{whole} whole shards stay in {out}"
                 raise InterruptedByUser(f"interrupted; {kept}; run the same command to go on") from None
             raise
-    return Prepared(out=out, manifest=finished, outcome="resumed" if manifest.shards else "written")
+        finally:
+            if sys.stderr.isatty():  # the live line ends
+                print(file=sys.stderr)
+    return Prepared(manifest=finished, outcome="resumed" if manifest.shards else "written")
 
 
 def _check(settings: PrepareSettings) -> None:
@@ -146,13 +124,12 @@ def _locked(out: Path) -> Iterator[None]:
             out.rmdir()
 
 
-def _take_up(settings: PrepareSettings) -> Manifest:
+def _take_up(settings: PrepareSettings, source: Source) -> Manifest:
     """The manifest to go on from: an unfinished one lists the whole shards that are kept."""
     out = settings.out
-    location, name = canonical(settings.source, settings.name)
     wanted = Manifest(
-        source=location,
-        name=name,
+        source=source.location,
+        name=source.name,
         tokenizer=TOKENIZER,
         shard_tokens=settings.shard_tokens,
         max_tokens=settings.max_tokens,
@@ -161,15 +138,15 @@ def _take_up(settings: PrepareSettings) -> Manifest:
     if found is None and any(out.glob("*.bin")):
         raise DataError(f"{out} holds *.bin files that were not prepared here; choose another --out")
     found = found or wanted
-    for key in _SETTINGS:
+    for key in ("source", "name", "tokenizer", "shard_tokens", "max_tokens"):
         if (before := getattr(found, key)) != (now := getattr(wanted, key)):
             raise DataError(f"{out} was begun with {key} {before!r}, now {now!r}; {_OTHER_OUT}")
     shards = _whole_shards(out, found)
     if found.finished and shards == found.shards:
         return found
-    fingerprint = find_source(settings.source, settings.name).fingerprint()
+    fingerprint = source.fingerprint()
     if shards and fingerprint != found.source_fingerprint:
-        raise DataError(f"the files of {location} changed since {out} was begun; {_OTHER_OUT}")
+        raise DataError(f"the files of {source.location} changed since {out} was begun; {_OTHER_OUT}")
     return replace(found, shards=shards, finished=False, source_fingerprint=fingerprint)
 
 
@@ -197,61 +174,48 @@ def _save(out: Path, manifest: Manifest) -> None:
     write_file(out / MANIFEST_NAME, manifest.to_json().encode())
 
 
-def _write(settings: PrepareSettings, manifest: Manifest, progress: Callable[[Progress], None]) -> Manifest:
+def _write(settings: PrepareSettings, source: Source, manifest: Manifest) -> Manifest:
     """Write the shards that `manifest` lacks, it after each of them, and return it finished."""
     start, skipped, done = Position(documents=0), 0, 0
     if manifest.shards and manifest.shards[-1].end:
         start, skipped = manifest.shards[-1].end, len(manifest.shards)
         done = sum(shard.tokens for shard in manifest.shards)
-    marks = deque([start])
+    marks: list[Bookmark] = [start.bookmark] if start.bookmark else []
+    # A bookmark was taken at or before the start: the documents between the two are read and dropped.
+    dropped = start.documents - (marks[0]["documents"] if marks else 0)
+    texts = itertools.islice(documents(source, start.bookmark, marks), dropped, None)
     encoder()  # a missing tokenizer is better told before the first download
     with ThreadPoolExecutor(workers := settings.workers or len(os.sched_getaffinity(0))) as pool:
-        stream = _tokenised(_texts(settings, start, marks), pool, 2 * workers)
-        stream = _reported(stream, done, settings.max_tokens, progress)
+        stream = _reported(_tokenised(texts, pool, 2 * workers), done, settings.max_tokens)
         stream = _limited(stream, start.offset, done, settings.max_tokens)
-        rule, planned = FIRST_SHARD, _packed("train", stream, settings.shard_tokens, start)
+        parts: dict[Split, Iterable[Tokens]] = {"train": stream}
+        rule = FIRST_SHARD
         if not skipped:
-            rule, planned = _divided(stream, settings.shard_tokens)
-        for index, (split, tokens, end) in enumerate(planned, start=skipped):
+            rule, parts = _divided(stream, settings.shard_tokens)
+        in_order = rule == FIRST_SHARD
+        packed = (
+            (split, *shard) for split, part in parts.items() for shard in _packed(part, settings.shard_tokens, start)
+        )
+        for index, (split, tokens, end) in enumerate(packed, start=skipped):
             if index < len(manifest.shards):
                 continue  # a small source is read again from its start, but its whole shards are kept
-            in_order = rule == FIRST_SHARD
-            split = "val" if in_order and index == 0 else split
+            if in_order and index == 0:
+                split = "val"
             file = f"fineweb_{split}_{index:06d}.bin"
+            bookmark = next((mark for mark in reversed(marks) if mark["documents"] <= end.documents), None)
             shard = ShardRecord(
                 file=file,
                 split=split,
                 tokens=len(tokens),
                 documents=int(np.count_nonzero(tokens == END_OF_TEXT)),
                 sha256=write_shard(settings.out / file, tokens),
-                end=_with_bookmark(end, marks) if in_order else None,
+                end=replace(end, bookmark=bookmark) if in_order else None,
             )
             manifest = replace(manifest, split_rule=rule, shards=(*manifest.shards, shard))
             _save(settings.out, manifest)
     manifest = replace(manifest, finished=True)
     _save(settings.out, manifest)
     return manifest
-
-
-def _texts(settings: PrepareSettings, start: Position, marks: deque[Position]) -> Iterator[str]:
-    """The documents from `start.documents` on; a streamed source's bookmarks are appended to `marks`."""
-    source = find_source(settings.source, settings.name)
-    # A bookmark was taken at or before the start: the documents between the two are read and dropped.
-    bookmark = start.bookmark["state"] if start.bookmark else None
-    before = int(start.bookmark["documents"]) if start.bookmark else 0
-
-    def mark(given: int, state: dict[str, Any]) -> None:
-        there = before + given
-        marks.append(Position(documents=there, bookmark={"documents": there, "state": state}))
-
-    return itertools.islice(documents(source, bookmark, mark), start.documents - before, None)
-
-
-def _with_bookmark(end: Position, marks: deque[Position]) -> Position:
-    """`end` with the last bookmark at or before it; drops older ones."""
-    while len(marks) > 1 and marks[1].documents <= end.documents:
-        marks.popleft()
-    return replace(end, bookmark=marks[0].bookmark)
 
 
 def _tokenised(texts: Iterable[str], pool: ThreadPoolExecutor, ahead: int) -> Iterator[Tokens]:
@@ -283,19 +247,26 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _reported(
-    stream: Iterable[Tokens], done: int, total: int | None, progress: Callable[[Progress], None]
-) -> Iterator[Tokens]:
-    """The same stream; tells `progress` about it twice a second."""
+def _reported(stream: Iterable[Tokens], done: int, total: int | None) -> Iterator[Tokens]:
+    """The same stream; says on stderr how far it is, in one live line on a terminal, else in a line now and then."""
+    live = sys.stderr.isatty()
     began = last = time.monotonic()
     tokens = 0
     for document in stream:
         tokens += len(document)
-        if (now := time.monotonic()) - last >= 0.5:
-            speed = tokens / (now - began)
-            progress(Progress(tokens=done + tokens, total_tokens=total, tokens_per_second=speed))
-            last = now
+        if (now := time.monotonic()) - last >= (0.5 if live else 5.0):
+            last, line = now, progress_line(done + tokens, total, tokens / (now - began))
+            print(f"\r{line:<78}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
         yield document
+
+
+def progress_line(tokens: int, total: int | None, tokens_per_second: float) -> str:
+    """`5.0M of 10.0M tokens, 1.0M tokens/s, 5.0s left`; total: None where the end of the source is not known."""
+    speed = f"tokens, {format_count(tokens_per_second)} tokens/s"
+    if total is None:
+        return f"{format_count(tokens)} {speed}"
+    left = format_duration((total - tokens) / tokens_per_second)
+    return f"{format_count(tokens)} of {format_count(total)} {speed}, {left} left"
 
 
 def _limited(stream: Iterable[Tokens], skip: int, done: int, max_tokens: int | None) -> Iterator[Tokens]:
@@ -310,26 +281,24 @@ def _limited(stream: Iterable[Tokens], skip: int, done: int, max_tokens: int | N
         yield rest
 
 
-def _divided(stream: Iterator[Tokens], shard_tokens: int) -> tuple[str, Iterator[Packed]]:
-    """Look ahead by two shards and decide which tokens are validation: the rule in words, and the shards."""
+def _divided(stream: Iterator[Tokens], shard_tokens: int) -> tuple[str, dict[Split, Iterable[Tokens]]]:
+    """Look ahead by two shards and decide which tokens are validation: the rule in words, and the parts in order."""
     ahead: deque[Tokens] = deque()
-    start, size = Position(documents=0), 0
+    size = 0
     for document in stream:
         ahead.append(document)
         size += len(document)
         if size >= 2 * shard_tokens:
-            return FIRST_SHARD, _packed("train", _drained(ahead, stream), shard_tokens, start)
+            return FIRST_SHARD, {"train": _drained(ahead, stream)}
     if size < 2:
         raise DataError("the source holds no text at all; give one with documents that are not empty")
+    if len(ahead) < 10:
+        everything, cut = np.concatenate(ahead), size - max(1, size // 10)
+        return LAST_TENTH, {"val": [everything[cut:]], "train": [everything[:cut]]}
     stride = min(100, len(ahead))
-    rule = SOME_DOCUMENTS.format(stride=stride)
     val = [document for index, document in enumerate(ahead) if index % stride == stride // 2]
     train = [document for index, document in enumerate(ahead) if index % stride != stride // 2]
-    if len(ahead) < 10:
-        everything, cut, rule = np.concatenate(ahead), size - max(1, size // 10), LAST_TENTH
-        val, train = [everything[cut:]], [everything[:cut]]
-    parts: list[tuple[Split, list[Tokens]]] = [("val", val), ("train", train)]
-    return rule, (shard for split, part in parts for shard in _packed(split, part, shard_tokens, start))
+    return f"every {stride}th document is validation", {"val": val, "train": train}
 
 
 def _drained(ahead: deque[Tokens], stream: Iterator[Tokens]) -> Iterator[Tokens]:
@@ -339,8 +308,8 @@ def _drained(ahead: deque[Tokens], stream: Iterator[Tokens]) -> Iterator[Tokens]
     yield from stream
 
 
-def _packed(split: Split, stream: Iterable[Tokens], shard_tokens: int, start: Position) -> Iterator[Packed]:
-    """Full shards (shard_tokens,) and a last shorter one; documents straddle them as in llm.c.
+def _packed(stream: Iterable[Tokens], shard_tokens: int, start: Position) -> Iterator[tuple[Tokens, Position]]:
+    """Full shards (shard_tokens,) and a last shorter one, each with its end; documents straddle them as in llm.c.
 
     The array is reused: a shard's tokens are valid until the next one is asked for.
     """
@@ -350,34 +319,9 @@ def _packed(split: Split, stream: Iterable[Tokens], shard_tokens: int, start: Po
         while len(rest) > (room := shard_tokens - filled):
             buffer[filled:] = rest[:room]
             offset += room
-            yield split, buffer, Position(documents=whole, offset=offset)
+            yield buffer, Position(documents=whole, offset=offset)
             rest, filled = rest[room:], 0
         buffer[filled : filled + len(rest)] = rest
         filled, whole, offset = filled + len(rest), whole + 1, 0
     if filled:
-        yield split, buffer[:filled], Position(documents=whole)
-
-
-@contextlib.contextmanager
-def stderr_progress(every_seconds: float = 5.0) -> Iterator[Callable[[Progress], None]]:
-    """A `progress` for `prepare`: one live line on a terminal, else a plain line now and then."""
-    live = sys.stderr.isatty()
-    next_at = time.monotonic() + (0.0 if live else every_seconds)
-    shown = ""
-
-    def show(progress: Progress) -> None:
-        nonlocal next_at, shown
-        if (now := time.monotonic()) < next_at:
-            return
-        next_at = now + (0.0 if live else every_seconds)
-        total = f" of {format_count(progress.total_tokens)}" if progress.total_tokens is not None else ""
-        left = f", {format_duration(progress.seconds_left)} left" if progress.seconds_left is not None else ""
-        speed = format_count(progress.tokens_per_second)
-        shown = f"{format_count(progress.tokens)}{total} tokens, {speed} tokens/s{left}"
-        print(f"\r{shown:<78}" if live else shown, end="" if live else "\n", file=sys.stderr, flush=True)
-
-    try:
-        yield show
-    finally:
-        if live and shown:
-            print(file=sys.stderr)
+        yield buffer[:filled], Position(documents=whole)

@@ -4,7 +4,6 @@ A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token
 uint16 a token (llm.c, dev/data/data_common.py). nanoGPT's `train.bin` and `val.bin` are the bare tokens.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -50,34 +49,32 @@ def write_file(path: Path, *parts: bytes | memoryview) -> str:
 
 
 def open_shard(path: Path) -> Shard:
-    """The shard's tokens (T,), memory-mapped. Raises DataError for a file that is not a whole shard."""
-    actual = _size(path)
-    if actual < HEADER_BYTES:
-        raise DataError(f"{path} is truncated: {actual} bytes, a shard's header alone has {HEADER_BYTES}")
-    magic, version, count = (int(value) for value in np.fromfile(path, dtype="<i4", count=3))
-    if (magic, version) != (MAGIC, VERSION):
-        raise DataError(
-            f"{path} is no shard of GPT-2 tokens: magic {magic}, version {version}; "
-            f"allowed: {MAGIC}, {VERSION}; {_PREPARE}"
-        )
-    expected = HEADER_BYTES + 2 * count
-    if count < 0 or actual != expected:
-        state = "truncated" if actual < expected else "damaged"
-        raise DataError(
-            f"{path} is {state}: its header promises {count} tokens, {expected} bytes, but it has {actual}; "
-            "prepare or download it again"
-        )
-    return _map(path, HEADER_BYTES, count)
-
-
-def open_headerless(path: Path) -> Shard:
-    """The tokens (T,) of nanoGPT's `train.bin` or `val.bin`, memory-mapped. Raises DataError."""
-    actual = _size(path)
-    if actual == 0 or actual % 2:
-        raise DataError(f"{path} has {actual} bytes; tokens make an even number above 0; {_PREPARE}")
-    if actual >= HEADER_BYTES and int(np.fromfile(path, dtype="<i4", count=1)[0]) == MAGIC:
-        return open_shard(path)
-    return _map(path, 0, actual // 2)
+    """The tokens (T,) of a shard, or of nanoGPT's `train.bin` or `val.bin`, memory-mapped.
+    Raises DataError for a file that is not whole."""
+    try:
+        actual = path.stat().st_size
+        if path.name in ("train.bin", "val.bin"):
+            if actual == 0 or actual % 2:
+                raise DataError(f"{path} has {actual} bytes; tokens make an even number above 0; {_PREPARE}")
+            return np.memmap(path, dtype="<u2", mode="r")
+        if actual < HEADER_BYTES:
+            raise DataError(f"{path} is truncated: {actual} bytes, a shard's header alone has {HEADER_BYTES}")
+        magic, version, count = (int(value) for value in np.fromfile(path, dtype="<i4", count=3))
+        if (magic, version) != (MAGIC, VERSION):
+            raise DataError(
+                f"{path} is no shard of GPT-2 tokens: magic {magic}, version {version}; "
+                f"allowed: {MAGIC}, {VERSION}; {_PREPARE}"
+            )
+        expected = HEADER_BYTES + 2 * count
+        if count < 0 or actual != expected:
+            state = "truncated" if actual < expected else "damaged"
+            raise DataError(
+                f"{path} is {state}: its header promises {count} tokens, {expected} bytes, but it has {actual}; "
+                "prepare or download it again"
+            )
+        return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; {_PREPARE}") from error
 
 
 def split_paths(directory: Path, split: Split) -> list[Path]:
@@ -93,11 +90,6 @@ def split_paths(directory: Path, split: Split) -> list[Path]:
     if sharded and headerless.exists():
         raise DataError(f"{directory} holds both {headerless.name} and {sharded[0].name}; keep only one")
     return sharded or ([headerless] if headerless.exists() else [])
-
-
-def open_files(paths: Sequence[Path]) -> list[Shard]:
-    """The tokens of each of `split_paths`. Raises DataError for a damaged one."""
-    return [open_headerless(path) if path.stem in ("train", "val") else open_shard(path) for path in paths]
 
 
 def open_split(directory: Path, split: Split) -> list[Shard]:
@@ -116,20 +108,11 @@ def open_split(directory: Path, split: Split) -> list[Shard]:
             raise DataError(f"{directory} has lost {missing[0]}; {again}")
         if strange := [path.name for path in paths if path.name not in listed]:
             raise DataError(f"{directory} holds {strange[0]}, which its manifest does not know; remove it")
-    shards = open_files(paths)
+    shards = [open_shard(path) for path in paths]
     if not sum(len(shard) for shard in shards):
         kind = "training" if split == "train" else "validation"
         raise DataError(f"{directory} holds no {kind} tokens (*_{split}_*.bin or {split}.bin); {_PREPARE}")
     return shards
-
-
-def check_vocabulary(ids: npt.NDArray[Any], vocab_size: int, shard: Shard) -> None:
-    """Raise DataError, naming the file, if any of `ids`, taken from `shard`, is not below `vocab_size`."""
-    if ids.size and (largest := int(ids.max())) >= vocab_size:
-        raise DataError(
-            f"{shard.filename} holds token {largest}, vocab_size is {vocab_size}; "
-            "raise vocab_size above it (GPT-2: 50257) or prepare the data with the model's tokenizer"
-        )
 
 
 def check_length(shard: Shard) -> None:
@@ -138,17 +121,3 @@ def check_length(shard: Shard) -> None:
     path, mapped = Path(str(shard.filename)), shard.offset + shard.nbytes
     if path.exists() and (actual := path.stat().st_size) < mapped:
         raise DataError(f"{path} is damaged: it has {actual} bytes, {mapped} when it was opened; prepare it again")
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; {_PREPARE}") from error
-
-
-def _map(path: Path, offset: int, count: int) -> Shard:
-    try:
-        return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error

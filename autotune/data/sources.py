@@ -4,15 +4,13 @@ import ast
 import gzip
 import hashlib
 import json
-import os
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from autotune.errors import DataError
 
@@ -22,8 +20,8 @@ DEFAULT_NAMES = {"HuggingFaceFW/fineweb": "sample-10BT", "HuggingFaceFW/fineweb-
 """Subsets read where none is named, in place of the whole 15 trillion tokens."""
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 
-Mark: TypeAlias = Callable[[int, dict[str, Any]], None]
-"""Called with a number of documents and the streamed source's own state after them."""
+Bookmark: TypeAlias = dict[str, Any]
+"""A place in a streamed source: `documents` before it, and the source's own `state`, from which it goes on."""
 
 _TEXT = "text"
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -51,42 +49,34 @@ class Source:
         return digest.hexdigest() if self.files else None
 
 
-def canonical(source: str, name: str | None) -> tuple[str, str | None]:
-    """The location and subset that `source` stands for; touches neither network nor the files' content."""
-    if source != PYTHON_DOCS and Path(source).exists():
-        return str(Path(source).resolve()), name
-    return source, name or DEFAULT_NAMES.get(source)
-
-
 def find_source(source: str, name: str | None = None) -> Source:
     """What `source` means: `python-docs`, an existing path, or `owner/name` on the hub. Raises DataError."""
-    location, subset = canonical(source, name)
-    path = Path(location)
+    path = Path(source).resolve()
     if source != PYTHON_DOCS and not path.exists():
         if not _HUB_NAME.fullmatch(source) or source.endswith(SUFFIXES):
             raise DataError(f"there is no file or folder {source!r}; {_ALLOWED}")
-        return Source(kind="hub", location=location, name=subset)
-    if subset is not None:
-        raise DataError(f"--name {subset!r} picks a subset on the hub, {source!r} is not there; leave it out")
+        return Source(kind="hub", location=source, name=name or DEFAULT_NAMES.get(source))
+    if name is not None:
+        raise DataError(f"--name {name!r} picks a subset on the hub, {source!r} is not there; leave it out")
     if source == PYTHON_DOCS:
-        return Source(kind="python-docs", location=location, files=tuple(_stdlib_files()))
+        return Source(kind="python-docs", location=source, files=_stdlib_modules())
     saved = path / "state.json", path / "dataset_info.json"
     if (path / "dataset_dict.json").is_file() or all(file.is_file() for file in saved):
-        return Source(kind="saved", location=location, files=tuple(_files_below(path, "")))
-    files = tuple(_files_below(path, SUFFIXES)) if path.is_dir() else (path,)
+        return Source(kind="saved", location=str(path), files=_files_below(path, ""))
+    files = _files_below(path, SUFFIXES) if path.is_dir() else (path,)
     if not files or not files[0].name.endswith(SUFFIXES):
         raise DataError(f"{source!r} holds no text this can read; {_ALLOWED}")
-    return Source(kind="files", location=location, files=files)
+    return Source(kind="files", location=str(path), files=files)
 
 
-def documents(source: Source, start: dict[str, Any] | None = None, mark: Mark | None = None) -> Iterator[str]:
-    """Every document that is not empty, in order.
+def documents(source: Source, start: Bookmark | None = None, marks: list[Bookmark] | None = None) -> Iterator[str]:
+    """Every document that is not empty, in order. Raises DataError for what cannot be read.
 
-    A hub dataset is streamed: now and then `mark` is called with the number of documents given so far and a
-    state from which `start` goes on after them. Raises DataError for what cannot be read.
+    A hub dataset is streamed from `start` on, and adds a bookmark to `marks` now and then; other sources are
+    always read from their beginning.
     """
     if source.kind == "hub":
-        texts = _hub_documents(source, start, mark)
+        texts = _hub_documents(source, start, [] if marks is None else marks)
     elif source.kind == "saved":
         texts = _saved_documents(source)
     elif source.kind == "python-docs":
@@ -96,10 +86,10 @@ def documents(source: Source, start: dict[str, Any] | None = None, mark: Mark | 
     return (text for text in texts if text)
 
 
-def _files_below(folder: Path, suffixes: str | tuple[str, ...]) -> list[Path]:
+def _files_below(folder: Path, suffixes: str | tuple[str, ...]) -> tuple[Path, ...]:
     """Files with these suffixes under `folder`, sorted by path, hidden ones left out."""
     found = (path for path in folder.rglob("*") if path.name.endswith(suffixes) and path.is_file())
-    return sorted(path for path in found if "/." not in f"/{path.relative_to(folder)}")
+    return tuple(sorted(path for path in found if "/." not in f"/{path.relative_to(folder)}"))
 
 
 def _file_documents(path: Path) -> Iterator[str]:
@@ -108,12 +98,8 @@ def _file_documents(path: Path) -> Iterator[str]:
             yield from _parquet_documents(path)
         elif path.name.endswith(".txt"):
             yield path.read_bytes().decode("utf-8")
-        elif path.name.endswith(".gz"):
-            with gzip.open(path, "rb") as file:
-                yield from _jsonl_documents(path, file)
         else:
-            with path.open("rb") as file:
-                yield from _jsonl_documents(path, file)
+            yield from _jsonl_documents(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text at byte {error.start}; convert it to UTF-8") from error
     except (OSError, EOFError) as error:
@@ -141,38 +127,25 @@ def _check_column(where: str, columns: dict[str, str]) -> None:
         raise DataError(f"{where} has no column {_TEXT!r} of strings; columns found: {found}; rename one")
 
 
-def _jsonl_documents(path: Path, file: IO[bytes] | gzip.GzipFile) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # bad JSON, or bytes that are not UTF-8
-            raise DataError(f"{path}:{number} is not JSON ({error}); write one object a line") from error
-        if not isinstance(row, dict) or not isinstance(row.get(_TEXT), str):
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise DataError(f"{path}:{number} has no string at key {_TEXT!r}; found: {found or 'nothing'}")
-        yield row[_TEXT]
-
-
-def _datasets() -> ModuleType:
-    """The `datasets` package, told not to import torch, which it would do only to subclass it."""
-    before = os.environ.get("USE_TORCH")
-    os.environ["USE_TORCH"] = "0"
-    try:
-        import datasets
-    finally:
-        if before is None:
-            del os.environ["USE_TORCH"]
-        else:
-            os.environ["USE_TORCH"] = before
-    module: ModuleType = datasets
-    return module
+def _jsonl_documents(path: Path) -> Iterator[str]:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # bad JSON, or bytes that are not UTF-8
+                raise DataError(f"{path}:{number} is not JSON ({error}); write one object a line") from error
+            if not isinstance(row, dict) or not isinstance(row.get(_TEXT), str):
+                found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                raise DataError(f"{path}:{number} has no string at key {_TEXT!r}; found: {found or 'nothing'}")
+            yield row[_TEXT]
 
 
 def _saved_documents(source: Source) -> Iterator[str]:
     """Of a folder written by `datasets.save_to_disk`; of a DatasetDict its `train`."""
-    datasets = _datasets()
+    import datasets
+
     try:
         saved = datasets.load_from_disk(source.location)
     except Exception as error:  # a third party's format: whatever it raises, the folder cannot be read
@@ -187,9 +160,10 @@ def _saved_documents(source: Source) -> Iterator[str]:
         yield from (text or "" for text in batch[_TEXT])
 
 
-def _hub_documents(source: Source, start: dict[str, Any] | None, mark: Mark | None) -> Iterator[str]:
+def _hub_documents(source: Source, start: Bookmark | None, marks: list[Bookmark]) -> Iterator[str]:
     """Streamed, so nothing is kept on disk."""
-    datasets = _datasets()
+    import datasets
+
     where = f"{source.location} ({source.name or 'default'})"
     given = 0
     try:
@@ -198,13 +172,14 @@ def _hub_documents(source: Source, start: dict[str, Any] | None, mark: Mark | No
             raise DataError(f"{where} has no column {_TEXT!r}; found: {', '.join(stream.column_names)}")
         stream = stream.select_columns([_TEXT])
         if start is not None:
-            stream.load_state_dict(start)
+            given = start["documents"]
+            stream.load_state_dict(start["state"])
         for row in stream:
             if text := row[_TEXT]:
                 yield text
                 given += 1
-                if mark is not None and given % _MARK_EVERY == 0:
-                    mark(given, stream.state_dict())
+                if given % _MARK_EVERY == 0:
+                    marks.append({"documents": given, "state": stream.state_dict()})
     except DataError:
         raise
     except Exception as error:  # many libraries stand between here and the hub
@@ -218,29 +193,18 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
-def _stdlib_files() -> list[Path]:
-    """The standard library's modules, and the texts that lie among them outside its tests."""
+def _stdlib_modules() -> tuple[Path, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for path in _files_below(root, (".py", ".txt", ".rst")):
-        folders = path.relative_to(root).parts[:-1]
-        if {"site-packages", "dist-packages"}.intersection(folders):  # other people's
-            continue
-        if path.suffix == ".py" or {"test", "tests"}.isdisjoint(folders):
-            found.append(path)
-    return found
+    others = {"site-packages", "dist-packages", "pydoc_data"}  # other people's, and the topics, read apart
+    return tuple(path for path in _files_below(root, ".py") if others.isdisjoint(path.relative_to(root).parts))
 
 
 def _python_documents(files: tuple[Path, ...]) -> Iterator[str]:
-    """The help topics, one document each; then a module's docstrings and comments, or a text, one a file."""
+    """The help topics, one document each; then each module's docstrings and comments."""
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
-    for path in files:
-        if path.suffix != ".py":
-            yield path.read_text(encoding="utf-8", errors="replace")
-        elif path.parent.name != "pydoc_data":
-            yield _prose(path.read_bytes())
+    yield from (_prose(path.read_bytes()) for path in files)
 
 
 def _prose(code: bytes) -> str:
@@ -252,16 +216,9 @@ def _prose(code: bytes) -> str:
         lines = code.decode("utf-8").split("\n")
     except (SyntaxError, ValueError):
         return ""
-    pieces: list[tuple[int, str]] = []
-    inside: set[int] = set()  # lines of docstrings
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        if text := ast.get_docstring(node):
-            literal = node.body[0]
-            pieces.append((literal.lineno, text + "\n"))
-            inside.update(range(literal.lineno, (literal.end_lineno or literal.lineno) + 1))
-    for number, line in enumerate(lines, start=1):
-        if line.lstrip().startswith("#") and number not in inside:
-            pieces.append((number, line.strip().lstrip("#! \t")))
+    comments = ((number, line.strip()) for number, line in enumerate(lines, start=1))
+    pieces = [(number, line.lstrip("#! \t")) for number, line in comments if line.startswith("#")]
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    documented = (node for node in ast.walk(tree) if isinstance(node, kinds))
+    pieces += [(node.body[0].lineno, text + "\n") for node in documented if (text := ast.get_docstring(node))]
     return "\n".join(text for _, text in sorted(pieces)).strip()

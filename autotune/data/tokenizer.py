@@ -76,16 +76,8 @@ def rank_files() -> dict[str, bytes]:
 
 
 def encode(text: str) -> Tokens:
-    """The GPT-2 tokens (T,) of plain text; a literal `<|endoftext|>` in it is text like any other.
-
-    A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD, as in tiktoken's own `encode_ordinary`.
-    """
-    try:
-        ids = encoder().encode_to_numpy(text, disallowed_special=())
-    except UnicodeEncodeError:
-        clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = encoder().encode_to_numpy(clean, disallowed_special=())
-    return ids.astype(np.uint16)
+    """The GPT-2 tokens (T,) of plain text; a literal `<|endoftext|>` in it is text like any other."""
+    return np.array(encoder().encode_ordinary(text), dtype=np.uint16)
 
 
 def encode_documents(texts: Sequence[str]) -> list[Tokens]:

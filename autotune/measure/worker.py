@@ -22,8 +22,7 @@ from torch import Tensor
 
 from autotune.config.candidate import Candidate
 from autotune.config.toml import write_atomically
-from autotune.data.batches import open_batches, synthetic_batch
-from autotune.data.micro import micro_batches
+from autotune.data.batches import micro_batches, open_batches, synthetic_batch
 from autotune.environment import describe
 from autotune.errors import AutotuneError, UnsupportedError
 from autotune.measure.memory import MemoryMeter

@@ -1,13 +1,12 @@
-"""One thing at a time, as names and values: a single trial, a data directory."""
+"""One thing at a time, as names and values: above all a single trial."""
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from autotune.data.info import DataInfo
 from autotune.measure.types import TrialResult, cache_text
 from autotune.report.table import number, plain
-from autotune.units import format_bytes, format_count, format_duration
+from autotune.units import format_bytes, format_duration
 
 
 def trial_facts(result: TrialResult) -> Group:
@@ -35,25 +34,11 @@ def trial_facts(result: TrialResult) -> Group:
         }
         for stage, view in result.memory.items()
     ]
-    return Group(_facts(facts), *([plain(memory)] if memory else []))
+    return Group(facts_table(facts), *([plain(memory)] if memory else []))
 
 
-def data_facts(found: DataInfo) -> Table:
-    """What a data directory holds."""
-    manifest = found.manifest
-    facts = {
-        "directory": str(found.directory),
-        "format": found.format,
-        "training": f"{format_count(found.train.tokens)} tokens in {found.train.files} files",
-        "validation": f"{format_count(found.val.tokens)} tokens in {found.val.files} files",
-        "source": " ".join(filter(None, (manifest.source, manifest.name))) if manifest else "-",
-        "finished": "-" if manifest is None else "yes" if manifest.finished else "no: run the same prepare again",
-        "begins with": repr(found.opening) if found.opening else "-",
-    }
-    return _facts(facts)
-
-
-def _facts(facts: dict[str, str]) -> Table:
+def facts_table(facts: dict[str, str]) -> Table:
+    """Names and the values that there are."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
         if value:

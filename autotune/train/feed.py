@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from autotune.config.candidate import Candidate
-from autotune.data.batches import BatchSource
-from autotune.data.micro import IntArray, micro_batches
+from autotune.data.batches import BatchSource, IntArray, micro_batches
 from autotune.train.processes import Processes
 
 MicroBatch = tuple[Tensor, Tensor, float]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
-from autotune.data.micro import micro_batches
+from autotune.data.batches import micro_batches
 from autotune.kernels import registry
 from autotune.measure.memory import MemoryMeter
 from autotune.model.step import build, machine_of

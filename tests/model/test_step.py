@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
-from autotune.data.micro import micro_batches
+from autotune.data.batches import micro_batches
 from autotune.errors import ConfigError, UnsupportedError
 from autotune.kernels import registry
 from autotune.model.optim import learning_rate

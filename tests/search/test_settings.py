@@ -73,7 +73,7 @@ def test_a_nanogpt_file_is_recipe_and_baseline(tmp_path: Path) -> None:
         ({"data": Path("/nowhere/data")}, "autotune data prepare"),
         ({"law": "chinchila"}, "scaling law"),
         ({"seed": -1}, "--seed"),
-        ({"from_file": Path("/nowhere/x.py")}, "cannot be read"),
+        ({"from_file": Path("/nowhere/x.py")}, "does not exist; give a nanoGPT config file"),
         ({"choices": ["compile"]}, "write for example compile=off,block"),
         ({"choices": ["compile=off,,"]}, "is not understood"),
         ({"choices": ["compiler=off"]}, "did you mean 'compile'"),
