@@ -135,6 +135,9 @@ def search(
         bool, typer.Option("--calibrate-loss", help="First move the law by two pilots, in 1/5 of the budget.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print settings and space; measure nothing.")] = False,
+    other_machine: Annotated[
+        bool, typer.Option("--other-machine", help="Resume although this is not the run's machine or torch.")
+    ] = False,
 ) -> None:
     """Try real candidates within a budget.
 
@@ -147,8 +150,13 @@ def search(
     if resume is not None:
         _refuse_beside_resume(context)
         seconds = parse_duration(budget) if budget else None
-        _watch(resume, partial(run.resume, resume, here, budget_seconds=seconds, started=started))
+        _watch(
+            resume,
+            partial(run.resume, resume, here, budget_seconds=seconds, same_machine=not other_machine, started=started),
+        )
         return
+    if other_machine:
+        raise ConfigError("--other-machine is for a search that goes on; give --resume RUN with it")
     asked = settings.resolve(
         here,
         budget=budget or "1h",
@@ -174,8 +182,11 @@ def search(
     _watch(directory, partial(run.search, asked, directory, here, started=started, calibrate_loss=calibrate_loss))
 
 
+_OF_RESUME = ("resume", "budget", "device", "other_machine")
+
+
 def _refuse_beside_resume(context: typer.Context) -> None:
-    options = [option for option in context.command.params if option.name not in ("resume", "budget", "device")]
+    options = [option for option in context.command.params if option.name not in _OF_RESUME]
     sources = {option.opts[0]: context.get_parameter_source(str(option.name)) for option in options}
     if given := [flag for flag, source in sources.items() if source and source.name == "COMMANDLINE"]:
         raise ConfigError(f"--resume goes on with the run's own settings; leave out {', '.join(given)}")

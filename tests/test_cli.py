@@ -22,7 +22,7 @@ OPTIONS = {
     "search": [
         "--budget", "--objective", "--memory-limit", "--train-time", "--train-tokens", "--model", "--from", "--data",
         "--choices", "--device", "--workers", "--storage", "--resume", "--seed", "--name", "--law", "--calibrate-loss",
-        "--dry-run",
+        "--dry-run", "--other-machine",
     ],
     "report": ["RUN...", "--html", "--json", "--top", "--rebuild"],
     "trial": ["RUN|TOML", "--set", "--device", "--json"],
@@ -251,6 +251,7 @@ class TestSearch:
             (["--resume", "nowhere"], "nowhere/search.toml does not exist"),
             (["--resume", "x", "--seed", "3", "--name", "y"], "leave out --seed, --name"),
             (["--resume", "x", "--choices", "compile=off"], "leave out --choices"),
+            (["--other-machine"], "give --resume RUN with it"),
         ],
     )
     def test_mistakes_are_one(self, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:

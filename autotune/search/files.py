@@ -81,7 +81,8 @@ def refuse_another_machine(run_dir: Path, environment: Environment) -> None:
     if then.pop("fingerprint", None) != now.pop("fingerprint"):
         changes = [f"{key} {then.get(key)} -> {value}" for key, value in now.items() if then.get(key) != value]
         raise ConfigError(
-            f"{run_dir} was measured elsewhere ({', '.join(changes)}), its numbers do not compare; start a new search"
+            f"{run_dir} was measured elsewhere ({', '.join(changes)}), its numbers do not compare; start a new search, "
+            "or mix them with --other-machine"
         )
 
 
