@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autotune.config.candidate import Candidate
-from autotune.data.batches import BatchSource
+from autotune.data.batches import Batch, BatchSource
 from autotune.data.micro import IntArray, micro_batches
 from autotune.train.processes import Processes
 
@@ -61,19 +61,18 @@ class Feed:
 
     def validation(self, index: int) -> list[MicroBatch]:
         """Validation batch `index`, the same each time."""
-        tokens, targets = self.source.validation_batch(index, self.validation_rows)
-        return self._moved(tokens, targets, self.sizes["evaluation"], self.validation_rows)
+        batch = self.source.validation_batch(index, self.validation_rows)
+        return self._moved(batch, self.sizes["evaluation"], self.validation_rows)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def _load(self, number: int) -> list[MicroBatch]:
-        tokens, targets = self.source.train_batch(number, self.rows)
-        return self._moved(tokens, targets, self.sizes["step"], self.source.global_batch_size)
+        batch = self.source.train_batch(number, self.rows)
+        return self._moved(batch, self.sizes["step"], self.source.global_batch_size)
 
-    def _moved(self, tokens: IntArray, targets: IntArray, size: int, whole: int) -> list[MicroBatch]:
-        cut = micro_batches(tokens, targets, size, whole)
-        return [(self._move(x), self._move(y), share) for x, y, share in cut]
+    def _moved(self, batch: Batch, size: int, whole: int) -> list[MicroBatch]:
+        return [(self._move(x), self._move(y), share) for x, y, share in micro_batches(*batch, size, whole)]
 
     def _move(self, ids: IntArray) -> Tensor:
         tensor = torch.from_numpy(ids)

@@ -19,11 +19,7 @@ class Health:
 
     def __init__(self, recent: Iterable[float]) -> None:
         """recent: the losses of the last WINDOW steps, oldest first, where the training goes on."""
-        self._recent = deque(recent, maxlen=WINDOW)
-
-    @property
-    def recent(self) -> tuple[float, ...]:
-        return tuple(self._recent)
+        self.recent = deque(recent, maxlen=WINDOW)
 
     def complaint(self, loss: float, gradient_norm: float) -> str:
         """What is wrong after a step of this loss; empty for nothing."""
@@ -31,13 +27,12 @@ class Health:
             return f"the training loss is {loss}"
         if not math.isfinite(gradient_norm):
             return f"the gradient's norm is {gradient_norm}"
-        self._recent.append(loss)
-        usual = list(self._recent)[:-SUSTAINED]
+        self.recent.append(loss)
+        usual, last = list(self.recent)[:-SUSTAINED], list(self.recent)[-SUSTAINED:]
         if len(usual) < WINDOW // 2:
             return ""
         median = statistics.median(usual)
         deviation = statistics.median(abs(value - median) for value in usual)
-        lowest = min(list(self._recent)[-SUSTAINED:])
-        if lowest <= median + max(SPIKE_NATS, SPIKE_DEVIATIONS * deviation):
+        if min(last) <= median + max(SPIKE_NATS, SPIKE_DEVIATIONS * deviation):
             return ""
         return f"the training loss has jumped from {median:.2f} to {loss:.2f}"

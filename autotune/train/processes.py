@@ -57,14 +57,12 @@ class Processes:
 
 def processes() -> Processes:
     """From torchrun's environment variables. Raises ConfigError for nonsense in them."""
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     try:
-        rank, count, local = (int(os.environ.get(name, d)) for name, d in _VARIABLES)
+        rank, count, local_rank = (int(os.environ.get(name, default)) for name, default in variables.items())
     except ValueError as error:
         raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK are not numbers: {error}; start it with torchrun") from None
-    return Processes(rank=rank, count=count, local_rank=local)
-
-
-_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    return Processes(rank=rank, count=count, local_rank=local_rank)
 
 
 @contextmanager
