@@ -73,14 +73,11 @@ class Checkpoint:
 
     def load_weights(self, model: GPT) -> None:
         """Copy the weights into `model`. Raises CheckpointError if they are of another shape."""
-        saved = _load(self.path / _MODEL)
-        own = dict(model.named_parameters())
-        different = own.keys() ^ saved.keys() or {n for n, p in own.items() if p.shape != saved[n].shape}
-        if different:
-            raise CheckpointError(f"{self.path / _MODEL} is of another model: {min(different)} does not fit")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(saved[name])
+        try:
+            model.load_state_dict(_load(self.path / _MODEL))
+        except RuntimeError as error:
+            difference = str(error).splitlines()[-1].strip()
+            raise CheckpointError(f"{self.path / _MODEL} is of another model: {difference}") from None
 
     def restore(self, step: TrainStep) -> None:
         """Put weights, optimizer, scaler and random states into `step`, bit for bit."""

@@ -3,8 +3,7 @@
 import json
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,25 +35,19 @@ def export(path: Path, to: str, out: Path) -> str:
     """
     one_of("--to", to, ("hf", "nanogpt"))
     found = find_checkpoint(path)
-    with _new_directory(out) as directory:
-        return _write_hf(found, directory) if to == "hf" else _write_nanogpt(found, directory)
-
-
-@contextmanager
-def _new_directory(out: Path) -> Iterator[Path]:
-    """A directory that becomes `out` when the block has ended well."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out} exists and is not empty; give a new directory")
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        yield temporary
+        note = _write_hf(found, temporary) if to == "hf" else _write_nanogpt(found, temporary)
         temporary.replace(out)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out {out} cannot be written: {error}; give another directory") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return note
 
 
 def _write_hf(found: Checkpoint, directory: Path) -> str:
@@ -125,9 +118,8 @@ def load_initial(path: Path, model: GPT) -> tuple[str, ...]:
     A vocabulary that was padded more since, or positions that are needed no longer, are no difference.
     Raises CheckpointError for what cannot be read or does not fit. Nothing is executed.
     """
-    read = _read_nanogpt if path.is_file() else _read_hf if (path / "config.json").exists() else _read_own
     try:
-        weights, notes = read(path)
+        weights, notes = _read(path)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} cannot be read: {reason}; give another --init-from") from None
@@ -146,30 +138,27 @@ def load_initial(path: Path, model: GPT) -> tuple[str, ...]:
     return f"beginning with the weights of {path}", *notes
 
 
-def _read_own(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    return dict(load_model(find_checkpoint(path), _CPU).state_dict()), []
-
-
-def _read_nanogpt(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(saved, Mapping) or not isinstance(saved.get("model"), Mapping):
-        raise ValueError("it has no table `model`, as a ckpt.pt of nanoGPT has")
-    return _own_names({str(name).removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}), []
-
-
-def _read_hf(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Weights by our names, and what to say about them."""
+    if path.is_file():
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, Mapping) or not isinstance(saved.get("model"), Mapping):
+            raise ValueError("it has no table `model`, as a ckpt.pt of nanoGPT has")
+        return _own_names(saved["model"]), ()
+    if not (path / "config.json").exists():
+        return dict(load_model(find_checkpoint(path), _CPU).state_dict()), ()
     config = json.loads((path / "config.json").read_text())
     if config.get("model_type") != "gpt2":
         raise ValueError(f"its model_type is {config.get('model_type')!r}, only gpt2 is read")
-    own = _own_names(load_file(path / "model.safetensors"))
+    weights = _own_names(load_file(path / "model.safetensors"))
     activation = config.get("activation_function", "gelu_new")
-    notes = [] if activation == "gelu" else [f"its activation is {activation}, it goes on with the exact gelu"]
-    return {name: tensor.T if name.endswith(_CONV1D) else tensor for name, tensor in own.items()}, notes
+    notes = () if activation == "gelu" else (f"its activation is {activation}, it goes on with the exact gelu",)
+    return {name: tensor.T if name.endswith(_CONV1D) else tensor for name, tensor in weights.items()}, notes
 
 
 def _own_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without the head, which is the embedding, and without attention masks, which old files hold."""
-    named = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    named = {str(name).removeprefix("_orig_mod.").removeprefix("transformer."): t for name, t in weights.items()}
     return {n: t for n, t in named.items() if n != "lm_head.weight" and not n.endswith((".attn.bias", ".masked_bias"))}
 
 

@@ -35,19 +35,13 @@ class Feed:
         self._pool = ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
-    def fetch(self, number: int) -> None:
-        """Begin to load batch `number`."""
-        self._ahead = (number, self._pool.submit(self._load, number))
-
     def batch(self, number: int) -> list[MicroBatch]:
         """This process's part of batch `number`, while the next one is fetched. Raises DataError."""
-        if self._ahead is None or self._ahead[0] != number:
-            self.fetch(number)
-        assert self._ahead is not None
         start = time.perf_counter()
-        found = self._ahead[1].result()
+        ready = self._ahead[1] if self._ahead and self._ahead[0] == number else self._pool.submit(self._load, number)
+        found = ready.result()
         self.waited_seconds += time.perf_counter() - start
-        self.fetch(number + 1)
+        self._ahead = number + 1, self._pool.submit(self._load, number + 1)
         return found
 
     def halve(self, work: Work) -> bool:

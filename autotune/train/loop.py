@@ -2,6 +2,7 @@
 
 import gc
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from autotune.model.step import build, compile_cache
 from autotune.train.compare import other_machine
 from autotune.train.exchange import load_initial
 from autotune.train.feed import Feed, Work
-from autotune.train.health import Health
+from autotune.train.health import WINDOW, complaint_of
 from autotune.train.processes import Processes, joined
 from autotune.train.progress import TrainProgress
 from autotune.train.record import Record
@@ -40,7 +41,8 @@ def run(settings: TrainSettings, group: Processes, notes: tuple[str, ...]) -> Tr
     """Open, build, restore, and train; see `trainer.train`."""
     candidate = settings.file.candidate
     recipe, shape = candidate.recipe, candidate.shape
-    machine = describe(group.device(settings.device))
+    own_card = group.count > 1 and settings.device != "cpu" and torch.cuda.is_available()
+    machine = describe(f"cuda:{group.local_rank}" if own_card else settings.device)
     data = open_batches(
         Path(recipe.data),
         seed=recipe.seed,
@@ -90,7 +92,7 @@ class Training:
     def adopt(self, state: TrainState) -> None:
         """Stand where the newest checkpoint stands."""
         self.state, self.iteration, self.skipped = state, state.iteration, state.skipped_batches
-        self.health = Health(state.recent_losses)
+        self.recent = deque(state.recent_losses, maxlen=WINDOW)
         self.pending: list[tuple[Tensor, Tensor, float]] = []  # loss, gradient norm, rate of steps not looked at yet
 
     def run(self) -> TrainSummary | None:
@@ -99,7 +101,6 @@ class Training:
         try:
             with self._signals():
                 if self.iteration < self.recipe.max_iters:
-                    self.feed.fetch(self.iteration + self.skipped)
                     stopped_by = self._train()
         except KeyboardInterrupt:
             raise self._interrupted() from None
@@ -215,7 +216,7 @@ class Training:
         self.pending.clear()
         scaled = self.step.scaler.is_enabled()  # such a step leaves the weights alone where the norm is no number
         for number, (loss, norm, _) in enumerate(self.values, first + 1):
-            if complaint := self.health.complaint(loss, 0.0 if scaled else norm):
+            if complaint := complaint_of(self.recent, loss, 0.0 if scaled else norm):
                 self._go_back(number, f"{complaint} at iteration {number}")
                 return True
         return False
@@ -276,7 +277,7 @@ class Training:
             best_validation_loss=self.best_loss,
             best_iteration=self.best_iteration,
             skipped_batches=self.skipped,
-            recent_losses=tuple(self.health.recent),
+            recent_losses=tuple(self.recent),
         )
         self.record.save()
         if self.group.first:

@@ -28,14 +28,6 @@ class Processes:
         """This process's part of a global batch; the parts differ by one row at most."""
         return slice(self.rank * global_batch_size // self.count, (self.rank + 1) * global_batch_size // self.count)
 
-    def device(self, asked: str) -> str:
-        """`auto` and `cuda` mean the process's own card where there are several."""
-        import torch
-
-        if self.count == 1 or asked == "cpu" or not torch.cuda.is_available():
-            return asked
-        return f"cuda:{self.local_rank}"
-
     def total(self, values: Any) -> Any:
         """A tensor, summed over all processes."""
         if self.count > 1:
