@@ -131,7 +131,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         content = json.loads((path / _STATE).read_text())
         written_as, body, digest = content["format"], content.get("body"), content.get("sha256")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise _DamagedError(f"{path / _STATE} is damaged: {error}") from None
     if written_as != FORMAT:
         raise CheckpointError(
