@@ -61,13 +61,7 @@ def _softmax_of(name: str) -> Softmax:
 
 @torch.library.custom_op("autotune::chunked_cross_entropy", mutates_args=())
 def _chunked(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    chunk_tokens: int,
-    dtype: torch.dtype,
-    with_gradient: bool,
-    softmax: str,
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, dtype: torch.dtype, with_gradient: bool, softmax: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss (), gradient of hidden (N, C), gradient of weight (V, C); empty where not asked for."""
     softmax_ = _softmax_of(softmax)
@@ -94,13 +88,7 @@ def _chunked(
 
 @_chunked.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    chunk_tokens: int,
-    dtype: torch.dtype,
-    with_gradient: bool,
-    softmax: str,
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, dtype: torch.dtype, with_gradient: bool, softmax: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_hidden = torch.empty_like(hidden, dtype=dtype) if with_gradient else hidden.new_empty(0, dtype=dtype)
     grad_weight = torch.empty_like(weight) if with_gradient else weight.new_empty(0)

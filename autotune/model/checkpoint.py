@@ -73,14 +73,11 @@ class Checkpoint:
 
     def load_weights(self, model: GPT) -> None:
         """Copy the weights into `model`. Raises CheckpointError if they are of another shape."""
-        saved = _load(self.path / _MODEL)
-        own = dict(model.named_parameters())
-        different = own.keys() ^ saved.keys() or {n for n, p in own.items() if p.shape != saved[n].shape}
-        if different:
-            raise CheckpointError(f"{self.path / _MODEL} is of another model: {min(different)} does not fit")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(saved[name])
+        try:
+            model.load_state_dict(_load(self.path / _MODEL))
+        except RuntimeError as error:
+            difference = str(error).splitlines()[-1].strip()
+            raise CheckpointError(f"{self.path / _MODEL} is of another model: {difference}") from None
 
     def restore(self, step: TrainStep) -> None:
         """Put weights, optimizer, scaler and random states into `step`, bit for bit."""
@@ -107,10 +104,16 @@ def save_checkpoint(directory: Path, step: TrainStep, state: TrainState) -> Path
         if path.exists():  # of the same iteration: moved aside first, as a rename cannot replace a directory
             path.rename(directory / f".{path.name}.old.tmp")
         temporary.rename(path)
-        _sync(directory)
+        sync(directory)
+        best = directory / BEST
         if state.best_iteration == state.iteration:
-            _point_best(directory, path.name)
-        _prune(directory)
+            link = directory / f".{BEST}.tmp"
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name)
+            link.replace(best)
+        for old in checkpoints(directory)[:-KEPT]:
+            if old.resolve() != best.resolve():
+                shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(
@@ -123,14 +126,19 @@ def save_checkpoint(directory: Path, step: TrainStep, state: TrainState) -> Path
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises CheckpointError for one that is missing, damaged or newer."""
-    content = _content(path)
-    if content.get("format") != FORMAT:
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist; give a directory step_… of a training")
+    try:
+        content = json.loads((path / _STATE).read_text())
+        written_as, body, digest = content["format"], content.get("body"), content.get("sha256")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _DamagedError(f"{path / _STATE} is damaged: {error}") from None
+    if written_as != FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {content.get('format')!r}, this version reads {FORMAT}; "
+            f"{path} has checkpoint format {written_as!r}, this version reads {FORMAT}; "
             "use the autotune that wrote it, or a newer one"
         )
-    body = content.get("body")
-    if not isinstance(body, dict) or content.get("sha256") != _digest(body):
+    if digest != _digest(body):
         raise _DamagedError(f"{path / _STATE} is damaged: its content does not have its sha256")
     for name, expected in body["files"].items():
         if not (path / name).is_file() or _file_digest(path / name) != expected:
@@ -160,14 +168,17 @@ def latest_good(directory: Path) -> tuple[Checkpoint, tuple[str, ...]]:
 
 def checkpoints(directory: Path) -> list[Path]:
     """The checkpoints of a directory, damaged or not, oldest first; empty where it does not exist."""
-    named = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted((path for path in directory.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=_iteration)
+
+
+def _iteration(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def set_aside(directory: Path, iteration: int) -> None:
     """Rename what is newer than `iteration` (it is damaged) to `damaged_*`, and drop `best` if it pointed there."""
     for path in checkpoints(directory):
-        if int(path.name.removeprefix("step_")) > iteration:
+        if _iteration(path) > iteration:
             aside = directory / f"damaged_{path.name}"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -180,6 +191,15 @@ def clean(directory: Path) -> None:
     """Remove what a process that was killed while writing has left behind."""
     for path in directory.glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a directory's entries, on the disk and not only in the kernel's cache."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _write(directory: Path, step: TrainStep, state: TrainState) -> None:
@@ -204,7 +224,7 @@ def _write(directory: Path, step: TrainStep, state: TrainState) -> None:
     content = {"format": FORMAT, "sha256": _digest(body), "body": body}
     (directory / _STATE).write_text(json.dumps(content, indent=1, allow_nan=False))
     for name in (_MODEL, _OPTIMIZER, _STATE, "."):
-        _sync(directory / name)
+        sync(directory / name)
 
 
 def _alone(key: str, value: Tensor | int) -> Tensor:
@@ -228,55 +248,11 @@ def _load_optimizer(step: TrainStep, moments: dict[str, Tensor]) -> None:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        # Clones: safetensors hands out views of the mapped file, at any alignment, and lets a later change of it in.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    # Clones: safetensors hands out views of the mapped file, at any alignment, and lets a later change of it in.
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        text = (path / _STATE).read_text()
-    except FileNotFoundError:
-        if not path.is_dir():
-            raise CheckpointError(f"{path} does not exist; give a directory step_… of a training") from None
-        raise _DamagedError(f"{path} is no whole checkpoint: it has no {_STATE}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise _DamagedError(f"{path / _STATE} cannot be read: {error}") from None
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _DamagedError(f"{path / _STATE} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise _DamagedError(f"{path / _STATE} is damaged: it is no JSON object")
-    return content
-
-
-def _point_best(directory: Path, name: str) -> None:
-    link = directory / f".{BEST}.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    link.replace(directory / BEST)
-
-
-def _prune(directory: Path) -> None:
-    best = (directory / BEST).resolve()
-    for path in checkpoints(directory)[:-KEPT]:
-        if path.resolve() != best:
-            shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    """Have a file's content, or a directory's entries, on the disk and not only in the kernel's cache."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(body: dict[str, Any]) -> str:
+def _digest(body: object) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

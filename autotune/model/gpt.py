@@ -24,18 +24,6 @@ RunBlock = Callable[[int, nn.Module, Tensor], Tensor]
 """Number of a block, the block, its input -> its output. May keep less for the backward than a plain call would."""
 
 
-class LayerNorm(nn.Module):
-    """nn.LayerNorm whose bias can be left out, with nanoGPT's parameter names."""
-
-    def __init__(self, width: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, shape: Shape, attention: Attention) -> None:
         super().__init__()
@@ -67,9 +55,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, shape: Shape, attention: Attention) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(shape.n_embd, shape.bias)
+        self.ln_1 = nn.LayerNorm(shape.n_embd, bias=shape.bias)
         self.attn = CausalSelfAttention(shape, attention)
-        self.ln_2 = LayerNorm(shape.n_embd, shape.bias)
+        self.ln_2 = nn.LayerNorm(shape.n_embd, bias=shape.bias)
         self.mlp = MLP(shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +78,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(shape.vocab_size, shape.n_embd)  # also the head
         self.wpe = nn.Embedding(shape.block_size, shape.n_embd)
         self.h = nn.ModuleList(Block(shape, attention) for _ in range(shape.n_layer))
-        self.ln_f = LayerNorm(shape.n_embd, shape.bias)
+        self.ln_f = nn.LayerNorm(shape.n_embd, bias=shape.bias)
         self._initialise()
 
     def _initialise(self) -> None:

@@ -33,7 +33,7 @@ def run_block(plan: Plan) -> RunBlock:
     every = plan.recomputed_every
     if every is not None:
         return lambda layer, block, x: _checkpoint(block, x) if layer % every == 0 else block(x)
-    return _selectively if plan.activation_checkpointing == "selective" else _plainly
+    return _selectively if plan.activation_checkpointing == "selective" else lambda layer, block, x: block(x)
 
 
 def compile_blocks(model: GPT, plan: Plan) -> None:
@@ -50,11 +50,6 @@ def budget(plan: Plan) -> AbstractContextManager[Any]:
         return nullcontext()
     patched: AbstractContextManager[Any] = functorch_config.patch(activation_memory_budget=plan.memory_budget)
     return patched
-
-
-def _plainly(layer: int, block: nn.Module, x: Tensor) -> Tensor:
-    y: Tensor = block(x)
-    return y
 
 
 def _selectively(layer: int, block: nn.Module, x: Tensor) -> Tensor:

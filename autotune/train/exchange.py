@@ -3,27 +3,24 @@
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from autotune.config.candidate import Plan, Shape, one_of
+from autotune.config.candidate import Candidate, one_of
 from autotune.config.nanogpt import DEFAULTS, nanogpt_values
 from autotune.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, rank_files
 from autotune.errors import CheckpointError, ConfigError
 from autotune.model.checkpoint import Checkpoint
 from autotune.model.gpt import GPT
 from autotune.model.step import build
-from autotune.train.sample import find_checkpoint, load_model
+from autotune.train.sample import INFERENCE, find_checkpoint, load_model
 
-Format = Literal["hf", "nanogpt"]
 _CPU = torch.device("cpu")
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 """What transformers keeps as (in, out), the transpose of a linear layer's weight."""
@@ -36,63 +33,32 @@ def export(path: Path, to: str, out: Path) -> str:
     nanogpt: ckpt.pt, for nanoGPT's sample.py and its train.py --init_from=resume.
     Raises ConfigError or CheckpointError, leaving nothing behind.
     """
-    one_of("--to", to, get_args(Format))
+    one_of("--to", to, ("hf", "nanogpt"))
     found = find_checkpoint(path)
-    with _new_directory(out) as directory:
-        return _write_hf(found, directory) if to == "hf" else _write_nanogpt(found, directory)
-
-
-@contextmanager
-def _new_directory(out: Path) -> Iterator[Path]:
-    """A directory that becomes `out` when the block has ended well."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out} exists and is not empty; give a new directory")
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        yield temporary
+        note = _write_hf(found, temporary) if to == "hf" else _write_nanogpt(found, temporary)
         temporary.replace(out)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out {out} cannot be written: {error}; give another directory") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return note
 
 
 def _write_hf(found: Checkpoint, directory: Path) -> str:
-    shape = found.state.candidate.shape
-    weights = {
-        f"transformer.{name}": (tensor.T if name.endswith(_CONV1D) else tensor).contiguous()
-        for name, tensor in load_model(found, _CPU).state_dict().items()
-    }
-    if not shape.bias:  # GPT-2 cannot do without them
-        weights |= {bias: torch.zeros(size) for bias, size in _hf_biases(shape)}
+    shape, weights = found.state.candidate.shape, {}
+    for name, tensor in load_model(found, _CPU).state_dict().items():
+        weights[f"transformer.{name}"] = (tensor.T if name.endswith(_CONV1D) else tensor).contiguous()
+        if not shape.bias and name not in ("wte.weight", "wpe.weight"):  # GPT-2 cannot do without biases
+            weights[f"transformer.{name.removesuffix('weight')}bias"] = torch.zeros(len(tensor))
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(_hf_config(shape), indent=2) + "\n")
-    if shape.vocab_size < VOCAB_SIZE:
-        return f"no tokenizer was written: a vocabulary of {shape.vocab_size} is not GPT-2's"
-    files = rank_files()
-    (directory / "vocab.json").write_bytes(files["encoder.json"])
-    (directory / "merges.txt").write_bytes(files["vocab.bpe"])
-    tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": shape.block_size}
-    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer) + "\n")
-    return ""
-
-
-def _hf_biases(shape: Shape) -> Iterator[tuple[str, int]]:
-    width = shape.n_embd
-    sizes = {
-        "ln_1": width, "attn.c_attn": 3 * width, "attn.c_proj": width, "ln_2": width, "mlp.c_fc": 4 * width,
-        "mlp.c_proj": width,
-    }  # fmt: skip
-    for layer in range(shape.n_layer):
-        yield from ((f"transformer.h.{layer}.{name}.bias", size) for name, size in sizes.items())
-    yield "transformer.ln_f.bias", width
-
-
-def _hf_config(shape: Shape) -> dict[str, Any]:
-    end = END_OF_TEXT if shape.vocab_size >= VOCAB_SIZE else None
-    return {
+    ours = shape.vocab_size >= VOCAB_SIZE
+    config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu",  # GPT-2's own is the tanh approximation, gelu_new
@@ -106,19 +72,27 @@ def _hf_config(shape: Shape) -> dict[str, Any]:
         "resid_pdrop": shape.dropout,
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
-        "bos_token_id": end,
-        "eos_token_id": end,
+        "bos_token_id": END_OF_TEXT if ours else None,
+        "eos_token_id": END_OF_TEXT if ours else None,
         "dtype": "float32",
     }
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if not ours:
+        return f"no tokenizer was written: a vocabulary of {shape.vocab_size} is not GPT-2's"
+    files = rank_files()
+    (directory / "vocab.json").write_bytes(files["encoder.json"])
+    (directory / "merges.txt").write_bytes(files["vocab.bpe"])
+    tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": shape.block_size}
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer) + "\n")
+    return ""
 
 
 def _write_nanogpt(found: Checkpoint, directory: Path) -> str:
     """The keys that nanoGPT's train.py saves, all of them tensors, numbers and text."""
     candidate, state = found.state.candidate, found.state
-    shape, own = candidate.shape, candidate.recipe.optimizer in ("adamw", "adamw_unfused")
+    own = candidate.recipe.optimizer in ("adamw", "adamw_unfused")
     recipe = candidate.recipe if own else replace(candidate.recipe, optimizer="adamw")
-    plain = replace(candidate, recipe=recipe, plan=Plan(micro_batch_size=1, compile="off", dtype="float32"))
-    step = build(plain, _CPU)
+    step = build(Candidate(recipe=recipe, plan=INFERENCE), _CPU)
     if own:
         found.restore(step)
     else:
@@ -128,7 +102,7 @@ def _write_nanogpt(found: Checkpoint, directory: Path) -> str:
     saved = {
         "model": weights | {"lm_head.weight": weights["transformer.wte.weight"]},
         "optimizer": step.optimizer.state_dict(),
-        "model_args": {name: getattr(shape, name) for name in names},
+        "model_args": {name: getattr(candidate.shape, name) for name in names},
         "iter_num": state.iteration,
         "best_val_loss": 1e9 if state.best_validation_loss is None else state.best_validation_loss,
         "config": DEFAULTS | nanogpt_values(candidate, "cuda"),
@@ -144,9 +118,8 @@ def load_initial(path: Path, model: GPT) -> tuple[str, ...]:
     A vocabulary that was padded more since, or positions that are needed no longer, are no difference.
     Raises CheckpointError for what cannot be read or does not fit. Nothing is executed.
     """
-    read = _reader(path)
     try:
-        weights, notes = read(path)
+        weights, notes = _read(path)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} cannot be read: {reason}; give another --init-from") from None
@@ -165,37 +138,27 @@ def load_initial(path: Path, model: GPT) -> tuple[str, ...]:
     return f"beginning with the weights of {path}", *notes
 
 
-def _reader(path: Path) -> Callable[[Path], tuple[dict[str, Tensor], list[str]]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Weights by our names, and what to say about them."""
     if path.is_file():
-        return _read_nanogpt
-    return _read_hf if (path / "config.json").exists() else _read_own
-
-
-def _read_own(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    return dict(load_model(find_checkpoint(path), _CPU).state_dict()), []
-
-
-def _read_nanogpt(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(saved, Mapping) or not isinstance(saved.get("model"), Mapping):
-        raise ValueError("it has no table `model`, as a ckpt.pt of nanoGPT has")
-    plain = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
-    return _own_names(plain), []
-
-
-def _read_hf(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, Mapping) or not isinstance(saved.get("model"), Mapping):
+            raise ValueError("it has no table `model`, as a ckpt.pt of nanoGPT has")
+        return _own_names(saved["model"]), ()
+    if not (path / "config.json").exists():
+        return dict(load_model(find_checkpoint(path), _CPU).state_dict()), ()
     config = json.loads((path / "config.json").read_text())
     if config.get("model_type") != "gpt2":
         raise ValueError(f"its model_type is {config.get('model_type')!r}, only gpt2 is read")
-    own = _own_names(load_file(path / "model.safetensors"))
+    weights = _own_names(load_file(path / "model.safetensors"))
     activation = config.get("activation_function", "gelu_new")
-    notes = [] if activation == "gelu" else [f"its activation is {activation}, it goes on with the exact gelu"]
-    return {name: tensor.T if name.endswith(_CONV1D) else tensor for name, tensor in own.items()}, notes
+    notes = () if activation == "gelu" else (f"its activation is {activation}, it goes on with the exact gelu",)
+    return {name: tensor.T if name.endswith(_CONV1D) else tensor for name, tensor in weights.items()}, notes
 
 
 def _own_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without the head, which is the embedding, and without attention masks, which old files hold."""
-    named = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    named = {str(name).removeprefix("_orig_mod.").removeprefix("transformer."): t for name, t in weights.items()}
     return {n: t for n, t in named.items() if n != "lm_head.weight" and not n.endswith((".attn.bias", ".masked_bias"))}
 
 

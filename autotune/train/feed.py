@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autotune.config.candidate import Candidate
-from autotune.data.batches import BatchSource, IntArray, micro_batches
+from autotune.data.batches import Batch, BatchSource, IntArray, micro_batches
 from autotune.train.processes import Processes
 
 MicroBatch = tuple[Tensor, Tensor, float]
@@ -34,19 +34,13 @@ class Feed:
         self._pool = ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
-    def fetch(self, number: int) -> None:
-        """Begin to load batch `number`."""
-        self._ahead = (number, self._pool.submit(self._load, number))
-
     def batch(self, number: int) -> list[MicroBatch]:
         """This process's part of batch `number`, while the next one is fetched. Raises DataError."""
-        if self._ahead is None or self._ahead[0] != number:
-            self.fetch(number)
-        assert self._ahead is not None
         start = time.perf_counter()
-        found = self._ahead[1].result()
+        ready = self._ahead[1] if self._ahead and self._ahead[0] == number else self._pool.submit(self._load, number)
+        found = ready.result()
         self.waited_seconds += time.perf_counter() - start
-        self.fetch(number + 1)
+        self._ahead = number + 1, self._pool.submit(self._load, number + 1)
         return found
 
     def halve(self, work: Work) -> bool:
@@ -60,19 +54,18 @@ class Feed:
 
     def validation(self, index: int) -> list[MicroBatch]:
         """Validation batch `index`, the same each time."""
-        tokens, targets = self.source.validation_batch(index, self.validation_rows)
-        return self._moved(tokens, targets, self.sizes["evaluation"], self.validation_rows)
+        batch = self.source.validation_batch(index, self.validation_rows)
+        return self._moved(batch, self.sizes["evaluation"], self.validation_rows)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def _load(self, number: int) -> list[MicroBatch]:
-        tokens, targets = self.source.train_batch(number, self.rows)
-        return self._moved(tokens, targets, self.sizes["step"], self.source.global_batch_size)
+        batch = self.source.train_batch(number, self.rows)
+        return self._moved(batch, self.sizes["step"], self.source.global_batch_size)
 
-    def _moved(self, tokens: IntArray, targets: IntArray, size: int, whole: int) -> list[MicroBatch]:
-        cut = micro_batches(tokens, targets, size, whole)
-        return [(self._move(x), self._move(y), share) for x, y, share in cut]
+    def _moved(self, batch: Batch, size: int, whole: int) -> list[MicroBatch]:
+        return [(self._move(x), self._move(y), share) for x, y, share in micro_batches(*batch, size, whole)]
 
     def _move(self, ids: IntArray) -> Tensor:
         tensor = torch.from_numpy(ids)

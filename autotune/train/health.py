@@ -3,7 +3,6 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
 
 WINDOW = 32
 """Steps whose losses are what is usual."""
@@ -14,30 +13,21 @@ SPIKE_DEVIATIONS = 5
 """Above the usual loss by so many nats, and by so many times its median absolute deviation."""
 
 
-class Health:
-    """Judges the loss of each step against those before it."""
+def complaint_of(recent: deque[float], loss: float, gradient_norm: float) -> str:
+    """What is wrong after a step of this loss; empty for nothing.
 
-    def __init__(self, recent: Iterable[float]) -> None:
-        """recent: the losses of the last WINDOW steps, oldest first, where the training goes on."""
-        self._recent = deque(recent, maxlen=WINDOW)
-
-    @property
-    def recent(self) -> tuple[float, ...]:
-        return tuple(self._recent)
-
-    def complaint(self, loss: float, gradient_norm: float) -> str:
-        """What is wrong after a step of this loss; empty for nothing."""
-        if not math.isfinite(loss):
-            return f"the training loss is {loss}"
-        if not math.isfinite(gradient_norm):
-            return f"the gradient's norm is {gradient_norm}"
-        self._recent.append(loss)
-        usual = list(self._recent)[:-SUSTAINED]
-        if len(usual) < WINDOW // 2:
-            return ""
-        median = statistics.median(usual)
-        deviation = statistics.median(abs(value - median) for value in usual)
-        lowest = min(list(self._recent)[-SUSTAINED:])
-        if lowest <= median + max(SPIKE_NATS, SPIKE_DEVIATIONS * deviation):
-            return ""
-        return f"the training loss has jumped from {median:.2f} to {loss:.2f}"
+    recent: the losses of the last WINDOW steps, oldest first; this one joins them, unless it is no number.
+    """
+    if not math.isfinite(loss):
+        return f"the training loss is {loss}"
+    if not math.isfinite(gradient_norm):
+        return f"the gradient's norm is {gradient_norm}"
+    recent.append(loss)
+    usual, last = list(recent)[:-SUSTAINED], list(recent)[-SUSTAINED:]
+    if len(usual) < WINDOW // 2:
+        return ""
+    median = statistics.median(usual)
+    deviation = statistics.median(abs(value - median) for value in usual)
+    if min(last) <= median + max(SPIKE_NATS, SPIKE_DEVIATIONS * deviation):
+        return ""
+    return f"the training loss has jumped from {median:.2f} to {loss:.2f}"

@@ -1,11 +1,9 @@
 """train_log.csv: the curve of a training, without gaps or duplicates however often it was resumed."""
 
 import csv
-import io
-import os
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from autotune.config.toml import write_atomically
 
@@ -35,62 +33,21 @@ class LogRow:
     """Wall clock so far, over all resumptions."""
 
 
-_COLUMNS = tuple(field.name for field in fields(LogRow))
+def keep_rows(log: Path, iteration: int) -> None:
+    """Make the log, or drop what was logged after `iteration` and the half row that a killed process has left."""
+    lines = log.read_text().splitlines(keepends=True)[1:] if log.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and int(line.partition(",")[0]) <= iteration]
+    write_atomically(log, ",".join(field.name for field in fields(LogRow)) + "\n", *kept)
 
 
-class TrainLog:
-    """An open train_log.csv."""
-
-    def __init__(self, path: Path, iteration: int) -> None:
-        """Keep the rows up to `iteration`, drop what a killed process logged after its last checkpoint."""
-        self.path = path
-        self._begin(iteration)
-
-    def rewind(self, iteration: int) -> None:
-        """Drop the rows after `iteration`: the training goes back to there."""
-        self._file.close()
-        self._begin(iteration)
-
-    def _begin(self, iteration: int) -> None:
-        kept = [line for line in _lines(self.path) if _iteration(line) <= iteration]
-        write_atomically(self.path, "".join([",".join(_COLUMNS) + "\n", *kept]))
-        self.last = _row(kept[-1]) if kept else None
-        self._file = self.path.open("a", newline="")
-
-    def write(self, row: LogRow) -> None:
-        """Append one row; whoever reads the file meanwhile sees it whole."""
-        line = io.StringIO()
-        values = (getattr(row, name) for name in _COLUMNS)
-        csv.writer(line, lineterminator="\n").writerow(repr(v) if isinstance(v, float) else v for v in values)
-        self._file.write(line.getvalue())
-        self._file.flush()
-        self.last = row
-
-    def sync(self) -> None:
-        """Have all rows on the disk, before the checkpoint that follows them."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
+def append_row(log: Path, row: LogRow) -> None:
+    """In one write: whoever reads the file meanwhile sees the row whole."""
+    cells = ("" if value is None else repr(value) for value in astuple(row))
+    with log.open("a") as file:
+        file.write(",".join(cells) + "\n")
 
 
-def _lines(path: Path) -> list[str]:
-    text = path.read_text() if path.exists() else ""
-    return [line for line in text.splitlines(keepends=True)[1:] if line.endswith("\n")]  # the last may be half written
-
-
-def _iteration(line: str) -> int:
-    return int(line.partition(",")[0])
-
-
-def read_log(path: Path) -> list[LogRow]:
-    """The rows of a train_log.csv, of a running training too; empty where there is none."""
-    return [_row(line) for line in _lines(path)]
-
-
-def _row(line: str) -> LogRow:
-    hints: dict[str, Any] = get_type_hints(LogRow)
-    cells = dict(zip(_COLUMNS, line.rstrip("\n").split(","), strict=True))
-    whole = {name for name, hint in hints.items() if hint in (int, int | None)}
-    values: dict[str, Any] = {n: None if not c else int(c) if n in whole else float(c) for n, c in cells.items()}
-    return LogRow(**values)
+def read_rows(log: Path) -> list[dict[str, Any]]:
+    """The rows: numbers by column, None for an empty cell."""
+    with log.open(newline="") as file:
+        return [{name: float(cell) if cell else None for name, cell in row.items()} for row in csv.DictReader(file)]

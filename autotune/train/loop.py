@@ -1,33 +1,35 @@
 """The loop of a training: steps in stretches, and between them evaluation, log and checkpoint."""
 
 import gc
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor
 
-from autotune.config.candidate import Candidate
 from autotune.config.toml import format_candidate, write_atomically
-from autotune.data.batches import BatchSource, open_batches
-from autotune.environment import Environment, describe
+from autotune.data.batches import open_batches
+from autotune.environment import describe
 from autotune.errors import AutotuneError, InterruptedByUser
 from autotune.measure.types import Stage, cache_text
 from autotune.measure.worker import COMPILING_STEPS, out_of_memory
 from autotune.model.checkpoint import TrainState, checkpoints, save_checkpoint
 from autotune.model.optim import learning_rate
-from autotune.model.step import TrainStep, build, compile_cache
+from autotune.model.step import build, compile_cache
 from autotune.train.compare import other_machine
 from autotune.train.exchange import load_initial
 from autotune.train.feed import Feed, Work
-from autotune.train.health import Health
+from autotune.train.health import WINDOW, complaint_of
 from autotune.train.processes import Processes, joined
 from autotune.train.progress import TrainProgress
 from autotune.train.record import Record
 from autotune.train.resume import go_back, restore
 from autotune.train.settings import CHECKPOINTS, RECIPE, StoppedBy, TrainSettings, TrainSummary
-from autotune.train.signals import stop_signals
 from autotune.train.trainer import locked
 
 SETBACKS = 3
@@ -38,17 +40,30 @@ _GO_ON, _TIME_OVER, _ASKED = range(3)
 def run(settings: TrainSettings, group: Processes, notes: tuple[str, ...]) -> TrainSummary | None:
     """Open, build, restore, and train; see `trainer.train`."""
     candidate = settings.file.candidate
-    machine = describe(group.device(settings.device))
-    data = _open_data(candidate)
+    recipe, shape = candidate.recipe, candidate.shape
+    own_card = group.count > 1 and settings.device != "cpu" and torch.cuda.is_available()
+    machine = describe(f"cuda:{group.local_rank}" if own_card else settings.device)
+    data = open_batches(
+        Path(recipe.data),
+        seed=recipe.seed,
+        global_batch_size=recipe.global_batch_size,
+        block_size=shape.block_size,
+        vocab_size=shape.vocab_size,
+    )
     step = build(candidate, torch.device(machine.device))
-    if candidate.recipe.init_from and not (settings.resume and checkpoints(settings.out / CHECKPOINTS)):
-        notes += load_initial(Path(candidate.recipe.init_from), step.model)
+    if recipe.init_from and not (settings.resume and checkpoints(settings.out / CHECKPOINTS)):
+        notes += load_initial(Path(recipe.init_from), step.model)
+    if different := other_machine(settings.file.environment, machine):
+        notes += (
+            f"warning: the candidate was measured on another machine ({different}); "
+            "its speed and memory may differ here, `autotune search` measures them",
+        )
     with ExitStack() as stack:
         if group.first:
             stack.enter_context(locked(settings.out))
         stack.enter_context(joined(group))
-        progress = stack.enter_context(TrainProgress(candidate.recipe.max_iters, quiet=not group.first))
-        for note in (*notes, *_machine_notes(settings, machine)):
+        progress = stack.enter_context(TrainProgress(recipe.max_iters, quiet=not group.first))
+        for note in notes:
             progress.note(note)
         state = restore(settings, group, step, progress)
         if group.first:
@@ -56,29 +71,20 @@ def run(settings: TrainSettings, group: Processes, notes: tuple[str, ...]) -> Tr
         if group.count > 1:
             step.over_processes()
         feed = stack.enter_context(closing(Feed(data, group, candidate, step.device)))
-        record = stack.enter_context(closing(Record(settings, group, machine, step, feed, state, progress)))
-        return Training(settings, group, step, feed, state, record, progress).run()
+        return Training(Record(settings, group, machine, step, feed, state, progress, stack), state).run()
 
 
 class Training:
     """One training in progress."""
 
-    def __init__(
-        self,
-        settings: TrainSettings,
-        group: Processes,
-        step: TrainStep,
-        feed: Feed,
-        state: TrainState,
-        record: Record,
-        progress: TrainProgress,
-    ) -> None:
-        self.settings, self.group, self.step, self.feed = settings, group, step, feed
-        self.record, self.progress = record, progress
-        self.recipe, self.device = step.candidate.recipe, step.device
-        self.first = self.iteration = state.iteration
+    def __init__(self, record: Record, state: TrainState) -> None:
+        self.record, self.settings, self.group, self.step = record, record.settings, record.group, record.step
+        self.feed, self.progress, self.recipe = record.feed, record.progress, record.recipe
+        self.device, self.checkpoints = self.step.device, self.settings.out / CHECKPOINTS
+        self.first = state.iteration
         self.adopt(state)
         self.setbacks = 0
+        self.asked = False  # by a signal, to stop
         self.values: list[tuple[float, float, float]] = []  # loss, gradient norm, rate of the steps last looked at
         self.best_loss, self.best_iteration = state.best_validation_loss, state.best_iteration
         self.ahead: torch.cuda.Event | None = None
@@ -86,17 +92,16 @@ class Training:
     def adopt(self, state: TrainState) -> None:
         """Stand where the newest checkpoint stands."""
         self.state, self.iteration, self.skipped = state, state.iteration, state.skipped_batches
-        self.health = Health(state.recent_losses)
+        self.recent = deque(state.recent_losses, maxlen=WINDOW)
         self.pending: list[tuple[Tensor, Tensor, float]] = []  # loss, gradient norm, rate of steps not looked at yet
 
     def run(self) -> TrainSummary | None:
         """Step until the end, then say how it went."""
         stopped_by: StoppedBy = "max_iters"
         try:
-            with stop_signals(lambda: self.iteration > self.state.iteration) as asked:
+            with self._signals():
                 if self.iteration < self.recipe.max_iters:
-                    self.feed.fetch(self.iteration + self.skipped)
-                    stopped_by = self._train(asked)
+                    stopped_by = self._train()
         except KeyboardInterrupt:
             raise self._interrupted() from None
         except (RuntimeError, MemoryError) as error:
@@ -108,14 +113,31 @@ class Training:
             ) from error
         return self.record.finish(stopped_by, self.state, self.iteration - self.first)
 
-    def _train(self, asked: Callable[[], bool]) -> StoppedBy:
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Within the block, Ctrl-C and SIGTERM ask to stop. KeyboardInterrupt where nothing is unsaved (while the
+        first step compiles, say), and at the second one."""
+
+        def ask(_number: int, _frame: FrameType | None) -> None:
+            if self.asked or self.iteration <= self.state.iteration:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _train(self) -> StoppedBy:
         while True:
             stage: Stage = "first_step" if self.iteration < self.first + COMPILING_STEPS else "steady"
             boundary, stop = self._boundary(stage), _GO_ON
             with self.record.measured(stage):
                 while self.iteration < boundary and stop == _GO_ON:
                     self._one_step()
-                    stop = self._stop(asked)
+                    stop = self._stop()
             if self.iteration == self.first + COMPILING_STEPS and (compiled := compile_cache()):
                 self.progress.note(f"compiled, with {cache_text(*compiled)} from the compile cache")
             if self._went_bad():
@@ -173,11 +195,11 @@ class Training:
         self.ahead = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.ahead.record()
 
-    def _stop(self, asked: Callable[[], bool]) -> int:
+    def _stop(self) -> int:
         """_TIME_OVER, _ASKED or _GO_ON, the same in all processes."""
         limit = self.settings.max_seconds
         over = limit is not None and self.record.here >= limit
-        return self.group.largest(_ASKED if asked() else _TIME_OVER if over else _GO_ON)
+        return self.group.largest(_ASKED if self.asked else _TIME_OVER if over else _GO_ON)
 
     def _boundary(self, stage: Stage) -> int:
         """The iteration up to which nothing but steps is to be done."""
@@ -194,14 +216,14 @@ class Training:
         self.pending.clear()
         scaled = self.step.scaler.is_enabled()  # such a step leaves the weights alone where the norm is no number
         for number, (loss, norm, _) in enumerate(self.values, first + 1):
-            if complaint := self.health.complaint(loss, 0.0 if scaled else norm):
+            if complaint := complaint_of(self.recent, loss, 0.0 if scaled else norm):
                 self._go_back(number, f"{complaint} at iteration {number}")
                 return True
         return False
 
     def _go_back(self, bad: int, complaint: str) -> None:
         advice = "lower training.learning_rate or choose plan.dtype = 'float32'"
-        if not checkpoints(self.settings.out / CHECKPOINTS):
+        if not checkpoints(self.checkpoints):
             raise AutotuneError(f"{complaint}, there is no checkpoint to go back to; {advice}")
         if self.setbacks == SETBACKS:
             raise AutotuneError(
@@ -209,10 +231,9 @@ class Training:
                 f"iteration {self.state.iteration}; {advice}, and look at the data"
             )
         self.setbacks += 1
-        skipped = self.skipped + bad - self.state.iteration
-        state = go_back(self.settings.out / CHECKPOINTS, self.step, self.group)
-        self.adopt(state)
-        self.skipped = skipped
+        batches = self.skipped + bad  # up to the bad one
+        self.adopt(go_back(self.checkpoints, self.step, self.group))
+        self.skipped = batches - self.iteration
         self.record.go_back(self.iteration)
         self.progress.note(
             f"warning: {complaint}; going back to iteration {self.iteration} and past the data of the steps since "
@@ -221,14 +242,13 @@ class Training:
 
     def _look(self, stop: bool) -> None:
         """Evaluate, log and save, whatever is due."""
-        evaluate = stop or self.iteration % self.recipe.eval_interval == 0
         improved, validation = False, None
-        if evaluate:
+        if stop or self.iteration % self.recipe.eval_interval == 0:
             validation = self._evaluate()
             improved = self.best_loss is None or validation < self.best_loss
             if improved:
                 self.best_loss, self.best_iteration = validation, self.iteration
-        if evaluate or self.iteration == 1 or self.iteration % self.recipe.log_interval == 0:
+        if validation is not None or self.iteration == 1 or self.iteration % self.recipe.log_interval == 0:
             self.record.row(self.iteration, *self.values[-1], validation)
         due = self.recipe.always_save_checkpoint and self.iteration % self.recipe.checkpoint_interval == 0
         if improved or stop or due:
@@ -248,48 +268,27 @@ class Training:
         return float(self.group.total(total)) / self.recipe.eval_iters
 
     def _save(self) -> None:
-        state = TrainState(
+        state = replace(
+            self.state,
             iteration=self.iteration,
             tokens=self.iteration * self.recipe.tokens_per_step,
             candidate=self.step.candidate,
             seconds=self.record.seconds,
             best_validation_loss=self.best_loss,
             best_iteration=self.best_iteration,
-            data_fingerprint=self.state.data_fingerprint,
             skipped_batches=self.skipped,
-            recent_losses=self.health.recent,
+            recent_losses=tuple(self.recent),
         )
         self.record.save()
         if self.group.first:
             with self.record.measured("checkpoint"):
-                save_checkpoint(self.settings.out / CHECKPOINTS, self.step, state)
+                save_checkpoint(self.checkpoints, self.step, state)
         self.group.largest(0)  # torchrun ends all processes as soon as one leaves: none does before it is written
         self.state = state
 
     def _interrupted(self) -> InterruptedByUser:
-        out, kept = self.settings.out, checkpoints(self.settings.out / CHECKPOINTS)
+        kept, recipe = checkpoints(self.checkpoints), self.settings.out / RECIPE
         where = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         return InterruptedByUser(
-            f"stopped after iteration {self.iteration}; {where}; go on with `autotune train {out / RECIPE} --resume`"
+            f"stopped after iteration {self.iteration}; {where}; go on with `autotune train {recipe} --resume`"
         )
-
-
-def _machine_notes(settings: TrainSettings, machine: Environment) -> list[str]:
-    different = other_machine(settings.file.environment, machine)
-    if not different:
-        return []
-    return [
-        f"warning: the candidate was measured on another machine ({different}); "
-        "its speed and memory may differ here, `autotune search` measures them"
-    ]
-
-
-def _open_data(candidate: Candidate) -> BatchSource:
-    recipe, shape = candidate.recipe, candidate.shape
-    return open_batches(
-        Path(recipe.data),
-        seed=recipe.seed,
-        global_batch_size=recipe.global_batch_size,
-        block_size=shape.block_size,
-        vocab_size=shape.vocab_size,
-    )

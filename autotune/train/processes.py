@@ -28,14 +28,6 @@ class Processes:
         """This process's part of a global batch; the parts differ by one row at most."""
         return slice(self.rank * global_batch_size // self.count, (self.rank + 1) * global_batch_size // self.count)
 
-    def device(self, asked: str) -> str:
-        """`auto` and `cuda` mean the process's own card where there are several."""
-        import torch
-
-        if self.count == 1 or asked == "cpu" or not torch.cuda.is_available():
-            return asked
-        return f"cuda:{self.local_rank}"
-
     def total(self, values: Any) -> Any:
         """A tensor, summed over all processes."""
         if self.count > 1:
@@ -57,14 +49,12 @@ class Processes:
 
 def processes() -> Processes:
     """From torchrun's environment variables. Raises ConfigError for nonsense in them."""
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     try:
-        rank, count, local = (int(os.environ.get(name, d)) for name, d in _VARIABLES)
+        rank, count, local_rank = (int(os.environ.get(name, default)) for name, default in variables.items())
     except ValueError as error:
         raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK are not numbers: {error}; start it with torchrun") from None
-    return Processes(rank=rank, count=count, local_rank=local)
-
-
-_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    return Processes(rank=rank, count=count, local_rank=local_rank)
 
 
 @contextmanager

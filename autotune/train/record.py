@@ -3,25 +3,26 @@
 import json
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
+from typing import Any
 
-from autotune.config.candidate import Recipe
+from matplotlib.figure import Figure
+
 from autotune.config.toml import write_atomically
 from autotune.environment import Environment
 from autotune.measure.memory import MemoryMeter
 from autotune.measure.timing import Stopwatch, summarise
 from autotune.measure.types import Stage
-from autotune.model.checkpoint import TrainState, checkpoints
+from autotune.model.checkpoint import TrainState, checkpoints, sync
 from autotune.model.step import TrainStep
-from autotune.train.compare import compare_peak, compare_speed
-from autotune.train.curve import draw_curve
+from autotune.train.compare import compare
 from autotune.train.feed import Feed
-from autotune.train.log import LogRow, TrainLog
+from autotune.train.log import LogRow, append_row, keep_rows, read_rows
 from autotune.train.processes import Processes
 from autotune.train.progress import TrainProgress
 from autotune.train.settings import CHECKPOINTS, CURVE, LOG, SUMMARY, StoppedBy, TrainSettings, TrainSummary
-from autotune.train.track import Tracker, open_trackers
+from autotune.train.track import Track, open_trackers
 
 WARM_AFTER = 3
 """Steps of a process that say nothing about its speed: the first compiles, on the CPU the second is profiled."""
@@ -30,42 +31,33 @@ CURVE_SECONDS = 60.0
 
 
 class Record:
-    """The readable side of one training, open until `close`. Only the first of several processes writes."""
+    """The readable side of one training. Only the first of several processes writes."""
 
     def __init__(
-        self,
-        settings: TrainSettings,
-        group: Processes,
-        machine: Environment,
-        step: TrainStep,
-        feed: Feed,
-        state: TrainState,
-        progress: TrainProgress,
-    ) -> None:
+        self, settings: TrainSettings, group: Processes, machine: Environment, step: TrainStep, feed: Feed,
+        state: TrainState, progress: TrainProgress, stack: ExitStack,
+    ) -> None:  # fmt: skip
         self.settings, self.group, self.machine, self.step, self.feed = settings, group, machine, step, feed
-        self.recipe: Recipe = step.candidate.recipe
-        self.progress = progress
+        self.recipe, self.progress, self.log = step.candidate.recipe, progress, settings.out / LOG
         self.started, self.seconds_before = time.monotonic(), state.seconds
-        self.meter = MemoryMeter(step.device, step.state_bytes)
-        self.watch = Stopwatch(step.device)
+        self.meter, self.watch = MemoryMeter(step.device, step.state_bytes), Stopwatch(step.device)
         self.step_seconds: list[float] = []
         self.readings: list[Callable[[], float]] = []  # of steps since the last row
         self.waited_before = self.drawn = 0.0
-        self.trackers: list[Tracker] = []
-        self.log: TrainLog | None = None
+        self.trackers: list[Track] = []
         if group.first:
-            self.trackers = open_trackers(step.candidate, settings.out, state.iteration)
-            self.log = TrainLog(settings.out / LOG, state.iteration)
+            self.trackers = open_trackers(step.candidate, settings.out, state.iteration, stack)
+            keep_rows(self.log, state.iteration)
+
+    @property
+    def here(self) -> float:
+        """Wall clock of this process's part of the training."""
+        return time.monotonic() - self.started
 
     @property
     def seconds(self) -> float:
         """Wall clock of the training, over all resumptions."""
         return self.seconds_before + self.here
-
-    @property
-    def here(self) -> float:
-        """Wall clock of this process's part of it."""
-        return time.monotonic() - self.started
 
     def measured(self, stage: Stage) -> AbstractContextManager[None]:
         """Peaks of every stretch on CUDA, where they cost nothing; of each stage once on the CPU: it is profiled."""
@@ -102,31 +94,31 @@ class Record:
             seconds=self.seconds,
         )
         self.waited_before = waited
-        if self.log is not None:
-            self.log.write(row)
-            for tracker in self.trackers:
-                tracker.write(row)
+        if self.group.first:
+            append_row(self.log, row)
+            for track in self.trackers:
+                track({name: v for name, v in asdict(row).items() if v is not None and name != "iteration"}, iteration)
             self.progress.row(row, self._eta(iteration, mean))
 
     def save(self) -> None:
         """Have the rows on the disk before the checkpoint that follows them, and redraw the curve now and then."""
-        if self.log is not None:
-            self.log.sync()
+        if self.group.first:
+            sync(self.log)
             if self.here - self.drawn >= CURVE_SECONDS:
                 self._draw()
 
     def go_back(self, iteration: int) -> None:
         """Drop what was logged after `iteration`."""
         self.readings.clear()
-        if self.log is not None:
-            self.log.rewind(iteration)
+        if self.group.first:
+            keep_rows(self.log, iteration)
 
     def finish(self, stopped_by: StoppedBy, state: TrainState, done_here: int) -> TrainSummary | None:
         """Write the summary and the last curve; None in other processes than the first.
         done_here: steps of this process, 0 for a training that had ended before."""
-        if self.log is None:
+        if not self.group.first:
             return None
-        summary, path = self._summary(self.log.last, stopped_by, state), self.settings.out / SUMMARY
+        summary, path = self._summary(stopped_by, state), self.settings.out / SUMMARY
         if done_here or not path.exists():
             write_atomically(path, json.dumps(asdict(summary), indent=1) + "\n")
             self._draw()
@@ -138,14 +130,20 @@ class Record:
             self.progress.note(f"warning: {warning}")
         return summary
 
-    def close(self) -> None:
-        if self.log is not None:
-            self.log.close()
-        for tracker in self.trackers:
-            tracker.close()
-
     def _draw(self) -> None:
-        draw_curve(self.settings.out / LOG, self.settings.out / CURVE)
+        """loss.png: the losses against the tokens; replaced as a whole. Raises OSError."""
+        rows, picture = read_rows(self.log), self.settings.out / CURVE
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([row["tokens"] for row in rows], [row["train_loss"] for row in rows], lw=1, label="training")
+        seen = [row for row in rows if row["validation_loss"] is not None]
+        axes.plot([r["tokens"] for r in seen], [r["validation_loss"] for r in seen], "o-", ms=3, label="validation")
+        axes.set(xlabel="tokens", ylabel="loss (nats a token)")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        temporary = picture.with_name(f".{picture.name}.tmp")
+        figure.savefig(temporary, format="png", dpi=120)
+        temporary.replace(picture)
         self.drawn = self.here
 
     def _eta(self, iteration: int, step_seconds: float | None) -> float | None:
@@ -165,17 +163,18 @@ class Record:
         known = [value for stage in self.meter.views().values() if (value := getattr(stage, view)) is not None]
         return max(known, default=None)
 
-    def _summary(self, last: LogRow | None, stopped_by: StoppedBy, state: TrainState) -> TrainSummary:
+    def _summary(self, stopped_by: StoppedBy, state: TrainState) -> TrainSummary:
         timing = summarise(warm) if (warm := self.step_seconds[WARM_AFTER:]) else None
         speed = self.recipe.tokens_per_step / timing.median if timing else None
-        ci95 = speed * timing.ci95 / timing.median if speed and timing else None
+        figures: dict[str, Any] = {
+            "tokens_per_second": speed,
+            "tokens_per_second_ci95": speed * timing.ci95 / timing.median if speed and timing else None,
+            **{f"peak_{v}": self._peak(v) for v in ("allocated_bytes", "reserved_bytes", "device_bytes")},
+        }
         # The verdict is of one process: several are another machine.
         measured = self.settings.file.measured if self.group.count == 1 else {}
-        peaks = {view: self._peak(view) for view in ("allocated_bytes", "reserved_bytes", "device_bytes")}
-        # On the CPU the device's view is the resident size, which the program's libraries outweigh.
-        views = ("allocated_bytes",) if self.step.device.type == "cpu" else ("allocated_bytes", "device_bytes")
-        compared = [compare_speed(measured, speed, ci95, self.step.device.type)]
-        compared += [compare_peak(measured, f"peak_{view}", peaks[view]) for view in views]
+        compared = list(compare(measured, figures, self.step.device.type))
+        last = rows[-1] if (rows := read_rows(self.log)) else {}
         return TrainSummary(
             out=str(self.settings.out),
             checkpoint=str(checkpoints(self.settings.out / CHECKPOINTS)[-1]),
@@ -183,18 +182,14 @@ class Record:
             iterations=state.iteration,
             tokens=state.tokens,
             processes=self.group.count,
-            train_loss=last.train_loss if last else None,
-            validation_loss=last.validation_loss if last else None,
+            train_loss=last.get("train_loss"),
+            validation_loss=last.get("validation_loss"),
             best_validation_loss=state.best_validation_loss,
             best_iteration=state.best_iteration,
-            tokens_per_second=speed,
-            tokens_per_second_ci95=ci95,
             mfu=self._mfu(speed),
-            peak_allocated_bytes=peaks["allocated_bytes"],
-            peak_reserved_bytes=peaks["reserved_bytes"],
-            peak_device_bytes=peaks["device_bytes"],
             seconds=self.seconds,
             data_wait_seconds=self.feed.waited_seconds,
-            comparison=tuple(c.text for c in compared if c),
-            warnings=tuple(c.text for c in compared if c and not c.within),
+            comparison=tuple(text for text, _ in compared),
+            warnings=tuple(text for text, within in compared if not within),
+            **figures,
         )

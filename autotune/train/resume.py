@@ -26,37 +26,29 @@ def restore(settings: TrainSettings, group: Processes, step: TrainStep, progress
 
     Raises CheckpointError where that is of another training, with nothing changed.
     """
-    if not group.first:
+    directory, candidate = settings.out / CHECKPOINTS, settings.file.candidate
+    if group.first:
+        clean(directory)
+    else:
         group.largest(0)  # the first one tidies up before the others look
-    state = _newest(settings, group, step, progress) or _beginning(settings, progress)
+    data_fingerprint = fingerprint(Path(candidate.recipe.data))
+    if settings.resume and checkpoints(directory):
+        found, damages = latest_good(directory)
+        _check_same_training(found.state, candidate.recipe, data_fingerprint, settings.out)
+        for damage in damages:
+            progress.note(f"warning: {damage}")
+        if damages:
+            progress.note(f"going back to {found.path}; the damaged ones are renamed damaged_*")
+        set_aside(directory, found.state.iteration)
+        progress.note(f"going on from iteration {found.state.iteration}")
+        state = _put(found, step, group)
+    else:
+        if settings.resume:
+            progress.note(f"{settings.out} has no checkpoint yet: it begins again at iteration 0")
+        state = TrainState(iteration=0, tokens=0, candidate=candidate, data_fingerprint=data_fingerprint)
     if group.first:
         group.largest(0)
     return state
-
-
-def _beginning(settings: TrainSettings, progress: TrainProgress) -> TrainState:
-    candidate = settings.file.candidate
-    if settings.resume:
-        progress.note(f"{settings.out} has no checkpoint yet: it begins again at iteration 0")
-    found_data = fingerprint(Path(candidate.recipe.data))
-    return TrainState(iteration=0, tokens=0, candidate=candidate, data_fingerprint=found_data)
-
-
-def _newest(settings: TrainSettings, group: Processes, step: TrainStep, progress: TrainProgress) -> TrainState | None:
-    directory, recipe = settings.out / CHECKPOINTS, settings.file.candidate.recipe
-    if group.first:
-        clean(directory)
-    if not (settings.resume and checkpoints(directory)):
-        return None
-    found, damages = latest_good(directory)
-    _check_same_training(found.state, recipe, fingerprint(Path(recipe.data)), settings.out)
-    for damage in damages:
-        progress.note(f"warning: {damage}")
-    if damages:
-        progress.note(f"going back to {found.path}; the damaged ones are renamed damaged_*")
-    set_aside(directory, found.state.iteration)
-    progress.note(f"going on from iteration {found.state.iteration}")
-    return _put(found, step, group)
 
 
 def go_back(directory: Path, step: TrainStep, group: Processes) -> TrainState:
@@ -76,9 +68,8 @@ def _check_same_training(state: TrainState, recipe: Recipe, data_fingerprint: st
     was, now = _learning(state.candidate.recipe), _learning(recipe)
     different = [f"{key} = {now[key]!r} (checkpoint: {was[key]!r})" for key in now if now[key] != was[key]]
     if state.data_fingerprint != data_fingerprint:
-        different.append(
-            f"the tokens in {recipe.data} (fingerprint {data_fingerprint[:10]}, {state.data_fingerprint[:10]})"
-        )
+        prints = f"{data_fingerprint[:10]}, {state.data_fingerprint[:10]}"
+        different.append(f"the tokens in {recipe.data} (fingerprint {prints})")
     if different:
         raise CheckpointError(
             f"{out} holds another training: {', '.join(different)}; go on with {out / RECIPE}, or give another --out"
@@ -94,5 +85,4 @@ def _learning(recipe: Recipe) -> dict[str, object]:
     """What must be equal for a checkpoint to be of this training; the data are compared by their fingerprint."""
     table = asdict(recipe)
     shape = {f"model.{key}": value for key, value in table.pop("shape").items()}
-    kept = {f"training.{key}": value for key, value in table.items() if key not in _SAME_LEARNING | {"data"}}
-    return shape | kept
+    return shape | {f"training.{k}": v for k, v in table.items() if k not in _SAME_LEARNING | {"data"}}

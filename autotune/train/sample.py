@@ -14,6 +14,9 @@ from autotune.model.gpt import GPT
 from autotune.model.step import build
 from autotune.train.settings import CHECKPOINTS
 
+INFERENCE = Plan(micro_batch_size=1, compile="off", dtype="float32")
+"""By torch's own kernels, whatever plan trained it."""
+
 
 def sample(
     path: Path,
@@ -35,11 +38,9 @@ def sample(
     at_least("--temperature", temperature, 0)
     at_least("--top-k", top_k, 0)
     found = find_checkpoint(path)
-    if found.state.candidate.shape.vocab_size < VOCAB_SIZE:
-        raise ConfigError(
-            f"{found.path} has a vocabulary of {found.state.candidate.shape.vocab_size}; "
-            f"text needs GPT-2's {VOCAB_SIZE} tokens"
-        )
+    words = found.state.candidate.shape.vocab_size
+    if words < VOCAB_SIZE:
+        raise ConfigError(f"{found.path} has a vocabulary of {words}; text needs GPT-2's {VOCAB_SIZE} tokens")
     model = load_model(found, torch.device(device))
     generator = torch.Generator(device).manual_seed(seed)
     ids = [END_OF_TEXT, *encode(prompt).tolist()]  # documents begin with it in training
@@ -63,8 +64,8 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_model(found: Checkpoint, device: torch.device) -> GPT:
-    """The checkpoint's model for inference, by torch's own kernels, whatever plan trained it."""
-    step = build(replace(found.state.candidate, plan=Plan(micro_batch_size=1, compile="off", dtype="float32")), device)
+    """The checkpoint's model for inference."""
+    step = build(replace(found.state.candidate, plan=INFERENCE), device)
     found.load_weights(step.model)
     return step.model.eval()
 

@@ -3,20 +3,15 @@
 import importlib.util
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 from autotune.config.candidate import Candidate, Recipe
 from autotune.errors import ConfigError
-from autotune.train.log import LogRow
 
-
-@dataclass(frozen=True, kw_only=True)
-class Tracker:
-    """Somewhere else that rows go."""
-
-    write: Callable[[LogRow], object]
-    close: Callable[[], object]
+Track = Callable[[Mapping[str, float], int], object]
+"""Takes the known values of a row, and its iteration."""
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -29,14 +24,13 @@ def check_trackers(recipe: Recipe) -> None:
             )
 
 
-def open_trackers(candidate: Candidate, out: Path, iteration: int) -> list[Tracker]:
-    """What the recipe asks for; a training that goes on from `iteration` goes on there too."""
-    recipe = candidate.recipe
-    found = [_wandb(candidate, out)] if recipe.wandb_log else []
-    return [*found, _tensorboard(out, iteration)] if recipe.tensorboard else found
+def open_trackers(candidate: Candidate, out: Path, iteration: int, stack: ExitStack) -> list[Track]:
+    """What the recipe asks for, until `stack` closes; a training that goes on from `iteration` goes on there too."""
+    found = [_wandb(candidate, out, stack)] if candidate.recipe.wandb_log else []
+    return [*found, _tensorboard(out, iteration, stack)] if candidate.recipe.tensorboard else found
 
 
-def _wandb(candidate: Candidate, out: Path) -> Tracker:
+def _wandb(candidate: Candidate, out: Path, stack: ExitStack) -> Track:
     """The key stays where wandb has it (WANDB_API_KEY, .netrc); WANDB_MODE=offline keeps the rows here."""
     import wandb
 
@@ -52,21 +46,19 @@ def _wandb(candidate: Candidate, out: Path) -> Tracker:
         config=asdict(candidate),
         settings=wandb.Settings(console="off", silent=True),
     )
-    return Tracker(write=lambda row: run.log(dict(_values(row)), step=row.iteration), close=run.finish)
+    stack.callback(run.finish)
+    return lambda values, iteration: run.log(dict(values), step=iteration)
 
 
-def _tensorboard(out: Path, iteration: int) -> Tracker:
+def _tensorboard(out: Path, iteration: int, stack: ExitStack) -> Track:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(out / "tensorboard", purge_step=iteration + 1)
+    stack.callback(writer.close)
 
-    def write(row: LogRow) -> None:
-        for name, value in _values(row).items():
-            writer.add_scalar(name, value, row.iteration)
+    def write(values: Mapping[str, float], iteration: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, iteration)
         writer.flush()
 
-    return Tracker(write=write, close=writer.close)
-
-
-def _values(row: LogRow) -> Mapping[str, float]:
-    return {name: value for name, value in asdict(row).items() if value is not None and name != "iteration"}
+    return write

@@ -50,17 +50,16 @@ def train(settings: TrainSettings) -> TrainSummary | None:
 
 def _resolved(settings: TrainSettings) -> tuple[CandidateFile, tuple[str, ...]]:
     """The candidate file with --init-from, and --max-tokens as max_iters, and what to say about it."""
-    candidate = settings.file.candidate
+    recipe = settings.file.candidate.recipe
+    notes: tuple[str, ...] = ()
     if settings.init_from is not None:
-        recipe = replace(candidate.recipe, init_from=str(settings.init_from.resolve()))
-        candidate = replace(candidate, recipe=recipe)
-    if settings.max_tokens is None:
-        return replace(settings.file, candidate=candidate), ()
-    per_step = candidate.recipe.tokens_per_step
-    steps = -(-settings.max_tokens // per_step)
-    recipe = replace(candidate.recipe, max_iters=steps)
-    note = f"--max-tokens {settings.max_tokens:,} is {steps:,} whole steps of {per_step:,}: {steps * per_step:,} tokens"
-    return replace(settings.file, candidate=replace(candidate, recipe=recipe)), (note,)
+        recipe = replace(recipe, init_from=str(settings.init_from.resolve()))
+    if (asked := settings.max_tokens) is not None:
+        each = recipe.tokens_per_step
+        steps = -(-asked // each)
+        recipe = replace(recipe, max_iters=steps)
+        notes = (f"--max-tokens {asked:,} is {steps:,} whole steps of {each:,}: {steps * each:,} tokens",)
+    return replace(settings.file, candidate=replace(settings.file.candidate, recipe=recipe)), notes
 
 
 def _check_directory(settings: TrainSettings) -> None:

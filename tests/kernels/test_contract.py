@@ -29,7 +29,7 @@ def implementation(
     """The row's function; compiled, where it exists only so. Skips, with the reason, what cannot run here."""
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, none here")
-    checked = replace(kernel, devices=registry.DEVICES) if INTERPRETED and kernel.package == "triton" else kernel
+    checked = replace(kernel, capability=None) if INTERPRETED and kernel.package == "triton" else kernel
     if reason := registry.why_unavailable(checked, machine_of(device), dtype=dtype, head_size=head_size):
         pytest.skip(f"{kernel.name}: {reason}")
     function = registry.load(kernel)

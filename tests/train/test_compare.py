@@ -3,7 +3,7 @@
 import pytest
 
 from autotune.environment import Environment
-from autotune.train.compare import compare_peak, compare_speed, other_machine
+from autotune.train.compare import compare, other_machine
 
 MEASURED = {"tokens_per_second": 1000.0, "tokens_per_second_ci95": 30.0, "peak_allocated_bytes": 1 << 30}
 
@@ -19,23 +19,24 @@ MEASURED = {"tokens_per_second": 1000.0, "tokens_per_second_ci95": 30.0, "peak_a
     ],
 )
 def test_speed(speed: float, device: str, within: bool) -> None:
-    found = compare_speed(MEASURED, speed, 10.0, device)
-    assert found is not None
-    assert found.within == within
+    (found,) = compare(MEASURED, {"tokens_per_second": speed, "tokens_per_second_ci95": 10.0}, device)
+    assert found[1] == within
 
 
 def test_peak() -> None:
-    found = compare_peak(MEASURED, "peak_allocated_bytes", round(1.02 * (1 << 30)))
-    assert found is not None
-    assert not found.within
-    assert found.text == "peak memory, allocated: 1.00 GiB measured, 1.02 GiB in training (+2.0%, expected within ±1%)"
+    figures = {"tokens_per_second": None, "peak_allocated_bytes": round(1.02 * (1 << 30)), "peak_device_bytes": 1}
+    (found,) = compare(MEASURED, figures, "cuda")  # the verdict does not know the device's view
+    said = "peak memory, allocated: 1.00 GiB measured, 1.02 GiB in training (+2.0%, expected within ±1%)"
+    assert found == (said, False)
+    both = [text for text, _ in compare(MEASURED | {"peak_device_bytes": 1}, figures, "cuda")]
+    assert both == [said, "peak memory, device: 0.0 MiB measured, 0.0 MiB in training (+0.0%, expected within ±1%)"]
+    assert list(compare(MEASURED | {"peak_device_bytes": 1}, figures, "cpu")) == [found]
 
 
 def test_what_is_not_known_is_not_compared() -> None:
-    assert compare_speed({}, 1.0, None, "cpu") is None
-    assert compare_speed(MEASURED, None, None, "cpu") is None
-    assert compare_peak(MEASURED, "peak_device_bytes", 1) is None
-    assert compare_peak(MEASURED, "peak_allocated_bytes", None) is None
+    nothing = {"tokens_per_second": None, "tokens_per_second_ci95": None, "peak_allocated_bytes": None}
+    assert list(compare({}, {"tokens_per_second": 1.0, "peak_allocated_bytes": 1}, "cpu")) == []
+    assert list(compare(MEASURED, nothing, "cpu")) == []
 
 
 def test_machines() -> None:

@@ -1,14 +1,16 @@
 """When a loss is worth going back for."""
 
+from collections import deque
+
 import numpy as np
 import pytest
 
-from autotune.train.health import SUSTAINED, WINDOW, Health
+from autotune.train.health import SUSTAINED, WINDOW, complaint_of
 
 
-def complaints(losses: list[float], norm: float = 1.0) -> list[str]:
-    health = Health(())
-    return [health.complaint(loss, norm) for loss in losses]
+def complaints(losses: list[float]) -> list[str]:
+    recent: deque[float] = deque(maxlen=WINDOW)
+    return [complaint_of(recent, loss, 1.0) for loss in losses]
 
 
 def test_learning_with_noise_is_healthy() -> None:
@@ -28,12 +30,4 @@ def test_one_odd_batch_is_no_spike_several_are() -> None:
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (3.0, float("nan"))])
 def test_what_is_no_number_is_told_at_once(loss: float, norm: float) -> None:
-    assert Health(()).complaint(loss, norm)
-
-
-def test_it_goes_on_where_it_was() -> None:
-    before = Health(())
-    for step in range(100):
-        before.complaint(3.0 + 0.01 * (step % 7), 1.0)
-    after = Health(before.recent)
-    assert [bool(after.complaint(9.0, 1.0)) for _ in range(SUSTAINED)] == [False, False, False, True]
+    assert complaint_of(deque(), loss, norm)
