@@ -28,12 +28,12 @@ def softmax_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
     losses = torch.empty_like(scale)  # (n,)
     block = min(BLOCK_V, triton.next_power_of_2(words))
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-        _kernel[(rows,)](logits, logits.stride(0), targets, scale, losses, words, BLOCK_V=block, num_warps=8)
+        _softmax_loss_kernel[(rows,)](logits, logits.stride(0), targets, scale, losses, words, BLOCK_V=block, num_warps=8)
     return losses.sum()
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations itself
+def _softmax_loss_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations itself
     logits, stride, targets, scales, losses, words, BLOCK_V: tl.constexpr  # noqa: N803
 ):
     row = tl.program_id(0).to(tl.int64)

@@ -89,8 +89,8 @@ class MemoryModel:
     """Allocated peaks of the calibration, by candidate family and micro batch: for extrapolation."""
 
 
-def moments(candidate: Candidate) -> list[Moment]:
-    """What a step of `candidate` holds at the instants that can be its peak."""
+def moments(candidate: Candidate, device: str) -> list[Moment]:
+    """What a step of `candidate` holds at the instants that can be its peak, on a `device` (`cpu` or `cuda`)."""
     shape, plan = candidate.shape, candidate.plan
     kind = ("low" if plan.dtype in AUTOCAST else "f32", "eager" if plan.compile == "off" else "compiled")
     steps = candidate.gradient_accumulation_steps
@@ -98,13 +98,15 @@ def moments(candidate: Candidate) -> list[Moment]:
     # with the gradients that later micro steps add to
     weights, batches = 4.0 * shape.parameters * (2.0 if steps > 1 else 1.0), 16.0 * tokens * min(steps, 4)
     state = weights + _optimizer_bytes(candidate) + batches
-    body = _activations(candidate, tokens, kind)
+    body, end = _activations(candidate, tokens, kind), _backward_end(candidate, tokens, kind)
+    if device == "cuda":  # cuBLAS's, counted as allocated: up to 32 MiB for each thread that multiplies
+        body["workspaces"] = end["workspaces"] = Term(size=1e6, mean=80.0, sigma=40.0)
     found = [Moment(exact=state, terms={**body, **_head(candidate, tokens, kind)})]
     if plan.loss == "full" and not _late(plan):
         # logits are gone, the head's gradient exists twice: to be cast, or to be added
         twice = Term(size=shape.vocab_size * shape.n_embd, mean=8.0, sigma=1.0)
         found.append(Moment(exact=state, terms={**body, f"head twice/{kind[0]}/{plan.compile}": twice}))
-    return [*found, Moment(exact=state, terms=_backward_end(candidate, tokens, kind))]
+    return [*found, Moment(exact=state, terms=end)]
 
 
 def _late(plan: Plan) -> bool:
@@ -241,7 +243,7 @@ def calibrate(
     data = [(c, r, float(peak)) for c, r in trials if (peak := r.peak("allocated_bytes")) and r.status in _MEASURED]
     if not data:
         return MemoryModel(device=device)
-    found = [(row, moment) for row, (candidate, _, _) in enumerate(data) for moment in moments(candidate)]
+    found = [(row, moment) for row, (candidate, _, _) in enumerate(data) for moment in moments(candidate, device)]
     terms = {name: term for _, moment in found for name, term in moment.terms.items()}
     names = tuple(sorted(terms))
     owner = np.array([row for row, _ in found])  # (moments,): the candidate of each
@@ -303,7 +305,7 @@ def _from_structure(model: MemoryModel, candidate: Candidate) -> tuple[float, fl
     index = {name: place for place, name in enumerate(model.names)}
     covariance = np.array(model.covariance).reshape(len(index), len(index))
     best = (0.0, 0.0)
-    for moment in moments(candidate):
+    for moment in moments(candidate, model.device):
         total, variance, known = moment.exact, 0.0, np.zeros(len(index))
         for name, term in moment.terms.items():
             if name in index:

@@ -16,6 +16,7 @@ from autotune.config.toml import format_candidate, write_atomically
 from autotune.data.batches import open_batches
 from autotune.environment import describe
 from autotune.errors import AutotuneError, InterruptedByUser
+from autotune.measure.memory import MemoryMeter
 from autotune.measure.types import Stage, cache_text
 from autotune.measure.worker import COMPILING_STEPS, out_of_memory
 from autotune.model.checkpoint import TrainState, checkpoints, save_checkpoint
@@ -50,7 +51,9 @@ def run(settings: TrainSettings, group: Processes, notes: tuple[str, ...]) -> Tr
         block_size=shape.block_size,
         vocab_size=shape.vocab_size,
     )
-    step = build(candidate, torch.device(machine.device))
+    device = torch.device(machine.device)
+    meter = MemoryMeter(device, lambda: step.state_bytes())  # before this process holds anything of the card
+    step = build(candidate, device)
     if recipe.init_from and not (settings.resume and checkpoints(settings.out / CHECKPOINTS)):
         notes += load_initial(Path(recipe.init_from), step.model)
     if different := other_machine(settings.file.environment, machine):
@@ -71,7 +74,7 @@ def run(settings: TrainSettings, group: Processes, notes: tuple[str, ...]) -> Tr
         if group.count > 1:
             step.over_processes()
         feed = stack.enter_context(closing(Feed(data, group, candidate, step.device)))
-        return Training(Record(settings, group, machine, step, feed, state, progress, stack), state).run()
+        return Training(Record(settings, group, machine, step, meter, feed, state, progress, stack), state).run()
 
 
 class Training:

@@ -34,13 +34,13 @@ class Record:
     """The readable side of one training. Only the first of several processes writes."""
 
     def __init__(
-        self, settings: TrainSettings, group: Processes, machine: Environment, step: TrainStep, feed: Feed,
-        state: TrainState, progress: TrainProgress, stack: ExitStack,
+        self, settings: TrainSettings, group: Processes, machine: Environment, step: TrainStep,
+        meter: MemoryMeter, feed: Feed, state: TrainState, progress: TrainProgress, stack: ExitStack,
     ) -> None:  # fmt: skip
         self.settings, self.group, self.machine, self.step, self.feed = settings, group, machine, step, feed
         self.recipe, self.progress, self.log = step.candidate.recipe, progress, settings.out / LOG
         self.started, self.seconds_before = time.monotonic(), state.seconds
-        self.meter, self.watch = MemoryMeter(step.device, step.state_bytes), Stopwatch(step.device)
+        self.meter, self.watch = meter, Stopwatch(step.device)
         self.step_seconds: list[float] = []
         self.readings: list[Callable[[], float]] = []  # of steps since the last row
         self.waited_before = self.drawn = 0.0

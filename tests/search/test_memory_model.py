@@ -46,7 +46,7 @@ def candidates(count: int, seed: int = 0) -> list[Candidate]:
 
 def truth(candidate: Candidate, factor: float) -> TrialResult:
     """A machine whose every coefficient is `factor` times the prior's."""
-    totals = [m.exact + sum(t.size * t.mean * factor for t in m.terms.values()) for m in moments(candidate)]
+    totals = [m.exact + sum(t.size * t.mean * factor for t in m.terms.values()) for m in moments(candidate, "cpu")]
     peak = round(max(totals))
     view = MemoryView(allocated_bytes=peak, device_bytes=peak + 500_000_000)
     return TrialResult(status="ok", phase="done", memory={"steady": view})
