@@ -15,7 +15,7 @@ import threading
 import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from autotune.config.tables import read_table
 from autotune.config.toml import CandidateFile, format_candidate, parse_candidate
 from autotune.data.batches import synthetic_batch
 from autotune.data.shards import write_shard
-from autotune.environment import Environment
+from autotune.environment import Environment, compile_cache_dir, worker_environment
 from autotune.measure.runner import run_trial
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.search.memory_model import MemoryModel, calibrate, predict
@@ -90,28 +90,40 @@ class Bench:
 
     def trial(self, candidate: Candidate, limit: int | None = None, final: bool = False, **changes: Any) -> TrialResult:
         """In a fresh worker process, its log kept beside the rows' folder, outside the references."""
-        left = max(20.0, self.deadline - time.monotonic())
         request = TrialRequest(
             candidate=candidate, device=self.device, result_path="", memory_limit_bytes=limit,
-            measure_seconds=0.3 if self.rehearse else 4.0, timeout_seconds=min(240.0, left), final=final,
+            measure_seconds=0.3 if self.rehearse else 4.0, timeout_seconds=min(240.0, self.left()), final=final,
         )  # fmt: skip
         log = ROOT / "results" / "acceptance-logs" / f"{candidate.id}.log"
         return run_trial(replace(request, **changes), log)
 
-    def rows(self, part: str) -> dict[str, Row]:
-        """What an earlier part recorded, by item."""
+    def recorded(self, part: str) -> dict[str, Row]:
+        """What an earlier call left of a part, by item."""
         path = self.directory / f"{part}.json"
-        rows = json.loads(path.read_text())["rows"] if path.exists() else []
-        return {row["item"]: row for row in rows if row["ok"]}
+        return {row["item"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+
+    def rows(self, part: str) -> dict[str, Row]:
+        """The good ones of them."""
+        return {item: row for item, row in self.recorded(part).items() if row["ok"]}
 
     def autotune(self, *words: object) -> str:
         """The command line in a process of its own, from the repository's root; its output."""
         command = [sys.executable, "-m", "autotune", *map(str, words)]
         variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        run = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+        return self.output(command, variables)
+
+    def output(self, command: Sequence[str], variables: Mapping[str, str] | None = None) -> str:
+        """What a command prints, run from the repository's root and ended when the time is over."""
+        run = subprocess.run(
+            command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=self.left()
+        )
         if run.returncode:
             raise RuntimeError((run.stderr.strip().splitlines() or ["no output"])[-1])
         return run.stdout
+
+    def left(self) -> float:
+        """Seconds until this call's end, at least twenty."""
+        return max(20.0, self.deadline - time.monotonic())
 
     def others_note(self) -> str:
         """That the card is not ours alone; empty if it is, or on the CPU."""
@@ -172,13 +184,13 @@ def _pytest(*paths: str) -> Callable[[Bench], Iterator[Item]]:
     """The tests marked `gpu` in these folders."""
 
     def items(bench: Bench) -> Iterator[Item]:
-        yield Item(" ".join(paths), 60, partial(_run_tests, paths))
+        yield Item(" ".join(paths), 120, partial(_run_tests, bench, paths))
 
     return items
 
 
-def _run_tests(paths: Iterable[str]) -> Row:
-    _, report = _pytest_report("--junit-xml", *paths, "-m", "gpu")
+def _run_tests(bench: Bench, paths: Iterable[str]) -> Row:
+    _, report = _pytest_report(bench, "--junit-xml", *paths, "-m", "gpu")
     cases = list(ElementTree.fromstring(report).iter("testcase"))
     kinds = {name: [case for case in cases if case.find(name) is not None] for name in ("failure", "error", "skipped")}
     bad = [f"{case.get('classname')}.{case.get('name')}" for case in kinds["failure"] + kinds["error"]]
@@ -186,12 +198,12 @@ def _run_tests(paths: Iterable[str]) -> Row:
     return {"ok": not bad, "passed": passed, "failed": bad, "skipped": len(kinds["skipped"]), "message": "; ".join(bad)}
 
 
-def _pytest_report(kind: str, *words: str) -> tuple[bool, str]:
+def _pytest_report(bench: Bench, kind: str, *words: str) -> tuple[bool, str]:
     """Whether all passed, and what pytest writes into the file that `kind` asks for."""
     with TemporaryDirectory() as directory:
         report = Path(directory) / "report"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{kind}={report}", *words]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=bench.left())
         if not report.exists():
             raise RuntimeError((run.stdout + run.stderr).strip().splitlines()[-1])
         return run.returncode == 0, report.read_text()
@@ -200,12 +212,12 @@ def _pytest_report(kind: str, *words: str) -> tuple[bool, str]:
 def _kernel_speed(bench: Bench) -> Iterator[Item]:
     """The kernel benchmark's ratios, at the guide's size on a card."""
     for test in bench.some(("test_attention", "test_losses")):
-        yield Item(test, 150, partial(_run_benchmark, test))
+        yield Item(test, 150, partial(_run_benchmark, bench, test))
 
 
-def _run_benchmark(test: str) -> Row:
+def _run_benchmark(bench: Bench, test: str) -> Row:
     words = ("tests/benchmarks/test_kernels.py", "-k", test, "--benchmark-enable", "--benchmark-only")
-    passed, report = _pytest_report("--benchmark-json", *words)
+    passed, report = _pytest_report(bench, "--benchmark-json", *words)
     tables = [benchmark["extra_info"] for benchmark in json.loads(report)["benchmarks"]]
     pairs = {f"{name}: {what}": v for info in tables for name, pair in info.items() for what, v in pair.items()}
     return {**pairs, "ok": passed}
@@ -227,7 +239,8 @@ def _faults(bench: Bench) -> Iterator[Item]:
         result = fault()
         earlier = first[0] if first else bench.trial(reference)
         after = bench.trial(reference)
-        same = after.peak("allocated_bytes") == earlier.peak("allocated_bytes")
+        # of the steady state: what is compiled for the first time is tuned on the device, in memory of its own
+        same = after.memory["steady"].allocated_bytes == earlier.memory["steady"].allocated_bytes
         row: Row = {"status": result.status, "message": result.message, "wanted_bytes": result.wanted_bytes}
         row |= {"next_status": after.status, "next_peak_is_the_same": same}
         if after.tokens_per_second and earlier.tokens_per_second:
@@ -254,8 +267,7 @@ def _signalled(bench: Bench, candidate: Candidate, number: signal.Signals) -> Tr
     def send() -> None:
         for _ in range(100):
             time.sleep(0.1)
-            found = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True, check=False)
-            for pid in map(int, found.stdout.split()):
+            for pid in _children():
                 if b"autotune.measure.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     time.sleep(2.0)  # into its build, where torch loads fast
                     os.kill(pid, number)
@@ -266,6 +278,11 @@ def _signalled(bench: Bench, candidate: Candidate, number: signal.Signals) -> Tr
     result = bench.trial(candidate, measure_seconds=60.0, timeout_seconds=25.0)
     thread.join()
     return result
+
+
+def _children() -> list[int]:
+    """Of this process, whichever of its threads started them."""
+    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
 
 
 def _corrupted(bench: Bench, candidate: Candidate) -> TrialResult:
@@ -301,10 +318,10 @@ def _limit(bench: Bench, gib: int, fits: bool) -> Row:
     if bench.rehearse and not fits:  # a gigabyte of logits and more
         shape = replace(shape, vocab_size=1_000_000)
     result = bench.trial(bench.candidate(shape, plan), limit=gib * GIB)
-    peak = result.peak("device_bytes") or 0
-    expected = ("ok",) if fits else ("oom", "over_limit")
-    held = peak <= gib * GIB
-    return {**measured(result), "limit_bytes": gib * GIB, "held": held, "ok": result.status in expected and held}
+    peak, expected = result.peak("device_bytes"), ("ok",) if fits else ("oom", "over_limit")
+    held = None if peak is None else peak <= gib * GIB  # what ran out of memory in its first step has no peak
+    good = result.status in expected and held is not False
+    return {**measured(result), "limit_bytes": gib * GIB, "held": held, "ok": good}
 
 
 # --- throughput, the promise, the breakdown --------------------------------------------------------
@@ -320,21 +337,33 @@ def _throughput(bench: Bench) -> Iterator[Item]:
                 plan = replace(PLANS[name], micro_batch_size=micro)
                 candidate = bench.candidate(bench.shape(*sizes), plan)
                 label = f"{model}: {name}, micro batch {micro}"
-                yield Item(label, 45, partial(_good, bench, candidate))
-        yield Item(f"{model}: winner", 190, partial(_winner, bench, model))
-        yield Item(f"{model}: winner at micro batch 64", 45, partial(_at_64, bench, model))
+                yield Item(label, 75, partial(_good, bench, candidate))
+        yield Item(f"{model}: winner", 60 * WINNER_MINUTES + 20, partial(_winner, bench, model))
+        for recompute in ("none", "selective"):
+            label = f"{model}: winner at micro batch 64, recompute {recompute}"
+            yield Item(label, 75, partial(_at_64, bench, model, recompute))
 
 
-def _good(bench: Bench, candidate: Candidate, **changes: Any) -> Row:
-    result = bench.trial(candidate, **changes)
-    return {**measured(result), "candidate": asdict(candidate), "ok": result.status == "ok"}
+def _good(bench: Bench, candidate: Candidate) -> Row:
+    """Good is also that the card is too small for nanoGPT's own way, not compiled."""
+    result = bench.trial(candidate)
+    good = ("ok", "oom") if candidate.plan.compile == "off" else ("ok",)
+    return {**measured(result), "candidate": asdict(candidate), "ok": result.status in good}
+
+
+WINNER_MINUTES = 6.0
+LIKELY = (
+    "micro_batch_size=32,64,128", "loss=full,chunked,chunked_triton", "loss_chunk_tokens=4096,8192,16384",
+    "activation_checkpointing=none", "compile=full", "attention=sdpa,sdpa_flash,sdpa_cudnn", "allocator=default",
+)  # fmt: skip
+"""On a card a whole graph takes up to a minute to compile: a short search has no time for what is likely slow."""
 
 
 def _winner(bench: Bench, model: str) -> Row:
-    """`autotune search` for three minutes over the plans of the shape."""
-    run, trials = _search(
-        bench, bench.shape(*MODELS[model]), REHEARSED_MINUTES if bench.rehearse else 3.0, "--data", synthetic_data()
-    )
+    """A short `autotune search` over the plans of the shape."""
+    minutes, choices = (REHEARSED_MINUTES, ()) if bench.rehearse else (WINNER_MINUTES, LIKELY)
+    words = ("--data", synthetic_data(), *(word for choice in choices for word in ("--choices", choice)))
+    run, trials = _search(bench, bench.shape(*MODELS[model]), minutes, *words)
     toml = (run / "best.toml").read_text()
     best = tomllib.loads(toml)
     return {"model": model, "trials": trials, **best["measured"], **best["plan"], "run": run.name, "toml": toml}
@@ -368,11 +397,12 @@ def _winner_candidate(bench: Bench, model: str) -> CandidateFile:
     return parse_candidate(row["toml"], "the winner")
 
 
-def _at_64(bench: Bench, model: str) -> Row:
+def _at_64(bench: Bench, model: str, recompute: str) -> Row:
     """The winner's plan at micro batch 64, whose peak is held against the compiled plain plan's."""
     candidate = _winner_candidate(bench, model).candidate
     micro = min(64, candidate.recipe.global_batch_size)
-    row = _good(bench, replace(candidate, plan=replace(candidate.plan, micro_batch_size=micro)))
+    plan = replace(candidate.plan, micro_batch_size=micro, activation_checkpointing=recompute)
+    row = _good(bench, replace(candidate, plan=plan))
     plain = bench.rows("throughput").get(f"{model}: plain nanoGPT, compiled, micro batch 64")
     if plain and row["peak_allocated_bytes"]:
         row["peak_against_plain"] = row["peak_allocated_bytes"] / plain["peak_allocated_bytes"]
@@ -395,9 +425,9 @@ def _each_model(seconds: float, measure: Callable[[Bench, str], Row]) -> Callabl
 
 
 def _trained(bench: Bench, model: str) -> Row:
-    """The search's winner trained for sixty steps: tokens/s within 2 % of the verdict, peaks within 1 %."""
+    """The search's winner trained for some steps: tokens/s within 2 % of the verdict, peaks within 1 %."""
     file = _winner_candidate(bench, model)
-    tokens = (10 if bench.rehearse else 60) * file.candidate.recipe.tokens_per_step
+    tokens = (10 if bench.rehearse else {"124M": 60, "354M": 20}[model]) * file.candidate.recipe.tokens_per_step
     with TemporaryDirectory() as directory:
         toml, out = Path(directory) / "winner.toml", Path(directory) / "train"
         toml.write_text(format_candidate(file))
@@ -412,26 +442,24 @@ def _profiled(bench: Bench, model: str) -> Row:
     """Where the winner's step spends the device's time."""
     with TemporaryDirectory() as directory:
         toml = Path(directory) / "winner.toml"
-        toml.write_text(format_candidate(_winner_candidate(bench, model)))
+        file = _winner_candidate(bench, model)
+        toml.write_text(format_candidate(file))
         command = [sys.executable, str(ROOT / "scripts" / "step_breakdown"), str(toml), bench.device]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise RuntimeError((run.stderr.strip().splitlines() or ["no output"])[-1])
-    return dict(json.loads(run.stdout))
+        variables = worker_environment(compile_cache_dir(), file.candidate.plan.allocator)
+        return dict(json.loads(bench.output(command, variables)))
 
 
 # --- memory ----------------------------------------------------------------------------------------
 
-CALIBRATION, HELD_OUT = 40, 60
+DRAWN = 80
 
 
 def _memory(bench: Bench) -> Iterator[Item]:
-    """Compiled candidates drawn by chance; the first ones calibrate, the others are predicted."""
-    rng, counts = random.Random(7), (3, 3) if bench.rehearse else (CALIBRATION, HELD_OUT)
-    for role, count in zip(("calibration", "held out"), counts, strict=True):
-        for number in range(count):
-            candidate = _draw(rng, bench)
-            yield Item(f"{role} {number:02}", 60, partial(_peaks, bench, candidate))
+    """Compiled candidates drawn by chance; by turns they calibrate and are predicted, so that any number serves."""
+    rng = random.Random(7)
+    for number in range(6 if bench.rehearse else DRAWN):
+        role = "held out" if number % 2 else "calibration"
+        yield Item(f"{role} {number:02}", 75, partial(_peaks, bench, _draw(rng, bench)))
 
 
 def _draw(rng: random.Random, bench: Bench) -> Candidate:
@@ -623,10 +651,10 @@ PARTS = (
     Part("kernel_speed", "every kernel row against torch's own, in seconds and bytes", _kernel_speed, _count("ran")),
     Part("limits", "emulated smaller cards", _limits, _count("limits held")),
     Part("throughput", "plain nanoGPT eager, compiled, and the search's winner", _throughput, _throughput_headline),
-    Part("promise", "what was measured is what is trained", _each_model(150, _trained), _count("promises kept")),
+    Part("promise", "what was measured is what is trained", _each_model(180, _trained), _count("promises kept")),
     Part("memory_trials", "peaks of candidates drawn by chance", _memory, _count("measured"), parallel=6),
     Part("memory_error", "the memory model's error on those held out", _memory_error, _error_headline),
-    Part("breakdown", "where the winner's step spends its time", _each_model(60, _profiled), _count("profiled")),
+    Part("breakdown", "where the winner's step spends its time", _each_model(90, _profiled), _count("profiled")),
     Part("guide", "the guide's rows on the cards they are meant for", _guide, _guide_headline),
     Part("largest", "largest micro batch below emulated limits", _largest, _count("limits filled"), default=False),
     Part("exhaustive", "every plan of a space of 124M", _exhaustive, _count("recorded"), default=False),

@@ -44,8 +44,18 @@ def test_time_running_out_marks_the_part_and_the_next_call_goes_on(checkout: Pat
     known = {"item": "2 GiB, fits", "ok": True, "status": "ok", "message": "kept"}
     (checkout / "results" / "rehearsal").mkdir(parents=True)
     (checkout / "results" / "rehearsal" / "limits.json").write_text(json.dumps({"rows": [known]}))
-    again = accept(checkout, "--rehearse", "--only", "limits", "--minutes", "0")
-    assert "3 not run: time" in again.stdout
+    assert "3 not run: time" in accept(checkout, "--rehearse", "--only", "limits", "--minutes", "0").stdout
+    one = accept(checkout, "--rehearse", "--only", "limits", "--minutes", "0", "--item", "1 GiB, does not fit")
+    assert "1 not run: time" in one.stdout
+
+
+def test_what_failed_is_run_again_when_that_is_asked_for(checkout: Path) -> None:
+    (checkout / "results" / "rehearsal").mkdir(parents=True)
+    failed = {"item": "2 GiB, fits", "ok": False, "status": "crashed", "message": ""}
+    (checkout / "results" / "rehearsal" / "limits.json").write_text(json.dumps({"rows": [failed]}))
+    run = accept(checkout, "--rehearse", "--only", "limits", "--minutes", "0")
+    assert "1 FAILED, 3 not run: time" in run.stdout
+    assert "4 not run: time" in accept(checkout, "--rehearse", "--only", "limits", "--minutes", "0", "--again").stdout
 
 
 def test_a_failure_is_a_row_and_the_rest_goes_on(checkout: Path) -> None:
