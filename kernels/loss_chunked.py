@@ -40,16 +40,16 @@ def matrix_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _softmax_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    log_normaliser = torch.logsumexp(logits.float(), dim=-1)  # (n,)
-    target_logit = logits.gather(1, targets[:, None])[:, 0].float()
+def _gradient_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """-> log of the softmax's normaliser (n,); logits become the loss's gradient."""
+    log_normaliser = torch.logsumexp(logits.float(), dim=-1)
     p = (logits.float() - log_normaliser[:, None]).exp_()
     p.add_(torch.arange(logits.shape[1], device=logits.device) == targets[:, None], alpha=-1)
     logits.copy_(p.mul_(scale[:, None]))
-    return ((log_normaliser - target_logit) * scale).sum()
+    return log_normaliser
 
 
-_compiled_softmax_ = torch.compile(_softmax_, dynamic=False)
+_compiled_gradient_ = torch.compile(_gradient_, dynamic=False)
 
 
 def _softmax_of(name: str) -> Softmax:
@@ -57,12 +57,25 @@ def _softmax_of(name: str) -> Softmax:
         from autotune.kernels.loss_chunked_triton import softmax_
 
         return softmax_
-    return {"eager": _softmax_, "compiled": _compiled_softmax_}[name]
+    gradient_ = _compiled_gradient_ if name == "compiled" else _gradient_
+
+    def in_two(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+        # not in one graph with what overwrites the logits: Inductor of torch 2.11 would read them afterwards
+        target_logit = logits.gather(1, targets[:, None])[:, 0].float()
+        return ((gradient_(logits, targets, scale) - target_logit) * scale).sum()
+
+    return in_two
 
 
 @torch.library.custom_op("autotune::chunked_cross_entropy", mutates_args=())
 def _chunked(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, dtype: torch.dtype, with_gradient: bool, softmax: str
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_tokens: int,
+    dtype: torch.dtype,
+    with_gradient: bool,
+    softmax: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> mean loss (), gradients of the sum by hidden (N, C) and by weight (V, C); empty where not asked for."""
     softmax_ = _softmax_of(softmax)
@@ -88,7 +101,13 @@ def _chunked(
 
 @_chunked.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, dtype: torch.dtype, with_gradient: bool, softmax: str
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_tokens: int,
+    dtype: torch.dtype,
+    with_gradient: bool,
+    softmax: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_hidden = torch.empty_like(hidden, dtype=dtype) if with_gradient else hidden.new_empty(0, dtype=dtype)
     grad_weight = torch.empty_like(weight) if with_gradient else weight.new_empty(0)

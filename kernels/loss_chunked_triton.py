@@ -28,13 +28,21 @@ def softmax_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
     losses = torch.empty_like(scale)  # (n,)
     block = min(BLOCK_V, triton.next_power_of_2(words))
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-        _softmax_loss_kernel[(rows,)](logits, logits.stride(0), targets, scale, losses, words, BLOCK_V=block, num_warps=8)
+        _softmax_loss_kernel[(rows,)](
+            logits, logits.stride(0), targets, scale, losses, WORDS=words, BLOCK_V=block, num_warps=8
+        )
     return losses.sum()
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _softmax_loss_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations itself
-    logits, stride, targets, scales, losses, words, BLOCK_V: tl.constexpr  # noqa: N803
+    logits,
+    stride,
+    targets,
+    scales,
+    losses,
+    WORDS: tl.constexpr,  # noqa: N803
+    BLOCK_V: tl.constexpr,  # noqa: N803
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -44,16 +52,16 @@ def _softmax_loss_kernel(  # type: ignore[no-untyped-def]  # Triton reads annota
     columns = tl.arange(0, BLOCK_V)
     largest = float("-inf")
     total = 0.0
-    for start in range(0, words, BLOCK_V):
-        inside = start + columns < words
+    for start in range(0, WORDS, BLOCK_V):
+        inside = start + columns < WORDS
         x = tl.load(logits + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
         larger = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
         largest = larger
     normaliser = largest + tl.log(total)
     tl.store(losses + row, (normaliser - target_logit) * scale)
-    for start in range(0, words, BLOCK_V):
-        inside = start + columns < words
+    for start in range(0, WORDS, BLOCK_V):
+        inside = start + columns < WORDS
         x = tl.load(logits + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
         p = tl.exp(x - normaliser)
         gradient = tl.where(start + columns == target, p - 1.0, p) * scale

@@ -113,9 +113,7 @@ def test_all_targets_ignored_gives_no_gradient(kernel: registry.Kernel) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "head_size"), [(1, 64), (123, 64), (128, 32)])
 @pytest.mark.parametrize("kernel", registry.kernels("attention"), ids=lambda kernel: kernel.name)
-def test_attention(
-    kernel: registry.Kernel, tokens: int, head_size: int, dtype: str, device: torch.device
-) -> None:
+def test_attention(kernel: registry.Kernel, tokens: int, head_size: int, dtype: str, device: torch.device) -> None:
     if kernel.name == "sdpa_cudnn" and tokens == 1:
         pytest.skip("cuDNN refuses attention to a single key; no training has sequences of one token")
     attention = implementation(kernel, device, dtype, head_size)

@@ -7,7 +7,9 @@ from autotune.kernels import registry
 
 
 def test_reading_the_registry_imports_no_torch() -> None:
-    code = "import sys; from autotune.kernels import registry; assert registry.KERNELS; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from autotune.kernels import registry; assert registry.KERNELS; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -63,7 +63,12 @@ def test_micro_batch_size_does_not_change_the_loss_curve(micro_batch_size: int) 
     ids=str,
 )
 def test_a_plan_does_not_change_the_loss_curve(change: dict[str, object]) -> None:
-    assert losses(replace(PLAIN, **change)) == pytest.approx(losses(PLAIN), abs=5e-4)  # type: ignore[arg-type]
+    plan = replace(PLAIN, **change)  # type: ignore[arg-type]
+    try:
+        check_supported(Candidate(recipe=RECIPE, plan=plan), machine_of(CPU))
+    except UnsupportedError as reason:
+        pytest.skip(str(reason))
+    assert losses(plan) == pytest.approx(losses(PLAIN), abs=5e-4)
 
 
 def test_bfloat16_stays_near_the_float32_curve() -> None:
