@@ -60,11 +60,16 @@ class SearchSettings:
         one_of("--objective", self.objective, get_args(Objective))
         if self.name in ("", ".", "..") or Path(self.name).name != self.name:
             raise ConfigError(f"--name {self.name!r} is not the plain name of a directory; give for example my-run")
+        at_least("--workers", self.workers, 1)
         at_least("--seed", self.seed, 0)
         if self.budget_seconds <= 0:
             raise ConfigError(f"--budget {self.budget_seconds:g} leaves no time; give for example 15m or 1h")
         if self.memory_limit_bytes <= 0:
             raise ConfigError(f"--memory-limit {self.memory_limit_bytes} leaves no memory; give for example 24GiB")
+        if self.train_seconds is not None and self.train_tokens is not None:
+            raise ConfigError("--train-time and --train-tokens exclude each other; give one")
+        if self.objective == "loss" and self.train_seconds is None and self.train_tokens is None:
+            raise ConfigError("--objective loss needs the length of the training; give --train-time or --train-tokens")
 
 
 def write_settings(path: Path, settings: SearchSettings) -> None:
