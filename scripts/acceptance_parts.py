@@ -16,6 +16,7 @@ import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -281,8 +282,13 @@ def _signalled(bench: Bench, candidate: Candidate, number: signal.Signals) -> Tr
 
 
 def _children() -> list[int]:
-    """Of this process, whichever of its threads started them."""
-    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    """Of this process: by their parent, as not every kernel lists them."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.append(int(stat.parent.name))
+    return found
 
 
 def _corrupted(bench: Bench, candidate: Candidate) -> TrialResult:

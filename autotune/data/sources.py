@@ -216,9 +216,11 @@ def _prose(code: bytes) -> str:
         lines = code.decode("utf-8").split("\n")
     except (SyntaxError, ValueError):
         return ""
-    comments = ((number, line.strip()) for number, line in enumerate(lines, start=1))
-    pieces = [(number, line.lstrip("#! \t")) for number, line in comments if line.startswith("#")]
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    documented = (node for node in ast.walk(tree) if isinstance(node, kinds))
-    pieces += [(node.body[0].lineno, text + "\n") for node in documented if (text := ast.get_docstring(node))]
+    documented = [node for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node)]
+    pieces = [(node.body[0].lineno, (ast.get_docstring(node) or "") + "\n") for node in documented]
+    ends = [(node.body[0].lineno, node.body[0].end_lineno or 0) for node in documented]
+    inside = {number for first, last in ends for number in range(first, last + 1)}
+    comments = ((number, line.strip()) for number, line in enumerate(lines, start=1) if number not in inside)
+    pieces += [(number, line.lstrip("#! \t")) for number, line in comments if line.startswith("#")]
     return "\n".join(text for _, text in sorted(pieces)).strip()
