@@ -159,3 +159,8 @@ def test_python_s_own_documentation() -> None:
     prose = sources._prose(json_module.read_bytes())
     assert prose.startswith("Implementation of JSONDecoder")
     assert "import" not in prose.split("\n")[0]
+
+
+def test_a_line_of_a_docstring_that_looks_like_a_comment_is_there_once() -> None:
+    code = b'"""About.\n\n# not a comment\n"""\nx = 1\n# a comment\n'
+    assert sources._prose(code) == "About.\n\n# not a comment\n\na comment"
