@@ -1,14 +1,19 @@
 """The acceptance script on a machine without a card: refusals, time running out, going on, failures recorded."""
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from fake_machine import CUDA, settings
+
+from autotune.search.space import build_space, every_candidate
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,3 +73,20 @@ def test_a_failure_is_a_row_and_the_rest_goes_on(checkout: Path) -> None:
     assert "scripts/gpu_acceptance --only throughput" in table["rows"][0]["message"]
     assert table["environment"]["device"] == "cpu"
     assert (checkout / "results" / "rehearsal" / "promise.csv").read_text().startswith("item,ok,message")
+
+
+@pytest.mark.parametrize("choices", ["LIKELY", "SEARCHED"])
+def test_what_it_searches_is_in_a_cards_space(choices: str) -> None:
+    """A rehearsal searches all that a CPU has, so only a card would meet a choice that does not exist."""
+    found = settings(CUDA, choices=getattr(parts(), choices))
+    assert len(every_candidate(build_space(found, CUDA))) > 20
+
+
+def parts() -> ModuleType:
+    """`scripts` is no package."""
+    spec = importlib.util.spec_from_file_location("acceptance_parts", ROOT / "scripts" / "acceptance_parts.py")
+    assert spec
+    assert spec.loader
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

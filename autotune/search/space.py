@@ -77,7 +77,7 @@ def build_space(settings: SearchSettings, environment: Environment) -> Space:
         "micro_batch_size": _micro_batches(recipe.tokens_per_step // shortest),
         "attention": _kernels("attention", machine, recipe.shape),
         "loss": _kernels("loss", machine, recipe.shape),
-        "loss_chunk_tokens": (512, 1024, 2048, 4096, 8192) if on_cuda else (128, 256, 512, 1024),
+        "loss_chunk_tokens": (1024, 2048, 4096, 8192, 16384) if on_cuda else (128, 256, 512, 1024),
         "activation_checkpointing": _CUDA_RECOMPUTE if on_cuda else ("none", "block", "selective"),
         "compile": ("off", "full", "block"),
         "dtype": _dtypes(machine),
