@@ -13,7 +13,7 @@ from autotune.errors import ConfigError, suggest
 from autotune.kernels import registry
 
 Compile = Literal["off", "full", "block"]
-DType = Literal["float32", "tfloat32", "bfloat16", "float16"]
+DType = Literal["float32", "tfloat32", "bfloat16", "bfloat16_residual", "float16"]
 AUTOCAST = ("bfloat16", "float16")
 """In which matrix products have operands of two bytes, cast from float32."""
 Allocator = Literal["default", "expandable_segments"]
@@ -165,7 +165,8 @@ class Plan:
     compile: Compile = "full"
     dtype: DType = "bfloat16"
     """Of matrix products, through autocast; weights and optimizer state stay float32. `tfloat32` is float32 whose
-    products round their factors to 10 bits of mantissa."""
+    products round their factors to 10 bits of mantissa. `bfloat16_residual` has what passes from block to block in
+    bfloat16 too, as llm.c and nanochat do."""
     allocator: Allocator = "default"
 
     def __post_init__(self) -> None:
@@ -183,6 +184,11 @@ class Plan:
         one_of("plan.compile", self.compile, get_args(Compile))
         one_of("plan.dtype", self.dtype, get_args(DType))
         one_of("plan.allocator", self.allocator, get_args(Allocator))
+
+    @property
+    def matrix_dtype(self) -> str:
+        """What the operands of matrix products are stored in: torch's name."""
+        return {"tfloat32": "float32", "bfloat16_residual": "bfloat16"}.get(self.dtype, self.dtype)
 
     @property
     def recomputed_every(self) -> int | None:

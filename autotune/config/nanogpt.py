@@ -169,6 +169,8 @@ def format_nanogpt(candidate: Candidate, heading: str, device: str) -> str:
         lost.append(f"vocab_size = {shape.vocab_size}")
     if device == "cpu" and plan.dtype != "float32":
         lost.append(f"dtype = {plan.dtype} on the CPU")
+    elif plan.dtype == "bfloat16_residual":
+        lost.append("dtype = bfloat16_residual")
     if lost:
         notes.append(f"nanoGPT has no {', '.join(lost)}: expect it to be slower or to need more memory than measured.")
     if recipe.optimizer in ("muon", "adamw_8bit"):
@@ -192,7 +194,7 @@ def nanogpt_values(candidate: Candidate, device: str) -> dict[str, Value]:
         **{key: getattr(recipe, key) for key in _SHARED},
         "decay_lr": recipe.schedule != "constant",
         "device": device,
-        "dtype": "float32" if plan.dtype == "tfloat32" else plan.dtype,  # which train.py makes of it by itself
+        "dtype": plan.matrix_dtype,  # train.py allows tfloat32 by itself
         "compile": plan.compile != "off",
     }
     if recipe.data and (Path(recipe.data) / "train.bin").exists():

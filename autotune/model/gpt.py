@@ -70,10 +70,17 @@ class GPT(nn.Module):
     """nanoGPT's model, with its parameter names, so that weights go both ways."""
 
     def __init__(
-        self, shape: Shape, *, attention: Attention, loss: Loss, loss_chunk_tokens: int, run_block: RunBlock
+        self,
+        shape: Shape,
+        *,
+        attention: Attention,
+        loss: Loss,
+        loss_chunk_tokens: int,
+        run_block: RunBlock,
+        residual_dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.shape, self.loss = shape, loss
+        self.shape, self.loss, self.residual_dtype = shape, loss, residual_dtype
         self.loss_chunk_tokens, self.run_block = loss_chunk_tokens, run_block
         self.wte = nn.Embedding(shape.vocab_size, shape.n_embd)  # also the head
         self.wpe = nn.Embedding(shape.block_size, shape.n_embd)
@@ -94,7 +101,7 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> the last layer's normed output (B, T, C)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
+        x = (self.wte(tokens) + self.wpe(positions)).to(self.residual_dtype)  # (B, T, C)
         x = F.dropout(x, self.shape.dropout, self.training)
         for layer, block in enumerate(self.h):
             x = self.run_block(layer, block, x) if self.training else block(x)

@@ -107,7 +107,7 @@ class TrainStep:
         return sum(t.nbytes for t in tensors)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        name = self.candidate.plan.dtype
+        name = self.candidate.plan.matrix_dtype
         dtype = getattr(torch, name) if name in AUTOCAST else None
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
@@ -162,6 +162,7 @@ def build(candidate: Candidate, device: torch.device) -> TrainStep:
             loss=registry.load(registry.find("loss", plan.loss)),
             loss_chunk_tokens=plan.loss_chunk_tokens,
             run_block=run_block(plan),
+            residual_dtype=torch.bfloat16 if plan.dtype == "bfloat16_residual" else torch.float32,
         )
     return TrainStep(candidate, model, device)
 
@@ -203,11 +204,15 @@ def _obstacles(candidate: Candidate, machine: registry.Machine) -> Iterator[str]
             "training.optimizer = 'adamw_8bit' needs the package bitsandbytes, which is not installed; "
             "pip install 'nanogpt-autotune[8bit]', or use adamw"
         )
-    dtype = "float32" if plan.dtype == "tfloat32" else plan.dtype
     attention, loss = registry.find("attention", plan.attention), registry.find("loss", plan.loss)
     for kernel in (attention, loss):
         reason = registry.why_unavailable(
-            kernel, machine, dtype=dtype, compile=plan.compile, head_size=shape.head_size, dropout=shape.dropout
+            kernel,
+            machine,
+            dtype=plan.matrix_dtype,
+            compile=plan.compile,
+            head_size=shape.head_size,
+            dropout=shape.dropout,
         )
         if reason:
             yield f"plan.{kernel.operation} = {kernel.name!r} {reason}; see `autotune kernels`"

@@ -23,6 +23,7 @@ from autotune.config.tables import read_table
 from autotune.config.toml import write_atomically
 from autotune.environment import Environment
 from autotune.errors import ConfigError
+from autotune.kernels import registry
 from autotune.measure.types import TrialResult
 
 Array = NDArray[np.float64]
@@ -70,6 +71,16 @@ class Prediction:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Coefficients:
+    """Those that trials have moved; others are their priors."""
+
+    names: tuple[str, ...] = ()
+    means: tuple[float, ...] = ()
+    covariance: tuple[float, ...] = ()
+    """Row by row."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryModel:
     """Coefficients and how sure they are; `calibrate` makes one, `predict` reads it."""
 
@@ -77,12 +88,9 @@ class MemoryModel:
     """`cpu` or `cuda`."""
     fingerprint: str = ""
     """Of the environment that the trials belong to; empty before calibration."""
-    names: tuple[str, ...] = ()
-    means: tuple[float, ...] = ()
-    covariance: tuple[float, ...] = ()
-    """Row by row."""
-    overhead: tuple[float, ...] = ()
-    """Device view minus allocated: mean and standard deviation, bytes; empty: the prior."""
+    allocated: Coefficients = Coefficients()
+    beyond: Coefficients = Coefficients()
+    """What the device shows beyond the allocated bytes."""
     trials: int = 0
     """Measured ones behind the calibration; 0: priors only."""
     measured: Mapping[str, float] = field(default_factory=dict)
@@ -92,7 +100,7 @@ class MemoryModel:
 def moments(candidate: Candidate, device: str) -> list[Moment]:
     """What a step of `candidate` holds at the instants that can be its peak, on a `device` (`cpu` or `cuda`)."""
     shape, plan = candidate.shape, candidate.plan
-    kind = ("low" if plan.dtype in AUTOCAST else "f32", "eager" if plan.compile == "off" else "compiled")
+    kind = ("low" if plan.matrix_dtype in AUTOCAST else "f32", "eager" if plan.compile == "off" else "compiled")
     steps = candidate.gradient_accumulation_steps
     tokens = plan.micro_batch_size * shape.block_size
     # with the gradients that later micro steps add to
@@ -241,9 +249,22 @@ def calibrate(
 ) -> MemoryModel:
     """The priors moved to what `trials` measured; those without a measured peak are left out."""
     data = [(c, r, float(peak)) for c, r in trials if (peak := r.peak("allocated_bytes")) and r.status in _MEASURED]
+    more = [(c, peak, whole - peak) for c, r, peak in data if (whole := r.peak("device_bytes")) is not None]
+    return MemoryModel(
+        device=device,
+        fingerprint=environment.fingerprint if environment else "",
+        allocated=_regression([(moments(c, device), peak, NOISE * peak) for c, _, peak in data]),
+        beyond=_regression([([beyond(c, device)], rest, _beyond_noise(c, device, peak)) for c, peak, rest in more]),
+        trials=len(data),
+        measured={f"{family(c)}@{c.plan.micro_batch_size}": peak for c, _, peak in data},
+    )
+
+
+def _regression(data: Sequence[tuple[Sequence[Moment], float, float]]) -> Coefficients:
+    """Of (a candidate's moments, what was measured of the largest, its standard deviation)."""
     if not data:
-        return MemoryModel(device=device)
-    found = [(row, moment) for row, (candidate, _, _) in enumerate(data) for moment in moments(candidate, device)]
+        return Coefficients()
+    found = [(row, moment) for row, (own, _, _) in enumerate(data) for moment in own]
     terms = {name: term for _, moment in found for name, term in moment.terms.items()}
     names = tuple(sorted(terms))
     owner = np.array([row for row, _ in found])  # (moments,): the candidate of each
@@ -251,35 +272,49 @@ def calibrate(
     exact = np.array([moment.exact for _, moment in found])
     prior = np.array([terms[name].mean for name in names])
     precision = np.diag([terms[name].sigma ** -2.0 for name in names])
-    peaks = np.array([peak for _, _, peak in data])
+    peaks = np.array([peak for _, peak, _ in data])
+    weights = np.array([sigma**-2.0 for _, _, sigma in data])
     means: Array = prior
     for _ in range(ROUNDS):
         # of each candidate the moment that is now the largest: sorted by candidate, then by bytes, the last one
         largest = np.lexsort((exact + sizes @ means, owner))[np.append(np.diff(owner) > 0, True)]
-        rows, weights = sizes[largest], 1.0 / (NOISE * peaks) ** 2
+        rows = sizes[largest]
         covariance = np.linalg.inv(precision + rows.T @ (rows * weights[:, None]))
         update = covariance @ (precision @ prior + rows.T @ (weights * (peaks - exact[largest])))
         if np.allclose(update, means, rtol=1e-4, atol=1e-6):
             break
         means = 0.5 * (means + update)  # damped, or two moments of one size would take turns for ever
-    return MemoryModel(
-        device=device,
-        fingerprint=environment.fingerprint if environment else "",
-        names=names,
-        means=tuple(means.tolist()),
-        covariance=tuple(covariance.ravel().tolist()),
-        overhead=_overhead([whole - peak for _, r, peak in data if (whole := r.peak("device_bytes")) is not None]),
-        trials=len(data),
-        measured={f"{family(c)}@{c.plan.micro_batch_size}": peak for c, _, peak in data},
-    )
+    return Coefficients(names=names, means=tuple(means.tolist()), covariance=tuple(covariance.ravel().tolist()))
 
 
-def _overhead(beyond: Sequence[float]) -> tuple[float, ...]:
-    """Mean and scatter of what the device shows beyond the allocated bytes: context, cache, libraries."""
-    if not beyond:
-        return ()
-    scatter = float(np.std(beyond)) if len(beyond) > 2 else 0.15 * abs(float(np.mean(beyond)))
-    return float(np.mean(beyond)), max(scatter, 16e6)
+def beyond(candidate: Candidate, device: str) -> Moment:
+    """What the device shows beyond the allocated bytes: the process itself and its libraries; on CUDA also what the
+    allocator cannot use, as smaller tensors lie in the blocks that the largest ones, logits, have left."""
+    if device == "cpu":
+        return Moment(exact=0.0, terms={"process": Term(size=1e6, mean=450.0, sigma=120.0)})
+    plan, logits = candidate.plan, _low_logits(candidate)
+    key = f"unused/{plan.allocator}/{'full' if plan.loss == 'full' else 'chunked'}"
+    own = f"{key}/{plan.compile}/{plan.activation_checkpointing}"
+    return Moment(exact=0.0, terms={
+        "context": Term(size=1e6, mean=650.0, sigma=150.0),
+        key: Term(size=logits, mean=0.6, sigma=0.4),
+        own: Term(size=logits, mean=0.0, sigma=0.4),
+    })  # fmt: skip
+
+
+def _beyond_noise(candidate: Candidate, device: str, allocated: float) -> float:
+    """Standard deviation of that, bytes: how blocks come to lie is hardly foreseen."""
+    if device == "cpu":
+        return math.hypot(16e6, 0.02 * allocated)
+    return math.hypot(50e6, 0.2 * _low_logits(candidate))
+
+
+def _low_logits(candidate: Candidate) -> float:
+    """Bytes of the logits that exist at one time, in two bytes each."""
+    plan = candidate.plan
+    tokens = plan.micro_batch_size * candidate.shape.block_size
+    rows = min(tokens, plan.loss_chunk_tokens) if registry.find("loss", plan.loss).chunked else tokens
+    return 2.0 * rows * candidate.shape.vocab_size
 
 
 def predict(model: MemoryModel, candidate: Candidate) -> Prediction:
@@ -288,10 +323,16 @@ def predict(model: MemoryModel, candidate: Candidate) -> Prediction:
     Where two or more micro batches of the same shape and plan were measured, the peak is extrapolated from the
     two nearest (memory is affine in the micro batch); otherwise it comes from the structure.
     """
-    allocated, sigma = _from_neighbours(model, candidate) or _from_structure(model, candidate)
-    prior = (450e6, 120e6) if model.device == "cpu" else (900e6 + 0.03 * allocated, 400e6 + 0.03 * allocated)
-    mean, scatter = model.overhead or prior
-    device, spread = allocated + mean, 1.96 * math.hypot(sigma, scatter)
+    structure = _largest(model.allocated, moments(candidate, model.device))
+    allocated, sigma = _from_neighbours(model, candidate) or (
+        structure[0],
+        math.hypot(structure[1], NOISE * structure[0]),
+    )
+    more, scatter = _largest(model.beyond, [beyond(candidate, model.device)])
+    device, spread = (
+        allocated + more,
+        1.96 * math.hypot(sigma, scatter, _beyond_noise(candidate, model.device, allocated)),
+    )
     return Prediction(
         peak_allocated_bytes=round(allocated),
         peak_device_bytes=round(device),
@@ -300,21 +341,21 @@ def predict(model: MemoryModel, candidate: Candidate) -> Prediction:
     )
 
 
-def _from_structure(model: MemoryModel, candidate: Candidate) -> tuple[float, float]:
-    """Allocated peak and its standard deviation, bytes."""
-    index = {name: place for place, name in enumerate(model.names)}
-    covariance = np.array(model.covariance).reshape(len(index), len(index))
+def _largest(known: Coefficients, found: Sequence[Moment]) -> tuple[float, float]:
+    """Bytes of the largest moment, and their standard deviation as far as the coefficients are unsure."""
+    index = {name: place for place, name in enumerate(known.names)}
+    covariance = np.array(known.covariance).reshape(len(index), len(index))
     best = (0.0, 0.0)
-    for moment in moments(candidate, model.device):
-        total, variance, known = moment.exact, 0.0, np.zeros(len(index))
+    for moment in found:
+        total, variance, sizes = moment.exact, 0.0, np.zeros(len(index))
         for name, term in moment.terms.items():
             if name in index:
-                known[index[name]] = term.size
-                total += term.size * model.means[index[name]]
+                sizes[index[name]] = term.size
+                total += term.size * known.means[index[name]]
             else:
                 total += term.size * term.mean
                 variance += (term.size * term.sigma) ** 2
-        variance += float(known @ covariance @ known) + (NOISE * total) ** 2
+        variance += float(sizes @ covariance @ sizes)
         best = max(best, (total, math.sqrt(variance)))
     return best
 

@@ -36,6 +36,7 @@ _EXPECTED: dict[tuple[str, str], tuple[float, float]] = {
     ("compile", "full"): (0.0, 0.3),
     ("activation_checkpointing", "none"): (0.25, 0.0),
     ("dtype", "float32"): (-0.20, 0.0),
+    ("dtype", "bfloat16_residual"): (0.02, 0.0),
     ("attention", "sdpa_math"): (-0.20, 0.0),
     ("loss", "chunked"): (-0.02, 0.0),
 }

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from autotune.config.candidate import Candidate, Plan, Recipe, Shape, one_of
+from autotune.config.candidate import Candidate, DType, Plan, Recipe, Shape, one_of
 from autotune.config.presets import guide_row
 from autotune.config.search import SearchSettings
 from autotune.environment import Environment
@@ -104,20 +104,22 @@ def _micro_batches(largest: int) -> tuple[int, ...]:
     return tuple(sorted({size for size in ladder if size < largest} | {largest}))
 
 
-def _dtypes(machine: registry.Machine) -> tuple[str, ...]:
+def _dtypes(machine: registry.Machine) -> tuple[DType, ...]:
     """Tensor cores before capability 8 know float16 only; above it bfloat16 is as fast and needs no loss scaling."""
     if machine.device == "cpu":
         return ("float32", "bfloat16")
-    return ("bfloat16",) if machine.capability >= (8, 0) else ("float16",)
+    return ("bfloat16", "bfloat16_residual") if machine.capability >= (8, 0) else ("float16",)
 
 
 def _kernels(operation: registry.Operation, machine: registry.Machine, shape: Shape) -> tuple[str, ...]:
     """Rows worth searching that run in every dtype of the search. Searched head sizes suit them all."""
 
+    dtypes = {Plan(dtype=dtype).matrix_dtype for dtype in _dtypes(machine)}
+
     def usable(row: registry.Kernel) -> bool:
         return machine.device in row.searched and not any(
             registry.why_unavailable(row, machine, dtype=dtype, head_size=shape.head_size, dropout=shape.dropout)
-            for dtype in _dtypes(machine)
+            for dtype in dtypes
         )
 
     return tuple(row.name for row in registry.kernels(operation) if usable(row))

@@ -73,7 +73,14 @@ def test_parameter_counts_are_those_of_the_true_models(row) -> None:
     assert shape.parameters == true[shape.n_layer][shape.n_embd]
     attention, loss = (registry.load(kernel) for kernel in (registry.KERNELS[0], registry.find("loss", "full")))
     with torch.device("meta"):
-        model = GPT(shape, attention=attention, loss=loss, loss_chunk_tokens=1, run_block=run_block(Plan()))
+        model = GPT(
+            shape,
+            attention=attention,
+            loss=loss,
+            loss_chunk_tokens=1,
+            run_block=run_block(Plan()),
+            residual_dtype=torch.float32,
+        )
     assert sum(p.numel() for p in model.parameters()) == shape.parameters
 
 

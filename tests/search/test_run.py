@@ -149,7 +149,9 @@ def test_a_failed_confirmation_falls_back(tmp_path: Path) -> None:
 
 
 def test_a_disturbed_trial_is_measured_again_before_the_verdict(tmp_path: Path) -> None:
-    choices = ("attention=sdpa", "loss=full", "activation_checkpointing=none,block", "allocator=default")
+    choices = (
+        "attention=sdpa", "loss=full", "activation_checkpointing=none,block", "allocator=default", "dtype=bfloat16",
+    )  # fmt: skip
     asked = settings(budget="240s", choices=choices)
     undisturbed = go(tmp_path / "first", Machine(), asked)
     best, machine = undisturbed.winner.candidate, Machine()

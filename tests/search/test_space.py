@@ -55,7 +55,7 @@ def test_the_canonical_form_is_final_and_takes_no_more_micro_steps(name: str, da
 def test_a_choice_that_a_plan_does_not_read_changes_nothing(data: st.DataObject) -> None:
     space = SPACES["cuda fixed"]
     chosen = data.draw(values(space)) | {"loss": "full"}
-    chunk = data.draw(st.sampled_from([512, 1024, 2048, 4096, 8192]))
+    chunk = data.draw(st.sampled_from([1024, 2048, 4096, 8192, 16384]))
     assert candidate_at(space, chosen).id == candidate_at(space, chosen | {"loss_chunk_tokens": chunk}).id
 
 
@@ -90,7 +90,7 @@ def test_only_what_the_machine_can_run_is_searched() -> None:
     assert "dtype" not in old.choices
     assert "sdpa_flash" not in old.choices["attention"]
     new = SPACES["cuda fixed"].choices
-    assert "dtype" not in new
+    assert new["dtype"] == ("bfloat16", "bfloat16_residual")
     assert {"sdpa_flash", "sdpa_cudnn", "flex"} <= set(new["attention"])
     assert {"torch_linear_cross_entropy", "auto_chunker"} <= set(new["loss"])
 
@@ -117,7 +117,7 @@ def test_the_baseline_is_exact_and_its_values_are_choices() -> None:
     choices = build_space(asked, CUDA).choices
     assert baseline(asked).plan.micro_batch_size == 5
     assert 5 in choices["micro_batch_size"]
-    assert choices["dtype"] == ("bfloat16", "float32")
+    assert choices["dtype"] == ("bfloat16", "bfloat16_residual", "float32")
 
 
 def test_the_guide_is_tried_on_cards_where_shapes_are_searched() -> None:
