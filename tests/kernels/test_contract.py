@@ -145,3 +145,25 @@ def test_triton_kernels_through_the_interpreter() -> None:
     run = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-3000:]
     assert f"{9 * len(names)} passed" in run.stdout, run.stdout[-3000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a compiler needs the kernel itself")
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("capability", [70, 80, 90, 100])
+def test_triton_kernels_compile_for_cards_that_are_not_here(capability: int, dtype: str) -> None:
+    """Down to machine code, by Triton's own assembler; what it computes is the interpreter's test."""
+    pytest.importorskip("triton", reason="needs the package triton, which is not installed")
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from autotune.kernels.loss_chunked_triton import BLOCK_V, _softmax_loss_kernel
+
+    if (capability, dtype) == (70, "bf16"):
+        pytest.skip("bfloat16 begins with capability 8.0")
+    signature = {"logits": f"*{dtype}", "stride": "i32", "targets": "*i64", "scales": "*fp32", "losses": "*fp32"}
+    constants = {"WORDS": 50304, "BLOCK_V": BLOCK_V}
+    source = ASTSource(_softmax_loss_kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
+    built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    assert len(built.asm["cubin"]) > 1000
+    assert built.metadata.shared < 48 << 10
