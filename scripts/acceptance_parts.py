@@ -350,7 +350,7 @@ def _throughput(bench: Bench) -> Iterator[Item]:
                 label = f"{model}: {name}, micro batch {micro}"
                 yield Item(label, 75, partial(_good, bench, candidate))
         yield Item(f"{model}: winner", 60 * WINNER_MINUTES + 20, partial(_winner, bench, model))
-        for recompute in ("none", "selective"):
+        for recompute in ("none", "selective", "budget_0.5"):
             label = f"{model}: winner at micro batch 64, recompute {recompute}"
             yield Item(label, 75, partial(_at_64, bench, model, recompute))
 

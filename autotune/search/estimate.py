@@ -38,7 +38,7 @@ def estimate(model: MemoryModel, candidates: Sequence[Candidate], limit_bytes: i
             line[f"b={size}"] = "-" if found.low_device_bytes > limit_bytes else peak
             spans.append((found.high_device_bytes - found.low_device_bytes) / 2)
         lines.append({**line, "largest": str(largest_micro_batch(model, candidate, limit_bytes))})
-    source = f"calibrated by {model.trials} trials" if model.trials else "not calibrated: priors from a CPU"
+    source = f"calibrated by {model.trials} trials" if model.trials else "not calibrated by trials on a card"
     return lines, f"{source}; 95 % interval ±{format_bytes(min(spans))} to ±{format_bytes(max(spans))}"
 
 

@@ -125,7 +125,7 @@ def test_estimate_rows_grow_with_the_micro_batch() -> None:
     assert list(cells.values())[len(peaks) :] == ["-"] * (len(cells) - len(peaks))
     fitting = [size for size, cell in cells.items() if "?" not in cell and cell != "-"]
     assert int(row["largest"]) >= max(fitting, default=0)
-    assert certainty.startswith("not calibrated: priors from a CPU; 95 % interval ±")
+    assert certainty.startswith("not calibrated by trials on a card; 95 % interval ±")
 
 
 def test_a_model_survives_its_file(tmp_path: Path) -> None:
