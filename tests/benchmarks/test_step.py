@@ -1,6 +1,8 @@
-"""One optimizer step against plain nanoGPT's way of running the same shape, interleaved in one run.
+"""One optimizer step against plain nanoGPT's way of running the same shape, interleaved in one run; and what is left
+of its peak where activations are computed again, or kept in fewer bytes.
 
     scripts/bench -k step
+    scripts/bench -k recompute
 
 Plain nanoGPT (model.py and train.py of the repository, as of 2024): the compiled forward returns the full
 logits beside the loss, and on a CPU configure_optimizers takes the unfused AdamW.
@@ -9,6 +11,7 @@ logits beside the loss, and on a CPU configure_optimizers takes the unfused Adam
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,3 +112,27 @@ def test_step_against_plain_nanogpt(benchmark) -> None:
     best = benchmark.extra_info["chunked 256"]
     assert best["speed_ratio"] >= 1.2
     assert best["memory_ratio"] <= 0.5
+
+
+@pytest.mark.benchmark(group="recompute")
+def test_recompute_peaks(benchmark) -> None:
+    shape = replace(SHAPE, n_layer=4, n_head=4, n_embd=256, vocab_size=2048)
+    tokens, targets = (t.clamp(max=2047) for t in batch())
+    kept = ("none", "selective", "every_2", "budget_0.5", "block")
+    print(
+        f"\n4 layers, 4 heads, 256 wide, vocabulary 2048, 8 x 256 tokens, MiB\n{'':34}"
+        + "".join(f"{k:>12}" for k in kept)
+    )
+    for dtype in ("bfloat16", "bfloat16_residual"):
+        for compiled in ("full", "block"):
+            peaks = []
+            for recompute in kept:
+                torch._dynamo.reset()
+                plan = Plan(micro_batch_size=8, compile=compiled, dtype=dtype, activation_checkpointing=recompute)
+                step = build(Candidate(recipe=Recipe(shape=shape, global_batch_size=8), plan=plan), CPU)
+                peaks.append(peak_above_state(step, lambda step=step: step.step([(tokens, targets, 1.0)], 1e-4)))
+                peaks[-1] += step.state_bytes()
+            benchmark.extra_info[f"{dtype} {compiled}"] = dict(zip(kept, peaks, strict=True))
+            print(f"{dtype:20}compile {compiled:6}" + "".join(f"{peak / 2**20:12.1f}" for peak in peaks))
+    benchmark.pedantic(lambda: None, rounds=1)
+    assert all(row["block"] < row["none"] for row in benchmark.extra_info.values())
