@@ -4,7 +4,7 @@ import ast
 import operator
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from autotune.config.candidate import Candidate, DType, Plan, Recipe, one_of
 from autotune.config.tables import read_table
@@ -80,7 +80,7 @@ def nanogpt_dtype(device: str, capability: tuple[int, ...]) -> DType:
 
 def _dtype(written: str, device: str, capability: tuple[int, ...]) -> DType:
     if written:
-        one_of("dtype", written, get_args(DType))
+        one_of("dtype", written, ("float32", "bfloat16", "float16"))
     if not written or device == "cpu":  # train.py heeds its dtype on CUDA only
         return nanogpt_dtype(device, capability)
     if capability >= (8, 0) and written == "float32":

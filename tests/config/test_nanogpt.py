@@ -111,6 +111,7 @@ def test_arithmetic_is_computed() -> None:
         ("init_from = 'gpt2'", "set it to 'scratch'"),
         ("n_embd = 100\nn_head = 3", "not a multiple"),
         ("dtype = 'int8'", "is not known"),
+        ("dtype = 'bfloat16_residual'", "is not known"),
         ("\0", "write key = value lines"),
         ("n_layer = " + "-" * 100_000 + "1", "x.py"),
     ],
@@ -176,6 +177,12 @@ def test_what_train_py_cannot_do_is_said_in_comments() -> None:
     assert "batch_size = 32\n" in text
     assert "47 does not divide the global batch of 512" in text
     assert "nanoGPT has no loss = chunked, activation_checkpointing = block, compile = block: expect" in text
+
+
+def test_a_residual_stream_in_bfloat16_is_lost_in_words() -> None:
+    text = format_nanogpt(Candidate(plan=Plan(dtype="bfloat16_residual")), "", "cuda:0")
+    assert "nanoGPT has no dtype = bfloat16_residual: expect" in text
+    assert "\ndtype = 'bfloat16'\n" in text
 
 
 def test_train_py_knows_every_key_and_its_type() -> None:
