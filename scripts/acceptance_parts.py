@@ -518,10 +518,10 @@ def _compared(bench: Bench, model: MemoryModel, context: float, candidate: Candi
     pairs = {
         "allocated": (prediction.peak_allocated_bytes, result.peak("allocated_bytes")),
         "device": (prediction.peak_device_bytes, result.peak("device_bytes")),
-        "explained device": (None if reserved is None else reserved + context, result.peak("device_bytes")),
+        "explained": (None if reserved is None else reserved + context, result.peak("device_bytes")),
     }
     errors = {f"{view}_error": p / m - 1 for view, (p, m) in pairs.items() if m and p}
-    bars = {"allocated_error": 0.10, "explained device_error": 0.02}
+    bars = {"allocated_error": 0.10, "explained_error": 0.02}
     ok = bench.rehearse or all(abs(errors[view]) <= bar for view, bar in bars.items() if view in errors)
     return {"predicted_peak_bytes": prediction.peak_allocated_bytes, **errors, "ok": ok}
 
@@ -532,7 +532,7 @@ def _pair(row: Row) -> tuple[Candidate, TrialResult]:
 
 def _error_headline(rows: list[Row]) -> str:
     words = []
-    for view in ("allocated", "device", "explained device"):
+    for view in ("allocated", "device", "explained"):
         errors = [abs(row[f"{view}_error"]) for row in rows if f"{view}_error" in row]
         if errors:
             words.append(f"{view}: median {statistics.median(errors):.2%}, worst {max(errors):.1%} of {len(errors)}")

@@ -303,7 +303,8 @@ def failure(error: BaseException) -> dict[str, object]:
     """The status, message and wanted bytes of a trial that raised `error`."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
     if out_of_memory(error):
-        return {"status": "oom", "message": text, "wanted_bytes": wanted_bytes(str(error))}
+        # CUDA's says much of the allocator's state after that; the trial's log keeps it
+        return {"status": "oom", "message": text.partition(" GPU ")[0], "wanted_bytes": wanted_bytes(str(error))}
     if isinstance(error, TrialEnded):
         return {"status": error.status, "message": text}
     if isinstance(error, AutotuneError):

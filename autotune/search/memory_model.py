@@ -184,13 +184,14 @@ def _activations(candidate: Candidate, tokens: int, kind: tuple[str, str]) -> di
 
 def _kept(plan: Plan, key: str) -> tuple[float, float]:
     """Bytes an element of (tokens, n_layer, n_embd), and how sure that is."""
-    none = {"low/compiled": 41.0, "f32/compiled": 57.0, "low/eager": 55.0, "f32/eager": 67.0}
-    selective = {"low/compiled": 22.0, "f32/compiled": 44.0, "low/eager": 31.0, "f32/eager": 47.0}
-    none |= {"narrow/compiled": 37.0, "narrow/eager": 54.0}
-    selective |= {"narrow/compiled": 20.0, "narrow/eager": 30.0}
+    every = {  # with nothing computed again, and selectively
+        "narrow/compiled": (37.0, 20.0), "low/compiled": (41.0, 22.0), "f32/compiled": (57.0, 44.0),
+        "narrow/eager": (54.0, 30.0), "low/eager": (55.0, 31.0), "f32/eager": (67.0, 47.0),
+    }  # fmt: skip
+    none, selective = every[key]
     if plan.memory_budget is not None:  # what the partitioner makes of it is not monotone: nearly nothing is known
-        return 6.0 + 0.7 * (none[key] - 6.0) * plan.memory_budget, 0.3 * none[key]
-    return (selective if plan.activation_checkpointing == "selective" else none)[key], 4.0
+        return 6.0 + 0.7 * (none - 6.0) * plan.memory_budget, 0.3 * none
+    return (selective if plan.activation_checkpointing == "selective" else none), 4.0
 
 
 def _of_attention(candidate: Candidate, rows: int, scores: tuple[float, float], key: str) -> dict[str, Term]:
@@ -345,16 +346,11 @@ def predict(model: MemoryModel, candidate: Candidate) -> Prediction:
     Where two or more micro batches of the same shape and plan were measured, the peak is extrapolated from the
     two nearest (memory is affine in the micro batch); otherwise it comes from the structure.
     """
-    structure = _largest(model.allocated, moments(candidate, model.device))
-    allocated, sigma = _from_neighbours(model, candidate) or (
-        structure[0],
-        math.hypot(structure[1], NOISE * structure[0]),
-    )
+    total, unsure = _largest(model.allocated, moments(candidate, model.device))
+    allocated, sigma = _from_neighbours(model, candidate) or (total, math.hypot(unsure, NOISE * total))
     more, scatter = _largest(model.beyond, [beyond(candidate, model.device)])
-    device, spread = (
-        allocated + more,
-        1.96 * math.hypot(sigma, scatter, _beyond_noise(candidate, model.device, allocated)),
-    )
+    noise = _beyond_noise(candidate, model.device, allocated)
+    device, spread = allocated + more, 1.96 * math.hypot(sigma, scatter, noise)
     return Prediction(
         peak_allocated_bytes=round(allocated),
         peak_device_bytes=round(device),

@@ -13,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.measure import runner
 from autotune.measure.runner import run_trial, trials_in_a_row
 from autotune.measure.types import TrialRequest, TrialResult, from_json, to_json
+from autotune.measure.worker import failure
 
 WORKER = "autotune.measure.worker"
 SHAPE = Shape(n_layer=2, n_head=2, n_embd=64, block_size=64)
@@ -136,6 +138,15 @@ def interrupted(work: Callable[[], object]) -> None:
     finally:
         timer.cancel()
         signal.signal(signal.SIGINT, before)
+
+
+def test_running_out_of_a_cards_memory_is_told_in_short() -> None:
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.2 GiB is "
+        "free. If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=..."
+    )
+    short = "CUDA out of memory. Tried to allocate 1.50 GiB."
+    assert failure(error) == {"status": "oom", "message": short, "wanted_bytes": 3 << 29}
 
 
 def test_needing_more_than_the_limit_says_how_much(measured: TrialResult, tmp_path: Path) -> None:
