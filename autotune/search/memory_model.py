@@ -314,7 +314,7 @@ def beyond(candidate: Candidate, device: str) -> Moment:
     """What the device shows beyond the allocated bytes: the process itself and its libraries; on CUDA also what the
     allocator cannot use, as smaller tensors lie in the blocks that the largest ones, logits, have left."""
     if device == "cpu":
-        return Moment(exact=0.0, terms={"process": Term(size=1e6, mean=450.0, sigma=120.0)})
+        return Moment(exact=0.0, terms={"process": Term(size=1e6, mean=450.0, sigma=400.0)})
     plan, logits = candidate.plan, _low_logits(candidate)
     key = f"unused/{plan.allocator}/{'full' if plan.loss == 'full' else 'chunked'}"
     own = f"{key}/{plan.compile}/{plan.activation_checkpointing}"
