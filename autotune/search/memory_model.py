@@ -23,7 +23,6 @@ from autotune.config.tables import read_table
 from autotune.config.toml import write_atomically
 from autotune.environment import Environment
 from autotune.errors import ConfigError
-from autotune.kernels import registry
 from autotune.measure.types import TrialResult
 
 Array = NDArray[np.float64]
@@ -213,6 +212,11 @@ def _loss_kind(plan: Plan) -> str:
     return "chunked" if plan.loss == "chunked_triton" else plan.loss
 
 
+def _logit_rows(plan: Plan, tokens: int) -> int:
+    """Of the logits, those that exist at one time."""
+    return tokens if plan.loss == "full" else min(tokens, plan.loss_chunk_tokens)
+
+
 def _head(candidate: Candidate, tokens: int, kind: tuple[str, str]) -> dict[str, Term]:
     """Logits and what stands beside them."""
     shape, plan = candidate.shape, candidate.plan
@@ -223,7 +227,7 @@ def _head(candidate: Candidate, tokens: int, kind: tuple[str, str]) -> dict[str,
         size = (tokens + shape.vocab_size) * shape.n_embd
         return {f"head/{plan.loss}/{dtype}/{mode}": Term(size=size, mean=8.0, sigma=8.0)}
     chunked = plan.loss != "full"
-    rows = min(tokens, plan.loss_chunk_tokens) if chunked else tokens
+    rows = _logit_rows(plan, tokens)
     key = f"{_loss_kind(plan)}/{dtype}/{mode}"
     itemsize = 2.0 if dtype == "low" else 4.0
     eager = 10.0 if chunked and dtype == "low" else 12.0  # log-softmax, its gradient and the gradient before it
@@ -334,10 +338,8 @@ def _beyond_noise(candidate: Candidate, device: str, allocated: float) -> float:
 
 def _low_logits(candidate: Candidate) -> float:
     """Bytes of the logits that exist at one time, in two bytes each."""
-    plan = candidate.plan
-    tokens = plan.micro_batch_size * candidate.shape.block_size
-    rows = min(tokens, plan.loss_chunk_tokens) if registry.find("loss", plan.loss).chunked else tokens
-    return 2.0 * rows * candidate.shape.vocab_size
+    tokens = candidate.plan.micro_batch_size * candidate.shape.block_size
+    return 2.0 * _logit_rows(candidate.plan, tokens) * candidate.shape.vocab_size
 
 
 def predict(model: MemoryModel, candidate: Candidate) -> Prediction:
