@@ -1,15 +1,40 @@
 """verdict.json: what a search concludes from its trials, and where its time went."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 
 from autotune.config.tables import read_table
 from autotune.config.toml import write_atomically
 
+Z95 = NormalDist().inv_cdf(0.975)
+
 STEPPING = ("compile", "warmup", "measure")
 """What a budget is for; the rest is overhead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Tokens/s of one candidate, from all its measurements."""
+
+    tokens_per_second: float
+    ci95: float
+    """Half width of the 95 % interval of `tokens_per_second`, in tokens/s."""
+    process_sd: float
+    """Standard deviation between processes as a fraction: a training is one more process."""
+    measurements: int
+
+    @property
+    def relative_ci95(self) -> float:
+        return self.ci95 / self.tokens_per_second
+
+    @property
+    def next_process_ci95(self) -> float:
+        """Half width of the interval in which one more process lies, in tokens/s."""
+        return math.hypot(self.ci95, Z95 * self.process_sd * self.tokens_per_second)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +57,12 @@ class Review:
     """The search as a whole."""
 
     confirmed: bool = False
+    unsettled: str = ""
+    """Why the winner's figure is not settled although it was confirmed; empty where it is."""
+    speed: Speed | None = None
+    """The winner's, from all its measurements; None where nothing is feasible."""
+    baseline: Speed | None = None
+    """The baseline's; None where it did not run to its end."""
     tied_with: tuple[int, ...] = ()
     fell_through: tuple[int, ...] = ()
     drift: float | None = None

@@ -17,7 +17,7 @@ from autotune.config.toml import read_candidate
 from autotune.environment import Environment
 from autotune.errors import ConfigError
 from autotune.measure.records import COLUMNS
-from autotune.measure.review import Review, read_review
+from autotune.measure.review import Review, Speed, read_review
 from autotune.units import format_duration
 
 T = TypeVar("T")
@@ -167,12 +167,12 @@ def _last_word(measured: list[Row], candidate_id: str) -> Row | None:
     return max(same, key=lambda row: (row["role"] == "final", row["trial"]), default=None)
 
 
-def gain(best: Row, baseline: Row) -> Gain:
+def gain(run: Run, best: Row, baseline: Row) -> Gain:
     """What tuning brought."""
     view = peak_view([best, baseline])
-    speed = _ratio(best["tokens_per_second"], baseline["tokens_per_second"])
-    both = [_ratio(row["tokens_per_second_ci95"], row["tokens_per_second"]) for row in (best, baseline)]
-    relative = [part for part in both if part is not None]
+    (ours, our_half), (theirs, their_half) = best_speed(run, best), baseline_speed(run, baseline)
+    speed = _ratio(ours, theirs)
+    relative = [part for part in (_ratio(our_half, ours), _ratio(their_half, theirs)) if part is not None]
     losses = (best["predicted_loss"], baseline["predicted_loss"])
     return Gain(
         speed=speed,
@@ -180,6 +180,22 @@ def gain(best: Row, baseline: Row) -> Gain:
         memory=_ratio(best[view], baseline[view]),
         loss=None if None in losses else losses[0] - losses[1],
     )
+
+
+def best_speed(run: Run, best: Row) -> tuple[float | None, float | None]:
+    """Tokens/s and its half width: from all measurements of the winner where the search has ended."""
+    return _estimated(run.review.speed if run.review else None, best)
+
+
+def baseline_speed(run: Run, baseline: Row) -> tuple[float | None, float | None]:
+    """The same for the baseline."""
+    return _estimated(run.review.baseline if run.review else None, baseline)
+
+
+def _estimated(speed: Speed | None, row: Row) -> tuple[float | None, float | None]:
+    if speed is None:
+        return row["tokens_per_second"], row["tokens_per_second_ci95"]
+    return speed.tokens_per_second, speed.ci95
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:
@@ -234,7 +250,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "best": best,
         "measured": dict(run.measured) or None,
         "baseline": baseline,
-        "gain": vars(gain(best, baseline)) if best and baseline else None,
+        "gain": vars(gain(run, best, baseline)) if best and baseline else None,
         "review": review and {**asdict(review), "overhead": review.overhead, "trials_per_hour": review.trials_per_hour},
         "trade_offs": [row["trial"] for row in trade_offs(run)],
         "failures": [vars(failure) for failure in failures(run)],

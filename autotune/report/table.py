@@ -14,7 +14,9 @@ from autotune.report.run import (
     Row,
     Run,
     at_first_speed,
+    baseline_speed,
     baseline_trial,
+    best_speed,
     best_trial,
     failures,
     gain,
@@ -119,12 +121,15 @@ def verdict(run: Run) -> list[str]:
     elif best is None:
         lines.append("best.toml is of none of these trials: mend the run with `autotune report --rebuild`.")
     else:
-        confirmed = ", confirmed" if best["role"] == "final" else ", not confirmed in a second process"
+        confirmed = _standing(run, best)
         cached = cache_text(run.measured.get("compile_cache_hits"), run.measured.get("compile_cache_misses"))
         found = f", {cached} from the compile cache" if cached else ""
-        lines.append(f"best: trial {best['trial']}{confirmed}: {_measured(run, best)}{found}")
+        lines.append(f"best: trial {best['trial']}{confirmed}: {_measured(run, best, best_speed(run, best))}{found}")
+        if run.review and run.review.unsettled:
+            lines.append(f"warning: not settled: {run.review.unsettled}")
     tried = baseline or next((row for row in run.trials if row["role"] == "baseline"), None)
-    lines.append(f"baseline: trial {tried['trial']}: {_measured(run, tried)}" if tried else "baseline: not measured")
+    figures = _measured(run, tried, baseline_speed(run, tried)) if tried else ""
+    lines.append(f"baseline: trial {tried['trial']}: {figures}" if tried else "baseline: not measured")
     if best and baseline:
         lines.append(f"gain: {_gain_text(run, best, baseline)}")
     lines += _review_lines(run.review) if run.review else []
@@ -135,7 +140,7 @@ def _review_lines(review: Review) -> list[str]:
     lines = []
     if review.tied_with:
         trials = ", ".join(map(str, review.tied_with))
-        lines.append(f"a tie: trial {trials} lies within the intervals; the best needs the least memory of them")
+        lines.append(f"a tie: trial {trials} cannot be told from the best, which needs the least memory of them")
     if review.fell_through:
         trials = ", ".join(map(str, review.fell_through))
         lines.append(f"trial {trials} was better, but failed its confirmation")
@@ -198,17 +203,26 @@ def sections(run: Run) -> dict[str, list[Line]]:
     }
 
 
-def _measured(run: Run, row: Row) -> str:
+def _standing(run: Run, best: Row) -> str:
+    if best["role"] != "final":
+        return ", not confirmed in a second process"
+    review = run.review
+    if review and review.unsettled:
+        return ", not settled"
+    return f", confirmed by {review.speed.measurements} measurements" if review and review.speed else ", confirmed"
+
+
+def _measured(run: Run, row: Row, speed: tuple[float | None, float | None]) -> str:
     if row["status"] != "ok":
         return f"{row['status']}: {row['message'] or '-'}"
     loss = f"predicted loss {number(row['predicted_loss'], '.3f')}, " if run.lower_is_better else ""
-    return f"{loss}{_rate(row)} tokens/s, peak {format_bytes(row[peak_view([row])])}"
+    return f"{loss}{_rate(*speed)} tokens/s, peak {format_bytes(row[peak_view([row])])}"
 
 
 def _gain_text(run: Run, best: Row, baseline: Row) -> str:
     if best["candidate_id"] == baseline["candidate_id"]:
         return "none, the baseline is the best that was found"
-    gained = gain(best, baseline)
+    gained = gain(run, best, baseline)
     loss = f"{number(gained.loss, '+.3f')} predicted loss; " if run.lower_is_better else ""
     speed = number(gained.speed, ".2f", "x") + ("" if gained.speed_ci95 is None else f" ± {gained.speed_ci95:.2f}")
     return f"{loss}{speed} the baseline's tokens/s at {number(gained.memory, '.2f', 'x')} its peak memory"
@@ -225,7 +239,7 @@ def cells(run: Run, row: Row) -> dict[str, str]:
         "trial": str(row["trial"]),
         "role": row["role"],
         **loss,
-        "tokens/s": _rate(row),
+        "tokens/s": _rate(row["tokens_per_second"], row["tokens_per_second_ci95"]),
         **drifted,
         "MFU": number(row["mfu"], ".1%"),
         "peak": format_bytes(row[peak_view([row])]),
@@ -239,9 +253,8 @@ def cells(run: Run, row: Row) -> dict[str, str]:
     }
 
 
-def _rate(row: Row) -> str:
-    half = row["tokens_per_second_ci95"]
-    return number(row["tokens_per_second"], ",.0f") + ("" if half is None else f" ± {half:,.0f}")
+def _rate(speed: float | None, half: float | None) -> str:
+    return number(speed, ",.0f") + ("" if half is None else f" ± {half:,.0f}")
 
 
 def _constant(lines: Sequence[dict[str, str]]) -> dict[str, str]:
@@ -258,7 +271,7 @@ def _line(text: str, style: str = "") -> Text:
 
 def _summary(run: Run) -> Line:
     best, baseline = best_trial(run), baseline_trial(run)
-    gained = gain(best, baseline) if best and baseline else None
+    gained = gain(run, best, baseline) if best and baseline else None
     ok = len([row for row in run.trials if row["status"] == "ok"])
     shown = cells(run, best) if best else {}
     return {

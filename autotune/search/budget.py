@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from autotune.config.search import SearchSettings
 from autotune.measure.records import TrialRecord
-from autotune.search.objective import maximised
-from autotune.search.verdict import best_first, searched, unconfirmed
+from autotune.search.objective import best_first, maximised
+from autotune.search.verdict import searched, unconfirmed
 
 CLOSING_SECONDS = 3.0
 """Kept free at the end, at least, for killing the last worker, writing the files and drawing the report."""

@@ -15,7 +15,7 @@ from autotune.config.toml import CandidateFile, format_candidate, write_atomical
 from autotune.environment import Environment
 from autotune.errors import ConfigError, InterruptedByUser
 from autotune.measure.records import TrialRecord, write_csv
-from autotune.search.objective import finish_recipe, training_tokens
+from autotune.search.objective import finish_recipe, loss_at, training_tokens
 from autotune.search.verdict import Verdict, decide
 
 
@@ -36,23 +36,24 @@ def publish(
 
 def _best(state: Verdict, settings: SearchSettings, environment: Environment) -> CandidateFile:
     winner, result = state.winner, state.winner.result
-    assert result.tokens_per_second is not None, "a winner is feasible"
     recipe = winner.candidate.recipe
     if not settings.keep_schedule:
-        tokens = training_tokens(settings, result.tokens_per_second)
+        tokens = training_tokens(settings, state.speed.tokens_per_second)
         recipe = finish_recipe(recipe, tokens, winner.candidate.plan.micro_batch_size)
     measured = {
         "trial": winner.trial,
-        "status": "confirmed" if state.confirmed else "not confirmed",
+        "status": "not confirmed" if not state.confirmed else "not settled" if state.unsettled else "confirmed",
         "objective": settings.objective,
-        "tokens_per_second": result.tokens_per_second,
-        "tokens_per_second_ci95": result.tokens_per_second_ci95,
+        "tokens_per_second": state.speed.tokens_per_second,
+        "tokens_per_second_ci95": state.speed.ci95,
+        "training_tokens_per_second_ci95": state.speed.next_process_ci95,
+        "measurements": state.speed.measurements,
         "step_seconds_p50": result.step_seconds_p50,
         "mfu": result.mfu,
         "peak_allocated_bytes": result.peak("allocated_bytes"),
         "peak_reserved_bytes": result.peak("reserved_bytes"),
         "peak_device_bytes": result.peak("device_bytes"),
-        "predicted_loss": winner.predicted_loss,
+        "predicted_loss": loss_at(settings, winner.candidate, state.speed.tokens_per_second),
         "compile_cache_hits": result.compile_cache_hits,
         "compile_cache_misses": result.compile_cache_misses,
     }

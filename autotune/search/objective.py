@@ -5,13 +5,14 @@ rate that follow from the length of a training.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from autotune.config.candidate import Candidate, Recipe, Shape
 from autotune.config.search import SearchSettings
 from autotune.errors import ConfigError, suggest
-from autotune.measure.types import TrialResult
+from autotune.measure.records import TrialRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +132,13 @@ def score(settings: SearchSettings, candidate: Candidate, tokens_per_second: flo
     return loss - (_SPEED_WEIGHT * math.log(tokens_per_second) if settings.train_tokens is not None else 0.0)
 
 
-def interval(settings: SearchSettings, candidate: Candidate, result: TrialResult) -> tuple[float, float]:
-    """The objective over the 95 % interval of the tokens/s, smaller end first."""
-    speed, half = result.tokens_per_second, result.tokens_per_second_ci95 or 0.0
-    assert speed is not None, "only feasible trials have an interval"
-    ends = [score(settings, candidate, max(end, speed * 0.01)) for end in (speed - half, speed + half)]
-    return min(ends), max(ends)
+def interval(
+    settings: SearchSettings, candidate: Candidate, tokens_per_second: float, ci95: float
+) -> tuple[float, float]:
+    """The objective over an interval of tokens/s, smaller end first."""
+    ends = (tokens_per_second - ci95, tokens_per_second + ci95)
+    scores = [score(settings, candidate, max(end, tokens_per_second * 0.01)) for end in ends]
+    return min(scores), max(scores)
 
 
 def speed_needed(settings: SearchSettings, candidate: Candidate, objective: float) -> float:
@@ -153,6 +155,17 @@ def speed_needed(settings: SearchSettings, candidate: Candidate, objective: floa
 def maximised(settings: SearchSettings) -> bool:
     """Whether a larger objective is better."""
     return settings.objective == "throughput"
+
+
+def best_first(records: Sequence[TrialRecord], maximise: bool) -> list[TrialRecord]:
+    """Feasible records by their objective; equal ones in the order of their trials."""
+    feasible = [record for record in records if record.objective is not None]
+    return sorted(feasible, key=lambda record: (_signed(record, maximise), record.trial))
+
+
+def _signed(record: TrialRecord, maximise: bool) -> float:
+    assert record.objective is not None
+    return -record.objective if maximise else record.objective
 
 
 def finish_recipe(recipe: Recipe, tokens: float, micro_batch_size: int) -> Recipe:

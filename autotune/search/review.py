@@ -35,12 +35,15 @@ def review(
     idle = spent_seconds - sum(record.result.trial_seconds or 0.0 for record in ran)
     return Review(
         confirmed=verdict is not None and verdict.confirmed,
+        unsettled=verdict.unsettled if verdict else "",
+        speed=verdict.speed if verdict else None,
+        baseline=verdict.baseline if verdict else None,
         tied_with=verdict.tied_with if verdict else (),
         fell_through=verdict.fell_through if verdict else (),
         drift=verdict.drift if verdict else None,
         at_first_speed=_at_first_speed(settings, found),
         law=_law(settings),
-        notes=tuple(notes),
+        notes=(*notes, *(verdict.notes if verdict else ())),
         spent_seconds=spent_seconds,
         trials=len(ran),
         seconds={**seconds, "idle": max(0.0, idle)},

@@ -25,6 +25,7 @@ from autotune.search.budget import Allowance, Budget, allow, begin, final_second
 from autotune.search.calibrate import calibrate_law
 from autotune.search.memory_model import MemoryModel, Prediction, calibrate, predict, save
 from autotune.search.objective import loss_at, score, speed_needed
+from autotune.search.posterior import NOISY
 from autotune.search.review import review
 from autotune.search.sampler import doubted, propose
 from autotune.search.space import Space, baseline, build_space, guide_candidate, in_words
@@ -175,7 +176,7 @@ def _conclude(
     notes, spent = tuple(study.user_attrs.get(_NOTES, ())), float(study.user_attrs.get(_SPENT, 0.0))
     state = decide(found, settings)
     write_review(directory / "verdict.json", review(settings, space, study, found, state, notes, spent))
-    return state and replace(state, notes=notes)
+    return state and replace(state, notes=(*notes, *state.notes))
 
 
 def _go(run: _Run) -> Verdict:
@@ -283,6 +284,8 @@ def _measure(run: _Run, role: Role, candidate: Candidate, allowance: Allowance) 
         result = run.measure(request, log)
     if result.status == "timeout" and allowance.ends_budget:
         result = replace(result, status="interrupted", message="the budget ended during this trial")
+    if role == "final":
+        result = _noise_said(result)
     speed = result.tokens_per_second if result.status == "ok" else None
     record = TrialRecord(
         trial=number,
@@ -298,6 +301,15 @@ def _measure(run: _Run, role: Role, candidate: Candidate, allowance: Allowance) 
     state = _publish(run)
     run.notify(replace(event, elapsed_seconds=budget.elapsed(), record=record, verdict=state))
     return record
+
+
+def _noise_said(result: TrialResult) -> TrialResult:
+    """The result; where its interval is too wide to confirm anything, its message says so."""
+    speed, half = result.tokens_per_second, result.tokens_per_second_ci95
+    if not speed or half is None or half <= NOISY * speed:
+        return result
+    noisy = f"noisy: tokens/s ±{half / speed:.0%}, wider than ±{NOISY:.0%}"
+    return replace(result, message="; ".join(filter(None, (result.message, noisy))))
 
 
 def _least_speed(settings: SearchSettings, candidate: Candidate, best: Verdict | None) -> float | None:

@@ -15,21 +15,23 @@ import itertools
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autotune.config.candidate import Candidate
+from autotune.config.candidate import Candidate, Plan
 from autotune.config.search import SearchSettings
 from autotune.measure.records import TrialRecord
 from autotune.search.memory_model import MemoryModel, calibrate, predict
-from autotune.search.objective import maximised, score
+from autotune.search.objective import best_first, maximised, score
 from autotune.search.space import Space, candidate_at, every_candidate, reads_chunks, values_of
-from autotune.search.verdict import best_first
 
 Array = NDArray[np.floating[Any]]
+
+_KNOBS = (*(field.name for field in fields(Plan)), "n_layer", "n_embd", "head_size", "block_size")
+"""All that a search can vary."""
 
 _EXPECTED: dict[tuple[str, str], tuple[float, float]] = {
     ("compile", "off"): (-0.30, -0.7),
@@ -148,27 +150,49 @@ def _needs_no_more(small: Candidate, large: Candidate) -> bool:
 
 
 def doubted(names: Iterable[str], known: Sequence[TrialRecord], settings: SearchSettings) -> list[TrialRecord]:
-    """Trials that would be the best of all had they been as fast as all others say (each left out in turn: Rasmussen
-    and Williams, Gaussian Processes for Machine Learning, 5.4.2), the likeliest first. Another program that takes
+    """Trials that would be the best of all had they been as fast as all others say (`_left_out`), the likeliest
+    first. Another program that takes
     the device for as long as a trial is timed leaves no other trace."""
     timed = [record for record in known if record.objective is not None and record.result.tokens_per_second]
     if not timed:
         return []
-    apart = _distances(names, [record.candidate for record in timed], len(timed))
-    kind, sign = settings.device.partition(":")[0], 1.0 if maximised(settings) else -1.0
+    sign = 1.0 if maximised(settings) else -1.0
     answers = np.log([record.result.tokens_per_second or 1.0 for record in timed])
-    rest = answers - np.array([_expected(record.candidate, kind)[0] for record in timed])
-    rest -= np.median(rest)
-    lower, _, scale = _likeliest(apart, rest)[1]
-    whitened = np.linalg.inv(lower)
-    precision = (whitened**2).sum(0)
-    above = whitened.T @ (whitened @ rest) / precision  # what was measured, over what the others say
-    sd = np.sqrt(scale / precision)
+    others, sd = _left_out(names, [record.candidate for record in timed], answers, settings)
+    above = answers - others
     at_best = np.exp(answers - above + sd).tolist()
     best = max(sign * (record.objective or 0.0) for record in timed)
     slow = np.flatnonzero(above < -_SURPRISE * sd)
     worth = {i: sign * score(settings, timed[i].candidate, at_best[i]) for i in slow}
     return [timed[i] for i in sorted(worth, key=lambda i: -worth[i]) if worth[i] > best]
+
+
+def expected_speeds(
+    candidates: Sequence[Candidate], log_speeds: Sequence[float], settings: SearchSettings
+) -> list[tuple[float, float]]:
+    """What all other candidates make the model expect of each one's log speed: mean and standard deviation. Where
+    nothing differs between them there is nothing to learn from: the speed itself, with an infinite deviation."""
+    names = [name for name in _KNOBS if len({_knob(candidate, name) for candidate in candidates}) > 1]
+    if len(candidates) < 3 or not names:
+        return [(value, math.inf) for value in log_speeds]
+    mean, sd = _left_out(names, candidates, np.array(log_speeds), settings)
+    return list(zip(mean.tolist(), sd.tolist(), strict=True))
+
+
+def _left_out(
+    names: Iterable[str], candidates: Sequence[Candidate], log_speeds: Array, settings: SearchSettings
+) -> tuple[Array, Array]:
+    """Mean (n,) and standard deviation (n,) of each of `log_speeds` (n,) given all others (leave-one-out by the
+    inverse of the covariance: Rasmussen and Williams, Gaussian Processes for Machine Learning, 5.4.2)."""
+    kind = settings.device.partition(":")[0]
+    apart = _distances(names, candidates, len(candidates))
+    rest = log_speeds - np.array([_expected(candidate, kind)[0] for candidate in candidates])
+    rest -= np.median(rest)
+    lower, _, scale = _likeliest(apart, rest)[1]
+    whitened = np.linalg.inv(lower)
+    precision = (whitened**2).sum(0)
+    residual = whitened.T @ (whitened @ rest) / precision
+    return log_speeds - residual, np.sqrt(scale / precision)
 
 
 def _distances(names: Iterable[str], candidates: Sequence[Candidate], measured: int) -> Array:

@@ -61,17 +61,18 @@ def test_gain_over_the_baseline(write_run: WriteRun) -> None:
     best, baseline = best_trial(run), baseline_trial(run)
     assert best is not None
     assert baseline is not None
-    gained = gain(best, baseline)
+    gained = gain(run, best, baseline)
     assert (gained.speed, gained.memory, gained.loss) == (1.5, 0.8, None)
     assert gained.speed_ci95 == pytest.approx(1.5 * 0.005 * 2**0.5)
 
 
 def test_views_are_compared_with_themselves(write_run: WriteRun) -> None:
-    best, baseline = load_run(write_run()).trials[2], dict(load_run(write_run(name="other")).trials[0])
+    run = load_run(write_run())
+    best, baseline = run.trials[2], dict(run.trials[0])
     assert peak_view([best, baseline]) == "peak_device_bytes"
     baseline["peak_device_bytes"] = None
     assert peak_view([best, baseline]) == "peak_allocated_bytes"
-    assert gain(best, baseline).memory == pytest.approx(7 / 9)
+    assert gain(run, best, baseline).memory == pytest.approx(7 / 9)
 
 
 def test_failures_are_grouped_by_reason_whatever_their_numbers(write_run: WriteRun) -> None:

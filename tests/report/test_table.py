@@ -97,7 +97,7 @@ def test_what_the_search_concluded(write_run: WriteRun, capsys: pytest.CaptureFi
     path = write_run(best=candidate(24))
     write_review(path / "verdict.json", REVIEW)
     text = shown(capsys, run_report(load_run(path), top=10))
-    assert "a tie: trial 1 lies within the intervals" in text
+    assert "a tie: trial 1 cannot be told from the best" in text
     assert "trial 2 was better, but failed its confirmation" in text
     assert "warning: the baseline ran at 0.90x its first speed" in text
     assert "trials are ranked without its drift" in text

@@ -9,7 +9,6 @@ from fake_machine import CPU, CUDA, settings
 from autotune.config.candidate import Candidate, Recipe, Shape
 from autotune.config.search import SearchSettings
 from autotune.errors import ConfigError
-from autotune.measure.types import TrialResult
 from autotune.search.objective import (
     LAWS,
     Law,
@@ -105,8 +104,7 @@ def test_no_training_is_predicted_to_end_above_an_untrained_model() -> None:
 
 def test_the_interval_of_a_loss_comes_from_the_interval_of_the_speed() -> None:
     asked = loss_settings(train_time="1h")
-    result = TrialResult(status="ok", phase="done", tokens_per_second=1e5, tokens_per_second_ci95=1e3)
-    low, high = interval(asked, baseline(asked), result)
+    low, high = interval(asked, baseline(asked), 1e5, 1e3)
     assert low < score(asked, baseline(asked), 1e5) < high
 
 

@@ -167,7 +167,7 @@ def test_the_guide_is_measured_where_shapes_are_searched(tmp_path: Path) -> None
     verdict = go(tmp_path / "run", machine, settings(model="", budget="60s"))
     assert [row["role"] for row in rows(tmp_path / "run")][:3] == ["baseline", "guide", "search"]
     best = read_all(tmp_path / "run")
-    assert best.measured["predicted_loss"] == verdict.winner.predicted_loss
+    assert best.measured["predicted_loss"] == pytest.approx(verdict.winner.predicted_loss, abs=1e-3)
     # the schedule follows from a day at the measured speed
     day = best.measured["tokens_per_second"] * 86400
     assert best.candidate.recipe.max_tokens == pytest.approx(day, rel=0.01)

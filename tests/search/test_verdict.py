@@ -1,7 +1,10 @@
+import math
+import random
+import statistics
 from dataclasses import replace
 
 import pytest
-from fake_machine import CUDA, settings
+from fake_machine import CPU, CUDA, settings
 
 from autotune.measure.records import Role, TrialRecord
 from autotune.measure.types import MemoryView, Status, TrialResult
@@ -52,9 +55,11 @@ def test_the_best_so_far_before_anything_is_confirmed() -> None:
     assert (verdict.winner.trial, verdict.confirmed) == (1, False)
 
 
-def test_the_winner_is_by_confirmed_values() -> None:
-    verdict = decided([*SEARCH, record(4, 2, 180, "final"), record(5, 3, 191, "final")])
-    assert (verdict.winner.trial, verdict.confirmed, verdict.tied_with) == (5, True, ())
+def test_the_winner_is_by_all_measurements_of_the_finalists() -> None:
+    verdict = decided([*SEARCH, record(4, 2, 180, "final"), record(5, 3, 191, "final", peak=900)])
+    assert (verdict.winner.candidate.plan.micro_batch_size, verdict.confirmed, verdict.unsettled) == (3, True, "")
+    assert verdict.speed.measurements == 2
+    assert verdict.speed.tokens_per_second == pytest.approx(190.7, rel=0.01)
 
 
 def test_a_failed_confirmation_falls_back_to_the_runner_up() -> None:
@@ -70,16 +75,63 @@ def test_running_out_of_budget_is_no_failure_of_the_candidate() -> None:
 
 
 def test_a_tie_goes_to_the_one_with_less_memory() -> None:
-    finals = [record(4, 2, 200, "final", ci95=6, peak=2000), record(5, 3, 190, "final", ci95=6, peak=1000)]
-    verdict = decided([*SEARCH, *finals])
+    finals = [record(4, 2, 196, "final", peak=2000), record(5, 3, 194, "final", peak=1000)]
+    verdict = decided([SEARCH[0], SEARCH[1], record(2, 3, 199), *finals])
     assert (verdict.winner.trial, verdict.tied_with) == (5, (4,))
-    sharper = [replace_ci(final, 4.0) for final in finals]
-    clear = decided([*SEARCH, *sharper])
+    finals = [record(4, 2, 200, "final", peak=2000), record(5, 3, 150, "final", peak=1000)]
+    clear = decided([SEARCH[0], SEARCH[1], record(2, 3, 150), *finals])
     assert (clear.winner.trial, clear.tied_with) == (4, ())
 
 
-def replace_ci(final: TrialRecord, ci95: float) -> TrialRecord:
-    return replace(final, result=replace(final.result, tokens_per_second_ci95=ci95))
+def test_the_interval_holds_for_the_next_process() -> None:
+    """One process knows nothing of the spread between processes; what a run repeats shows it."""
+    alone = decided([record(0, 1, 100, "baseline", ci95=0.1)])
+    assert alone.speed.relative_ci95 > 0.005  # not the 0.1 % of the process
+    repeated = [SEARCH[0], SEARCH[1], record(2, 2, 188, "final"), record(3, 1, 106, "final")]
+    wide = decided(repeated).speed
+    assert wide.process_sd > 0.02
+    assert wide.next_process_ci95 > wide.ci95 > 0.02 * wide.tokens_per_second
+
+
+def test_the_largest_of_many_noisy_figures_is_not_promised() -> None:
+    """Sixteen equal candidates whose processes spread by 3 %: the promise is nearer to their mean than the maximum."""
+    asked = settings(CPU, model="2x2x64")
+    plain = replace(baseline(asked), recipe=replace(asked.recipe, global_batch_size=512))
+    largest, promised = [], []
+    for seed in range(20):
+        rng, records = random.Random(seed), []
+        for i in range(16):
+            measured = record(i, 64, 1000 * math.exp(rng.gauss(0, 0.03)), ci95=3)
+            plan = replace(plain.plan, micro_batch_size=64 + 16 * i)
+            records.append(replace(measured, candidate=replace(plain, plan=plan)))
+        verdict = decide(records, asked)
+        assert verdict is not None
+        largest.append(max(r.objective or 0.0 for r in records))
+        promised.append(verdict.speed.tokens_per_second)
+    assert statistics.fmean(largest) > 1045
+    assert 990 < statistics.fmean(promised) < 1030
+
+
+def test_a_finalist_with_a_wide_interval_is_not_settled_and_measured_again() -> None:
+    noisy = [SEARCH[0], SEARCH[1], record(2, 1, 100, "final"), record(3, 2, 190, "final", ci95=133)]
+    verdict = decided(noisy)
+    assert "search again on a quiet machine" in verdict.unsettled
+    assert waiting(noisy) == [1]
+    given_up = [*noisy, *(record(n, 2, 190, "final", ci95=133) for n in (4, 5, 6))]
+    assert waiting(given_up) == []
+
+
+def test_a_finalist_that_comes_back_at_a_tenth_of_its_speed_is_said() -> None:
+    slow = [*SEARCH, record(4, 2, 20, "final"), record(5, 1, 100, "final"), record(6, 3, 190, "final")]
+    verdict = decided(slow)
+    assert verdict.winner.trial == 6
+    assert verdict.notes == (
+        "tokens/s of one candidate differ by 0.10x: trial 1 (200) and trial 4 (20); something disturbed a trial",
+    )
+    assert verdict.unsettled.startswith("trial 1 may be faster")
+    assert waiting(slow) == [3, 1] or waiting(slow)[-1] == 1
+    again = decided([*slow, record(7, 2, 198, "final")])  # two of three agree
+    assert (again.winner.trial, again.unsettled) == (7, "")
 
 
 def test_a_machine_that_changed_is_told_by_its_baseline() -> None:
