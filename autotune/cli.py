@@ -280,7 +280,7 @@ def trial(
     else:
         from autotune.report import facts, table
 
-        table.print_text(facts.trial_facts(result))
+        table.print_text(facts.trial_facts(result, candidate.shape))
     raise typer.Exit(0 if result.status == "ok" else 1)
 
 

@@ -86,8 +86,7 @@ def prepare(settings: PrepareSettings) -> Prepared:
             return Prepared(manifest=manifest, outcome="already finished")
         _save(out, manifest)
         if source.unread:
-            count = format_count(len(source.unread))
-            print(f"{count} files are not read: {count_by_suffix(source.unread)}", file=sys.stderr)
+            print(f"not read: {len(source.unread)} files ({count_by_suffix(source.unread)})", file=sys.stderr)
         try:
             finished = _write(settings, source, manifest)
         except BaseException as error:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 from autotune.errors import DataError
 
@@ -114,7 +114,7 @@ def how_to_prepare(path: Path) -> str:
     if path.exists() and not _holds_text(path):
         return "make one with `autotune data prepare SOURCE --out DIR`"
     name = path.resolve().name
-    out = Path("data", name[: len(name) - len("".join(_text_format(path)))])
+    out = Path("data", name[: len(name) - len("".join(_text_format(path) or ""))])
     if out.exists():
         out = out.with_name(f"{out.name}-tokens")
     what = "it holds text" if path.exists() else "if it is a dataset on the hub"
@@ -133,16 +133,16 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or all(file.is_file() for file in saved)
 
 
-def _text_format(path: Path) -> tuple[str, str] | tuple[()]:
-    """Its format and compression by its name, (".jsonl", ".gz"); nothing for what is not read."""
+def _text_format(path: Path) -> tuple[str, str] | None:
+    """Its format and compression by its name, (".jsonl", ".gz"); None for what is not read."""
     name = path.name.lower()
     if name in _METADATA:
-        return ()
+        return None
     for compression in sorted(COMPRESSIONS, reverse=True):
         for suffix in FORMATS:
             if name.endswith(suffix + compression):
                 return suffix, compression
-    return ()
+    return None
 
 
 def documents(
@@ -167,11 +167,11 @@ def documents(
         texts = _python_documents(source.files)
     else:
         texts = (text for path in source.files for text in _file_documents(path))
-    yield from (text for text in texts if _counted(text, skipped))
+    yield from (text for text in texts if _is_document(text, skipped))
 
 
-def _counted(text: str | None, skipped: Counter[str]) -> bool:
-    """Whether it is a document."""
+def _is_document(text: str | None, skipped: Counter[str]) -> TypeGuard[str]:
+    """Whether there is anything to read; if not, it is counted."""
     if not text:
         skipped["null" if text is None else "empty"] += 1
     return bool(text)
@@ -193,7 +193,7 @@ def _file_documents(path: Path) -> Iterator[str | None]:
                 yield from _text_documents(path, file)
             elif suffix in (".csv", ".tsv"):
                 yield from _csv_documents(path, file, "," if suffix == ".csv" else "\t")
-            elif suffix == ".json" and _is_array(path):
+            elif suffix == ".json" and _is_array(path, compression):
                 yield from _array_documents(path, file)
             else:
                 yield from _jsonl_documents(path, file)
@@ -277,9 +277,9 @@ def _csv_documents(path: Path, file: Any, delimiter: str) -> Iterator[str | None
         raise DataError(f"{path}:{rows.line_num} is not CSV ({error}); write it again") from error
 
 
-def _is_array(path: Path) -> bool:
+def _is_array(path: Path, compression: str) -> bool:
     """A .json file is one array of objects, or one object a line."""
-    with COMPRESSIONS[_text_format(path)[1]](path) as file:
+    with COMPRESSIONS[compression](path) as file:
         return next((line.strip()[:1] == b"[" for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), False)
 
 
@@ -346,7 +346,7 @@ def _hub_documents(
             given = start["documents"]
             stream.load_state_dict(start["state"])
         for row in stream:
-            if _counted(text := row[_TEXT], skipped):
+            if _is_document(text := row[_TEXT], skipped):
                 yield text
                 given += 1
                 if given % _MARK_EVERY == 0:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Never
 
+from autotune.data.manifest import Split
 from autotune.data.shards import LLAMA3_WORDS, Shard, open_split
 from autotune.errors import DataError
 
@@ -18,6 +19,8 @@ distances. Batches are looked at again when they are read."""
 
 _BLOCK_BYTES = 1 << 20
 _LARGEST_META = 16 << 20
+_MOST_WORDS = 1 << 21
+"""No tokenizer has more."""
 # What pickles of plain values are made of. Everything else imports, calls or builds objects.
 _PLAIN = {
     "PROTO", "FRAME", "STOP", "MARK", "POP", "DUP", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1",
@@ -92,7 +95,7 @@ def _plain_values(content: bytes) -> Any:
     for opcode, argument, _ in pickletools.genops(content):  # reads, builds nothing
         if opcode.name not in _PLAIN:
             raise pickle.UnpicklingError(f"it holds more than plain values: {opcode.name} {argument or ''}".rstrip())
-        if "PUT" in opcode.name and int(argument) > len(content):  # would make room for as many entries
+        if "PUT" in opcode.name and int(str(argument)) > len(content):  # would make room for as many entries
             raise pickle.UnpicklingError(f"it numbers its values up to {argument}")
     return _PlainUnpickler(io.BytesIO(content)).load()
 
@@ -101,9 +104,11 @@ def _meta(path: Path, table: Any) -> Meta:
     def refuse(what: str) -> DataError:
         return DataError(f"{path}: {what}; allowed: a dict of vocab_size (a number), itos and stoi (dicts)")
 
-    if not isinstance(table, dict) or not _is_id(size := table.get("vocab_size")) or size < 1:
-        found = repr(table.get("vocab_size"))[:120] if isinstance(table, dict) else type(table).__name__
-        raise refuse(f"vocab_size is {found}")
+    if not isinstance(table, dict):
+        raise refuse(f"it is a {type(table).__name__}")
+    size: Any = table.get("vocab_size")
+    if not _is_id(size) or size < 1:
+        raise refuse(f"vocab_size is {repr(size)[:120]}")
     itos, stoi = table.get("itos", {}), table.get("stoi", {})
     if isinstance(itos, list | tuple):
         itos = dict(enumerate(itos))
@@ -148,16 +153,17 @@ def _largest(shard: Shard, stride: int) -> int:
 def check_ids(directory: Path, vocab_size: int) -> None:
     """Raise DataError where a token of the directory is not below vocab_size, before anything is measured or trained
     on it. A larger vocabulary is padding."""
-    for split in ("train", "val"):
-        shards = open_split(directory, split)  # type: ignore[arg-type]
+    splits: tuple[Split, ...] = ("train", "val")
+    for split in splits:
+        shards = open_split(directory, split)
         largest, path = largest_id(shards)
         if largest < vocab_size:
             continue
         swapped = max(int(shard[:_BLOCK_BYTES].byteswap().max()) for shard in shards if len(shard))
-        advice = (
-            "it seems to be big-endian: convert it with numpy.fromfile(path, '>u2').astype('<u2').tofile(path)"
-            if swapped < vocab_size and shards[0].dtype.itemsize == 2
-            else f"give --vocab-size {-(-(largest + 1) // 64) * 64} (vocab_size in a file), "
-            "or data of the model's tokenizer"
-        )
+        if swapped < vocab_size and shards[0].dtype.itemsize == 2:
+            advice = "it seems to be big-endian; convert it with numpy.fromfile(path, '>u2').astype('<u2').tofile(path)"
+        elif largest >= _MOST_WORDS:
+            advice = "the file is damaged or no token ids; prepare the data again"
+        else:
+            advice = f"raise vocab_size (--vocab-size) to {largest + 1} or more, or give data of the model's tokenizer"
         raise DataError(f"{path} holds token {largest}, the vocabulary has only {vocab_size} words; {advice}")

@@ -57,7 +57,9 @@ def resolve(
             "--model, --from and --objective throughput"
         )
     recipe, baseline, source = _start(environment, model, from_file)
-    recipe = replace(recipe, shape=replace(recipe.shape, vocab_size=_vocabulary(vocab_size, recipe.shape, data)))
+    given = recipe.shape.vocab_size != Shape().vocab_size  # by the file
+    words = _vocabulary(vocab_size, recipe.shape, given, data)
+    recipe = replace(recipe, shape=replace(recipe.shape, vocab_size=words))
     seconds = parse_duration(train_time) if train_time else None
     tokens = parse_count(train_tokens) if train_tokens else None
     for flag, word, value in (("--train-time", train_time, seconds), ("--train-tokens", train_tokens, tokens)):
@@ -157,12 +159,13 @@ def _memory_limit(environment: Environment, word: str) -> int:
     return limit
 
 
-def _vocabulary(asked: int | None, shape: Shape, data: Path | None) -> int:
-    """As --vocab-size says, else the config file, else the data; GPT-2's where none of them says anything."""
+def _vocabulary(asked: int | None, shape: Shape, given: bool, data: Path | None) -> int:
+    """As --vocab-size says, else the config file (where it is `given`), else the data; GPT-2's where none of them says
+    anything."""
     if asked is not None:
         at_least("--vocab-size", asked, 1)
         return asked
-    if shape.vocab_size != Shape().vocab_size or data is None or not data.is_dir():
+    if given or data is None or not data.is_dir():
         return shape.vocab_size
     found = data_vocabulary(data)
     return found[0] if found else shape.vocab_size
