@@ -66,12 +66,13 @@ def append_tokens(path: Path, start: int, tokens: Tokens) -> str:
     content = np.ascontiguousarray(tokens, dtype="<u2")
     size = start * content.itemsize
     try:
-        with path.open("r+b" if path.exists() else "w+b") as file:
+        with path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
             try:
                 file.truncate(size)
                 file.seek(size)
-                file.write(content.data)
-                file.flush()
+                left = content.data.cast("B")
+                while left:
+                    left = left[file.write(left) :]
                 os.fsync(file.fileno())
             except BaseException:
                 with contextlib.suppress(OSError):

@@ -69,7 +69,7 @@ def test_other_numbers_are_refused_by_name(tmp_path: Path, kind: str, said: str)
 
 @pytest.mark.parametrize("kind", ["<i8", ">u4", ">i8", "<f4", "<f8"])
 def test_other_numbers_of_a_large_vocabulary_too(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(DataError, match="holds .* numbers"):
+    with pytest.raises(DataError, match=r"holds .* numbers"):
         open_shard(written(tmp_path, zipf(128_256).astype(kind)))
 
 

@@ -78,7 +78,8 @@ def test_nothing_is_executed(tmp_path: Path, protocol: int) -> None:
         {**TABLE, "vocab_size": np.int64(65)}, OrderedDict(TABLE), {**TABLE, "words": Counter("ab")}, {1, 2}, [65], 65,
         {}, {"vocab_size": "65"}, {"vocab_size": 0}, {"vocab_size": True}, {"vocab_size": -(10**4000)},
         {**TABLE, "vocab_size": 64}, {**TABLE, "itos": {"a": 0}}, {**TABLE, "stoi": {0: "a"}}, {**TABLE, "itos": 5},
-        {**TABLE, "stoi": {"a": -1}}, b"", b"\x80", b"no pickle", b"(lp0\n", b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f",
+        {**TABLE, "stoi": {"a": -1}}, b"", b"\x80", b"no pickle", b"(lp0\n",
+        b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f",
         b"\x80\x02K\x01r\xff\xff\xff\x7f.", b"Pabc\n.", b"}" + b"]" * 9 + b"s.", b"I" + b"9" * 5000 + b"\n.",
     ],
 )  # fmt: skip
