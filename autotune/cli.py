@@ -416,7 +416,9 @@ def prepare(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the shards go.")],
     source: Annotated[
         str | None,
-        typer.Argument(metavar="[SOURCE]", help="HuggingFaceFW/fineweb, a parquet, jsonl or text file, or a folder."),
+        typer.Argument(
+            metavar="[SOURCE]", help="HuggingFaceFW/fineweb, a parquet, jsonl, csv or text file, or a folder."
+        ),
     ] = None,
     from_python_docs: Annotated[
         bool, typer.Option("--from-python-docs", help="The documentation inside Python: real English, no download.")

@@ -25,14 +25,15 @@ def info(directory: Path) -> dict[str, str]:
         name: f"{format_count(sum(map(len, found)))} tokens in {len(found)} files" for name, found in shards.items()
     }
     bare = any(not shard.offset for shard in found) or (manifest is not None and manifest.format == "nanogpt")
-    largest = largest_id(found)[0] if found else 0
+    meta, largest = read_meta(directory), largest_id(found)[0] if found else 0
+    beyond = ", which the vocabulary does not have" if meta and largest >= meta.vocab_size else ""
     gpt2 = manifest is not None and manifest.tokenizer == TOKENIZER
     return {
         "directory": str(directory),
         "format": ("nanogpt" if bare else "shards") + (", uint32" if any(map(_is_wide, found)) else ""),
         **tokens,
-        "vocabulary": _vocabulary(read_meta(directory), gpt2, any(shard.offset and _is_wide(shard) for shard in found)),
-        "largest token": f"{largest:,}" if found else "",
+        "vocabulary": _vocabulary(meta, gpt2, any(shard.offset and _is_wide(shard) for shard in found)),
+        "largest token": f"{largest:,}{beyond}" if found else "",
         "source": " ".join(filter(None, (manifest.source, manifest.name))) if manifest else "-",
         "finished": "-" if manifest is None else "yes" if manifest.finished else "no: run the same prepare again",
     }

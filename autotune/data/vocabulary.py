@@ -151,12 +151,14 @@ def _largest(shard: Shard, stride: int) -> int:
 
 
 def check_ids(directory: Path, vocab_size: int) -> None:
-    """Raise DataError where a token of the directory is not below vocab_size, before anything is measured or trained
-    on it. A larger vocabulary is padding."""
+    """Raise DataError where a token of the directory is not below vocab_size, or all are 0, before anything is measured
+    or trained on them. A larger vocabulary is padding."""
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:
         shards = open_split(directory, split)
         largest, path = largest_id(shards)
+        if largest == 0 and sum(map(len, shards)) >= 64:
+            raise DataError(f"{path} holds nothing but zeros, as a file that was never filled; prepare the data again")
         if largest < vocab_size:
             continue
         swapped = max(int(shard[:_BLOCK_BYTES].byteswap().max()) for shard in shards if len(shard))

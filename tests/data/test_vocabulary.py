@@ -120,6 +120,11 @@ def test_ids_beyond_the_vocabulary_name_the_file(tmp_path: Path) -> None:
         check_ids(sharded, 256)
     with pytest.raises(DataError, match=r"x_val_000000\.bin holds token 50256"):
         check_ids(sharded, 1000)
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 60}))
+    assert info(tmp_path)["largest token"] == "64, which the vocabulary does not have"
+    write_shard(sharded / "x_val_000000.bin", [0] * 100)
+    with pytest.raises(DataError, match=r"x_val_000000\.bin holds nothing but zeros"):
+        check_ids(sharded, 1000)
     ids = np.arange(2000, dtype="<i4")
     ids[77] = -1
     ids.tofile(tmp_path / "val.bin")
