@@ -13,7 +13,7 @@ import traceback
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -23,6 +23,8 @@ from autotune.units import parse_bytes, parse_count, parse_duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from autotune.data.manifest import Format
 
 # Plain help: typer's rich help takes three times as long to come up.
 app = typer.Typer(name="autotune", rich_markup_mode=None, add_completion=False, no_args_is_help=False)
@@ -34,6 +36,9 @@ Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. plan.loss=chunked.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+VocabSize = Annotated[
+    int | None, typer.Option(metavar="N", help="Words of the model. [default: as the config or data say, or 50304]")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda:0, or auto: the first CUDA device, else the CPU.")]
 
 
@@ -121,6 +126,7 @@ def search(
         Path | None, typer.Option("--from", metavar="FILE", help="Start from a nanoGPT config file and keep its shape.")
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="DIR", help="Shards. [default: synthetic tokens]")] = None,
+    vocab_size: VocabSize = None,
     choices: Annotated[
         list[str] | None, typer.Option(metavar="NAME=A,B", help="Try only these; can be repeated. See --dry-run.")
     ] = None,
@@ -167,6 +173,7 @@ def search(
         model=model,
         from_file=from_file,
         data=data,
+        vocab_size=vocab_size,
         choices=choices or (),
         workers=workers,
         storage=storage,
@@ -273,7 +280,7 @@ def trial(
     else:
         from autotune.report import facts, table
 
-        table.print_text(facts.trial_facts(result))
+        table.print_text(facts.trial_facts(result, candidate.shape))
     raise typer.Exit(0 if result.status == "ok" else 1)
 
 
@@ -307,6 +314,7 @@ def estimate(
     model: Annotated[
         list[str] | None, typer.Option(metavar="LxHxW", help="12x12x768; may be repeated. [default: the guide's rows]")
     ] = None,
+    vocab_size: VocabSize = None,
     assignments: Assignments = None,
     calibration: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Of a search on such a card. [default: none, wide intervals]")
@@ -323,7 +331,9 @@ def estimate(
     known = memory_model.MemoryModel(device="cuda")
     if calibration is not None:
         known = memory_model.load(calibration / "memory_model.json" if calibration.is_dir() else calibration)
-    rows, certainty = estimates.estimate(known, estimates.candidates(model or [], tuple(assignments or ())), limit)
+    rows, certainty = estimates.estimate(
+        known, estimates.candidates(model or [], tuple(assignments or ()), vocab_size), limit
+    )
     table.print_text(table.plain(rows))
     print(certainty)
 
@@ -406,7 +416,9 @@ def prepare(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the shards go.")],
     source: Annotated[
         str | None,
-        typer.Argument(metavar="[SOURCE]", help="HuggingFaceFW/fineweb, a parquet, jsonl or text file, or a folder."),
+        typer.Argument(
+            metavar="[SOURCE]", help="HuggingFaceFW/fineweb, a parquet, jsonl, csv or text file, or a folder."
+        ),
     ] = None,
     from_python_docs: Annotated[
         bool, typer.Option("--from-python-docs", help="The documentation inside Python: real English, no download.")
@@ -414,6 +426,9 @@ def prepare(
     name: Annotated[str | None, typer.Option(help="Subset of a dataset on the hub: sample-10BT.")] = None,
     max_tokens: Annotated[str | None, typer.Option(metavar="COUNT", help="Stop after so many tokens: 300M.")] = None,
     shard_tokens: Annotated[str, typer.Option(metavar="COUNT", help="Tokens of a full shard.")] = "100M",
+    file_format: Annotated[
+        str, typer.Option("--format", metavar="shards|nanogpt", help="nanogpt: train.bin and val.bin, no headers.")
+    ] = "shards",
     workers: Annotated[int | None, typer.Option(help="Threads. [default: one a core]")] = None,
 ) -> None:
     """Turn text into shards of GPT-2 tokens.
@@ -432,6 +447,7 @@ def prepare(
         name=name,
         max_tokens=None if max_tokens is None else parse_count(max_tokens),
         shard_tokens=parse_count(shard_tokens),
+        format=cast("Format", file_format),
         workers=workers,
     )
     print(f"{out}: {making.prepare(settings).outcome}", file=sys.stderr)

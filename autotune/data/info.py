@@ -3,7 +3,10 @@
 from pathlib import Path
 
 from autotune.data.manifest import Split, read_manifest
-from autotune.data.shards import open_shard, split_paths
+from autotune.data.shards import LLAMA3_WORDS, Shard, open_shard, split_paths
+from autotune.data.sources import how_to_prepare
+from autotune.data.tokenizer import TOKENIZER, VOCAB_SIZE
+from autotune.data.vocabulary import Meta, largest_id, read_meta
 from autotune.errors import DataError
 from autotune.units import format_count
 
@@ -11,22 +14,38 @@ _SPLITS: dict[str, Split] = {"training": "train", "validation": "val"}
 
 
 def info(directory: Path) -> dict[str, str]:
-    """Names and values, from sizes, headers and the manifest. Raises DataError if it is missing, empty or damaged."""
+    """Names and values, from sizes, headers, ids, `meta.pkl` and the manifest. Raises DataError if it is missing,
+    empty or damaged."""
     shards = {name: [open_shard(path) for path in split_paths(directory, split)] for name, split in _SPLITS.items()}
     manifest = read_manifest(directory)
-    if manifest is None and not any(shards.values()):
-        raise DataError(
-            f"{directory} holds no tokens (no *_train_*.bin, no train.bin); "
-            "make some with `autotune data prepare SOURCE --out DIR`"
-        )
-    bare = any((directory / name).exists() for name in ("train.bin", "val.bin"))
+    found = [shard for split in shards.values() for shard in split if len(shard)]
+    if manifest is None and not found:
+        raise DataError(f"{directory} holds no tokens (no *_train_*.bin, no train.bin); {how_to_prepare(directory)}")
     tokens = {
         name: f"{format_count(sum(map(len, found)))} tokens in {len(found)} files" for name, found in shards.items()
     }
+    bare = any(not shard.offset for shard in found) or (manifest is not None and manifest.format == "nanogpt")
+    meta, largest = read_meta(directory), largest_id(found)[0] if found else 0
+    beyond = ", which the vocabulary does not have" if meta and largest >= meta.vocab_size else ""
+    gpt2 = manifest is not None and manifest.tokenizer == TOKENIZER
     return {
         "directory": str(directory),
-        "format": "nanogpt" if bare else "shards",
+        "format": ("nanogpt" if bare else "shards") + (", uint32" if any(map(_is_wide, found)) else ""),
         **tokens,
+        "vocabulary": _vocabulary(meta, gpt2, any(shard.offset and _is_wide(shard) for shard in found)),
+        "largest token": f"{largest:,}{beyond}" if found else "",
         "source": " ".join(filter(None, (manifest.source, manifest.name))) if manifest else "-",
         "finished": "-" if manifest is None else "yes" if manifest.finished else "no: run the same prepare again",
     }
+
+
+def _is_wide(shard: Shard) -> bool:
+    return shard.dtype.itemsize == 4
+
+
+def _vocabulary(meta: Meta | None, gpt2: bool, llama3: bool) -> str:
+    if meta:
+        return f"{meta.vocab_size:,} words of {meta.path.name}"
+    if gpt2:
+        return f"{VOCAB_SIZE:,} words of GPT-2"
+    return f"{LLAMA3_WORDS:,} words of Llama 3" if llama3 else "not named; taken for GPT-2's"

@@ -12,6 +12,8 @@ MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 
 Split = Literal["train", "val"]
+Format = Literal["shards", "nanogpt"]
+"""Shards with headers, or nanoGPT's `train.bin` and `val.bin` without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """One whole shard."""
+    """One whole shard; in nanoGPT's format as many tokens of `train.bin` or `val.bin`."""
 
     file: str
     """Name inside the data directory."""
@@ -37,7 +39,7 @@ class ShardRecord:
     documents: int
     """Documents that begin in it."""
     sha256: str
-    """Of the whole file, header included."""
+    """Of the whole file, header included; in nanoGPT's format of these tokens."""
     end: Position | None = None
     """Where the shard ends in the stream; None where shards do not follow the stream's order."""
 
@@ -53,6 +55,7 @@ class Manifest:
     """Tokens of a full shard."""
     max_tokens: int | None
     """Limit over both splits; None for the whole source."""
+    format: Format = "shards"
     source_fingerprint: str | None = None
     """Of the source's files (names, sizes, times); None for a dataset on the hub."""
     finished: bool = False

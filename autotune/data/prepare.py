@@ -5,8 +5,13 @@ busy as processes would, and a killed run leaves no orphans) and packed in the s
 
 Validation, decided once `2 * shard_tokens` tokens are known or the source has ended:
 - a source of at least two shards: its first shard, as in llm.c;
-- a smaller one of 10 documents or more: every 100th document (of fewer than 100 documents, the middle one);
-- fewer documents: the last tenth of the tokens, as nanoGPT does for Shakespeare.
+- a smaller one of 10 documents or more: every 100th document, or every 50th, 20th, ... where those are too few tokens;
+- fewer documents, or very unequal ones: the last tenth of the tokens, as nanoGPT does for Shakespeare.
+Of a smaller source it is at least 1025 tokens (a block of GPT-2's and the target of its last token) or, where that
+would be more than that, a fifth of all.
+
+In nanoGPT's format the shards follow each other in `train.bin` and `val.bin`, which have `.part` behind their names
+until all is there: nanoGPT's own train.py would read half a file without a word.
 """
 
 import contextlib
@@ -16,25 +21,26 @@ import itertools
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from autotune.data.manifest import MANIFEST_NAME, Manifest, Position, ShardRecord, Split, read_manifest
-from autotune.data.shards import Tokens, open_shard, write_file, write_shard
-from autotune.data.sources import Bookmark, Source, documents, find_source
+from autotune.data.manifest import MANIFEST_NAME, Format, Manifest, Position, ShardRecord, Split, read_manifest
+from autotune.data.shards import Tokens, append_tokens, open_shard, write_file, write_shard
+from autotune.data.sources import Bookmark, Source, count_by_suffix, documents, find_source
 from autotune.data.tokenizer import END_OF_TEXT, TOKENIZER, encode_documents, encoder
-from autotune.errors import DataError, InterruptedByUser
+from autotune.errors import DataError, InterruptedByUser, suggest
 from autotune.units import format_count, format_duration
 
 FIRST_SHARD = "the first shard is validation"
 LAST_TENTH = "the last tenth of the tokens is validation"
 
+_LEAST_VALIDATION = 1025
 _OTHER_OUT = "nothing was touched; choose another --out or delete this one"
 _CHUNK_CHARACTERS = 1 << 20  # a task of about 60 ms
 _MOST_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
@@ -53,6 +59,7 @@ class PrepareSettings:
     """Tokens in both splits together, end-of-text tokens included; None: the whole source."""
     shard_tokens: int = 100_000_000
     """Tokens of a full shard: 200 MB."""
+    format: Format = "shards"
     workers: int | None = None
     """Tokenising threads; None: one a core that this process may use."""
 
@@ -78,14 +85,16 @@ def prepare(settings: PrepareSettings) -> Prepared:
         if manifest.finished:
             return Prepared(manifest=manifest, outcome="already finished")
         _save(out, manifest)
+        if source.unread:
+            print(f"not read: {len(source.unread)} files ({count_by_suffix(source.unread)})", file=sys.stderr)
         try:
             finished = _write(settings, source, manifest)
         except BaseException as error:
-            whole = len(list(out.glob("*.bin")))
-            if not whole:
+            found = read_manifest(out)
+            if not _token_files(out):
                 (out / MANIFEST_NAME).unlink(missing_ok=True)
             if isinstance(error, KeyboardInterrupt):
-                kept = f"{whole} whole shards stay in {out}"
+                kept = f"{len(found.shards) if found else 0} whole shards stay in {out}"
                 raise InterruptedByUser(f"interrupted; {kept}; run the same command to go on") from None
             raise
         finally:
@@ -95,6 +104,8 @@ def prepare(settings: PrepareSettings) -> Prepared:
 
 
 def _check(settings: PrepareSettings) -> None:
+    if settings.format not in get_args(Format):
+        raise DataError(f"--format {settings.format!r} is not known; {suggest(settings.format, get_args(Format))}")
     if not 2 <= settings.shard_tokens <= _MOST_SHARD_TOKENS:
         raise DataError(f"--shard-tokens {settings.shard_tokens} is not in 2..{_MOST_SHARD_TOKENS}; try 100M")
     if settings.max_tokens is not None and settings.max_tokens < 2:
@@ -124,6 +135,10 @@ def _locked(out: Path) -> Iterator[None]:
             out.rmdir()
 
 
+def _token_files(out: Path) -> list[Path]:
+    return [*out.glob("*.bin"), *out.glob("*.bin.part")]
+
+
 def _take_up(settings: PrepareSettings, source: Source) -> Manifest:
     """The manifest to go on from: an unfinished one lists the whole shards that are kept."""
     out = settings.out
@@ -133,17 +148,22 @@ def _take_up(settings: PrepareSettings, source: Source) -> Manifest:
         tokenizer=TOKENIZER,
         shard_tokens=settings.shard_tokens,
         max_tokens=settings.max_tokens,
+        format=settings.format,
     )
     found = read_manifest(out)
-    if found is None and any(out.glob("*.bin")):
+    if found is None and _token_files(out):
         raise DataError(f"{out} holds *.bin files that were not prepared here; choose another --out")
     found = found or wanted
-    for key in ("source", "name", "tokenizer", "shard_tokens", "max_tokens"):
+    if not found.finished:
+        _set_apart(out, found)
+    for key in ("source", "name", "tokenizer", "shard_tokens", "max_tokens", "format"):
         if (before := getattr(found, key)) != (now := getattr(wanted, key)):
             raise DataError(f"{out} was begun with {key} {before!r}, now {now!r}; {_OTHER_OUT}")
     shards = _whole_shards(out, found)
     if found.finished and shards == found.shards:
         return found
+    if found.finished:
+        _set_apart(out, found)
     fingerprint = source.fingerprint()
     if shards and fingerprint != found.source_fingerprint:
         raise DataError(f"the files of {source.location} changed since {out} was begun; {_OTHER_OUT}")
@@ -152,22 +172,57 @@ def _take_up(settings: PrepareSettings, source: Source) -> Manifest:
 
 def _whole_shards(out: Path, manifest: Manifest) -> tuple[ShardRecord, ...]:
     """The shards up to the first missing or damaged one; their contents are read only if unfinished."""
-    whole = []
+    whole: list[ShardRecord] = []
     for shard in manifest.shards:
-        path = out / shard.file
-        try:
-            tokens = len(open_shard(path))
-        except DataError:
+        before = sum(other.tokens for other in whole if other.file == shard.file)
+        if not _is_whole(out, manifest, shard, before):
             break  # it and all after it are made again
-        if tokens != shard.tokens or not (manifest.finished or _sha256(path) == shard.sha256):
-            break
         whole.append(shard)
     return tuple(whole)
 
 
-def _sha256(path: Path) -> str:
+def _is_whole(out: Path, manifest: Manifest, shard: ShardRecord, before: int) -> bool:
+    """before: tokens in front of it in its file."""
+    if manifest.format == "nanogpt":
+        path = out / shard.file if manifest.finished else _part(out / shard.file)
+        start, size = 2 * before, 2 * shard.tokens
+        exact = 2 * sum(other.tokens for other in manifest.shards if other.file == shard.file)
+        try:
+            actual = path.stat().st_size
+        except FileNotFoundError:
+            return False
+        if manifest.finished:
+            return actual == exact
+        return actual >= start + size and _sha256(path, start, size) == shard.sha256
+    try:
+        tokens = len(open_shard(out / shard.file))
+    except DataError:
+        return False
+    return tokens == shard.tokens and (manifest.finished or _sha256(out / shard.file) == shard.sha256)
+
+
+def _part(path: Path) -> Path:
+    """Where nanoGPT's file grows."""
+    return path.with_name(f"{path.name}.part")
+
+
+def _set_apart(out: Path, manifest: Manifest) -> None:
+    """Give files that are not finished their `.part` again, where a run was killed while it took that away."""
+    for name in ("train.bin", "val.bin") if manifest.format == "nanogpt" else ():
+        if (out / name).exists():
+            (out / name).replace(_part(out / name))
+
+
+def _sha256(path: Path, start: int = 0, size: int | None = None) -> str:
+    """Of `size` bytes from `start` on; None: to the end."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(start)
+        left = path.stat().st_size - start if size is None else size
+        while left and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
 
 
 def _save(out: Path, manifest: Manifest) -> None:
@@ -183,7 +238,8 @@ def _write(settings: PrepareSettings, source: Source, manifest: Manifest) -> Man
     marks: list[Bookmark] = [start.bookmark] if start.bookmark else []
     # A bookmark was taken at or before the start: the documents between the two are read and dropped.
     dropped = start.documents - (marks[0]["documents"] if marks else 0)
-    texts = itertools.islice(documents(source, start.bookmark, marks), dropped, None)
+    skipped_texts: Counter[str] = Counter()
+    texts = itertools.islice(documents(source, start.bookmark, marks, skipped_texts), dropped, None)
     encoder()  # a missing tokenizer is better told before the first download
     with ThreadPoolExecutor(workers := settings.workers or len(os.sched_getaffinity(0))) as pool:
         stream = _reported(_tokenised(texts, pool, 2 * workers), done, settings.max_tokens)
@@ -192,6 +248,10 @@ def _write(settings: PrepareSettings, source: Source, manifest: Manifest) -> Man
         rule = FIRST_SHARD
         if not skipped:
             rule, parts = _divided(stream, settings.shard_tokens)
+            if manifest.shards and manifest.split_rule != rule:  # begun by a version that divided otherwise
+                for shard in manifest.shards:
+                    (settings.out / shard.file).unlink(missing_ok=True)
+                manifest = replace(manifest, shards=())
         in_order = rule == FIRST_SHARD
         packed = (
             (split, *shard) for split, part in parts.items() for shard in _packed(part, settings.shard_tokens, start)
@@ -201,21 +261,35 @@ def _write(settings: PrepareSettings, source: Source, manifest: Manifest) -> Man
                 continue  # a small source is read again from its start, but its whole shards are kept
             if in_order and index == 0:
                 split = "val"
-            file = f"fineweb_{split}_{index:06d}.bin"
             bookmark = next((mark for mark in reversed(marks) if mark["documents"] <= end.documents), None)
+            file, sha256 = _write_tokens(settings.out, manifest, split, index, tokens)
             shard = ShardRecord(
                 file=file,
                 split=split,
                 tokens=len(tokens),
                 documents=int(np.count_nonzero(tokens == END_OF_TEXT)),
-                sha256=write_shard(settings.out / file, tokens),
+                sha256=sha256,
                 end=replace(end, bookmark=bookmark) if in_order else None,
             )
             manifest = replace(manifest, split_rule=rule, shards=(*manifest.shards, shard))
             _save(settings.out, manifest)
+    for path in settings.out.glob("*.bin.part"):
+        path.replace(path.with_suffix(""))
     manifest = replace(manifest, finished=True)
     _save(settings.out, manifest)
+    if skipped_texts:
+        kinds = " and ".join(f"{format_count(count)} {kind}" for kind, count in sorted(skipped_texts.items()))
+        print(f"left out: {kinds} texts", file=sys.stderr)
     return manifest
+
+
+def _write_tokens(out: Path, manifest: Manifest, split: Split, index: int, tokens: Tokens) -> tuple[str, str]:
+    """Write shard `index`: the name of its file, and its sha256."""
+    if manifest.format == "shards":
+        file = f"fineweb_{split}_{index:06d}.bin"
+        return file, write_shard(out / file, tokens)
+    file = f"{split}.bin"
+    return file, append_tokens(_part(out / file), manifest.tokens(split), tokens)
 
 
 def _tokenised(texts: Iterable[str], pool: ThreadPoolExecutor, ahead: int) -> Iterator[Tokens]:
@@ -292,13 +366,16 @@ def _divided(stream: Iterator[Tokens], shard_tokens: int) -> tuple[str, dict[Spl
             return FIRST_SHARD, {"train": _drained(ahead, stream)}
     if size < 2:
         raise DataError("the source holds no text at all; give one with documents that are not empty")
-    if len(ahead) < 10:
-        everything, cut = np.concatenate(ahead), size - max(1, size // 10)
-        return LAST_TENTH, {"val": [everything[cut:]], "train": [everything[:cut]]}
-    stride = min(100, len(ahead))
-    val = [document for index, document in enumerate(ahead) if index % stride == stride // 2]
-    train = [document for index, document in enumerate(ahead) if index % stride != stride // 2]
-    return f"every {stride}th document is validation", {"val": val, "train": train}
+    least = min(_LEAST_VALIDATION, size // 5)
+    for stride in (100, 50, 20, 10, 5, 2) if len(ahead) >= 10 else ():
+        stride = min(stride, len(ahead))
+        val = list(itertools.islice(ahead, stride // 2, None, stride))
+        if least <= sum(map(len, val)) <= size // 2:
+            train = [document for index, document in enumerate(ahead) if index % stride != stride // 2]
+            return f"every {stride}th document is validation", {"val": val, "train": train}
+    everything, held_out = np.concatenate(ahead), max(1, size // 10, least)
+    rule = LAST_TENTH if held_out == size // 10 else f"the last {held_out} tokens are validation"
+    return rule, {"val": [everything[-held_out:]], "train": [everything[:-held_out]]}
 
 
 def _drained(ahead: deque[Tokens], stream: Iterator[Tokens]) -> Iterator[Tokens]:

@@ -1,9 +1,14 @@
-"""Token files: llm.c and modded-nanogpt shards, read and written, and nanoGPT's headerless files, read.
+"""Token files: llm.c and modded-nanogpt shards and nanoGPT's headerless files, read and written.
 
-A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count, zeros) and then one
-uint16 a token (llm.c, dev/data/data_common.py). nanoGPT's `train.bin` and `val.bin` are the bare tokens.
+A shard is a header of 256 little-endian int32 (magic, version, token count, zeros) and then one uint16 a token of
+GPT-2 or one uint32 a token of Llama 3 (llm.c, dev/data/data_common.py). nanoGPT's `train.bin` and `val.bin` are the
+bare tokens.
 """
 
+import contextlib
+import hashlib
+import os
+import re
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,17 +16,24 @@ import numpy as np
 import numpy.typing as npt
 
 from autotune.config.toml import write_atomically
+from autotune.data.headerless import token_dtype
 from autotune.data.manifest import Split, read_manifest
+from autotune.data.sources import how_to_prepare
 from autotune.errors import DataError
 
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
+LLAMA3 = 20240801, 7
+"""Magic and version of llm.c's shards of Llama 3's tokens."""
+LLAMA3_WORDS = 128256
 
 Tokens: TypeAlias = npt.NDArray[np.uint16]
-Shard: TypeAlias = np.memmap[Any, np.dtype[np.uint16]]
+Shard: TypeAlias = np.memmap[Any, np.dtype[np.uint16 | np.uint32]]
 
 _PREPARE = "make one with `autotune data prepare SOURCE --out DIR`"
+_DTYPES = {(MAGIC, VERSION): "<u2", LLAMA3: "<u4"}
+_BARE = "train.bin", "val.bin"
 
 
 def write_shard(path: Path, tokens: npt.ArrayLike) -> str:
@@ -48,48 +60,83 @@ def write_file(path: Path, *parts: bytes | memoryview) -> str:
         raise DataError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
+def append_tokens(path: Path, start: int, tokens: Tokens) -> str:
+    """Make `tokens` (T,) the headerless file's tokens from number `start` on, and its last ones; returns the sha256 of
+    their bytes. Raises DataError, with the file as it was up to `start`, where they cannot be written."""
+    content = np.ascontiguousarray(tokens, dtype="<u2")
+    size = start * content.itemsize
+    try:
+        with path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
+            try:
+                file.truncate(size)
+                file.seek(size)
+                left = content.data.cast("B")
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
+                raise
+    except BaseException as error:
+        if size == 0:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise DataError(f"cannot write {path}: {error.strerror}; choose another place") from error
+        raise
+    return hashlib.sha256(content.data).hexdigest()
+
+
 def open_shard(path: Path) -> Shard:
     """The tokens (T,) of a shard, or of nanoGPT's `train.bin` or `val.bin`, memory-mapped.
-    Raises DataError for a file that is not whole."""
+    Raises DataError for a file that is not whole, or whose numbers cannot be token ids."""
     try:
         actual = path.stat().st_size
-        if path.name in ("train.bin", "val.bin"):
-            if actual == 0 or actual % 2:
-                raise DataError(f"{path} has {actual} bytes; tokens make an even number above 0; {_PREPARE}")
-            return np.memmap(path, dtype="<u2", mode="r")
+        head = tuple(int(value) for value in np.fromfile(path, dtype="<i4", count=3))
+        if path.name in _BARE and head[:2] not in _DTYPES:
+            return np.memmap(path, dtype=token_dtype(path), mode="r")
         if actual < HEADER_BYTES:
             raise DataError(f"{path} is truncated: {actual} bytes, a shard's header alone has {HEADER_BYTES}")
-        magic, version, count = (int(value) for value in np.fromfile(path, dtype="<i4", count=3))
-        if (magic, version) != (MAGIC, VERSION):
+        magic, version, count = head
+        if (magic, version) not in _DTYPES:
             raise DataError(
-                f"{path} is no shard of GPT-2 tokens: magic {magic}, version {version}; "
-                f"allowed: {MAGIC}, {VERSION}; {_PREPARE}"
+                f"{path} is no shard of tokens: magic {magic}, version {version}; allowed: "
+                f"{', '.join(f'{magic} version {version}' for magic, version in _DTYPES)}; {_PREPARE}"
             )
-        expected = HEADER_BYTES + 2 * count
+        dtype = np.dtype(_DTYPES[magic, version])
+        expected = HEADER_BYTES + dtype.itemsize * count
         if count < 0 or actual != expected:
             state = "truncated" if actual < expected else "damaged"
             raise DataError(
                 f"{path} is {state}: its header promises {count} tokens, {expected} bytes, but it has {actual}; "
                 "prepare or download it again"
             )
-        return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+        return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; {_PREPARE}") from error
 
 
 def split_paths(directory: Path, split: Split) -> list[Path]:
-    """The files of one split in order: `*_train_*.bin` shards or nanoGPT's `train.bin` (`val` likewise).
+    """The files of one split in order: `*_train_*.bin` shards, llm.c's `*_train.bin`, or nanoGPT's `train.bin` (`val`
+    likewise).
 
-    Empty where there are none. Raises DataError for what is no directory, and for both kinds side by side.
+    Empty where there are none. Raises DataError for what is no directory, and for several kinds or data sets side by
+    side.
     """
     if not directory.is_dir():
         state = "is a file" if directory.exists() else "does not exist"
-        raise DataError(f"data directory {directory} {state}; {_PREPARE}")
-    sharded = sorted(directory.glob(f"*_{split}_*.bin"))
-    headerless = directory / f"{split}.bin"
-    if sharded and headerless.exists():
-        raise DataError(f"{directory} holds both {headerless.name} and {sharded[0].name}; keep only one")
-    return sharded or ([headerless] if headerless.exists() else [])
+        raise DataError(f"data directory {directory} {state}; {how_to_prepare(directory)}")
+    sets: dict[str, list[Path]] = {}  # by what stands in front of the split
+    for path in sorted(directory.glob("*.bin")):
+        if path.name == f"{split}.bin":
+            sets.setdefault("", []).append(path)
+        elif match := re.fullmatch(rf"(.+)_{split}(_.*)?\.bin", path.name):
+            sets.setdefault(f"{match[1]}{'_*' if match[2] else ''}", []).append(path)
+    if len(sets) > 1:
+        first, second, *_ = sorted(paths[0].name for paths in sets.values())
+        raise DataError(f"{directory} holds both {first} and {second}; keep only one data set in a directory")
+    return next(iter(sets.values()), [])
 
 
 def open_split(directory: Path, split: Split) -> list[Shard]:
@@ -111,7 +158,10 @@ def open_split(directory: Path, split: Split) -> list[Shard]:
     shards = [open_shard(path) for path in paths]
     if not sum(len(shard) for shard in shards):
         kind = "training" if split == "train" else "validation"
-        raise DataError(f"{directory} holds no {kind} tokens (*_{split}_*.bin or {split}.bin); {_PREPARE}")
+        raise DataError(
+            f"{directory} holds no {kind} tokens (*_{split}_*.bin, *_{split}.bin or {split}.bin); "
+            f"{how_to_prepare(directory)}"
+        )
     return shards
 
 

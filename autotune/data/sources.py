@@ -1,16 +1,24 @@
 """Documents, one string each and always in the same order, from the hub, files or Python itself."""
 
 import ast
+import bz2
+import csv
 import gzip
 import hashlib
+import io
 import json
+import lzma
 import re
+import shlex
+import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 from autotune.errors import DataError
 
@@ -18,15 +26,30 @@ PYTHON_DOCS = "python-docs"
 """The source's name for the documentation inside the running Python's standard library."""
 DEFAULT_NAMES = {"HuggingFaceFW/fineweb": "sample-10BT", "HuggingFaceFW/fineweb-edu": "sample-10BT"}
 """Subsets read where none is named, in place of the whole 15 trillion tokens."""
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+FORMATS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+"""Of text, in any of these compressions:"""
+COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
+    "": lambda path: path.open("rb"),
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path: _zstd(path),
+}
 
 Bookmark: TypeAlias = dict[str, Any]
 """A place in a streamed source: `documents` before it, and the source's own `state`, from which it goes on."""
 
 _TEXT = "text"
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "manifest.json"}
+"""What stands beside texts without being one."""
 _MARK_EVERY = 1000
-_ALLOWED = f"allowed: owner/name on the hub, {', '.join(SUFFIXES)} files or folders, save_to_disk folders"
+_END_OF_TEXT = b"<|endoftext|>"
+_READ_BYTES = 1 << 20
+_ALLOWED = (
+    f"allowed: owner/name on the hub, files or folders of {', '.join(FORMATS)} (or those with "
+    f"{', '.join(filter(None, COMPRESSIONS))}), save_to_disk folders"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +62,8 @@ class Source:
     name: str | None = None
     """The hub dataset's subset (its `config`); None for its default."""
     files: tuple[Path, ...] = ()
+    unread: tuple[Path, ...] = ()
+    """Other files of the folder, whose kind is not read."""
 
     def fingerprint(self) -> str | None:
         """sha256 over the files' paths, sizes and modification times; None for a dataset on the hub."""
@@ -53,69 +78,150 @@ def find_source(source: str, name: str | None = None) -> Source:
     """What `source` means: `python-docs`, an existing path, or `owner/name` on the hub. Raises DataError."""
     path = Path(source).resolve()
     if source != PYTHON_DOCS and not path.exists():
-        if not _HUB_NAME.fullmatch(source) or source.endswith(SUFFIXES):
+        if not _HUB_NAME.fullmatch(source) or _text_format(Path(source)):
             raise DataError(f"there is no file or folder {source!r}; {_ALLOWED}")
         return Source(kind="hub", location=source, name=name or DEFAULT_NAMES.get(source))
     if name is not None:
         raise DataError(f"--name {name!r} picks a subset on the hub, {source!r} is not there; leave it out")
     if source == PYTHON_DOCS:
         return Source(kind="python-docs", location=source, files=_stdlib_modules())
+    below = _files_below(path) if path.is_dir() else (path,)
+    if _is_saved(path):
+        return Source(kind="saved", location=str(path), files=below)
+    files = tuple(file for file in below if _text_format(file))
+    unread = tuple(file for file in below if not _text_format(file))
+    if not files:
+        found = f", only {count_by_suffix(unread)}" if unread and path.is_dir() else ""
+        raise DataError(f"{source!r} holds no text this can read{found}; {_ALLOWED}")
+    return Source(kind="files", location=str(path), files=files, unread=unread)
+
+
+def count_by_suffix(paths: Iterable[Path]) -> str:
+    """`3 .md, 1 .pdf`: the most frequent ones first."""
+    counts = Counter(path.suffix.lower() or path.name for path in paths).most_common()
+    more = [f"{sum(count for _, count in counts[5:])} others"] if counts[5:] else []
+    return ", ".join([*(f"{count} {suffix}" for suffix, count in counts[:5]), *more])
+
+
+def how_to_prepare(path: Path) -> str:
+    """What to do where `path` was given as a data directory and is none: the exact command, where it is a source."""
+    if path.suffix == ".bin" and path.is_file():
+        return f"give its folder {path.parent}"
+    if path.is_dir() and (inside := sorted({file.parent for file in path.glob("*/*.bin")})):
+        return f"give one of its folders, for example {inside[0]}"
+    if not path.exists() and (not _HUB_NAME.fullmatch(str(path)) or path.parent.exists() or path.parts[0] == "data"):
+        return f"make it: `autotune data prepare SOURCE --out {shlex.quote(str(path))}`"
+    if path.exists() and not _holds_text(path):
+        return "make one with `autotune data prepare SOURCE --out DIR`"
+    name = path.resolve().name
+    out = Path("data", name[: len(name) - len("".join(_text_format(path) or ""))])
+    if out.exists():
+        out = out.with_name(f"{out.name}-tokens")
+    what = "it holds text" if path.exists() else "if it is a dataset on the hub"
+    return f"{what}: `autotune data prepare {shlex.quote(str(path))} --out {shlex.quote(str(out))}`, then give {out}"
+
+
+def _holds_text(path: Path) -> bool:
+    if path.is_dir():
+        return _is_saved(path) or any(map(_text_format, _files_below(path)))
+    return bool(_text_format(path))
+
+
+def _is_saved(path: Path) -> bool:
+    """Written by `datasets.save_to_disk`."""
     saved = path / "state.json", path / "dataset_info.json"
-    if (path / "dataset_dict.json").is_file() or all(file.is_file() for file in saved):
-        return Source(kind="saved", location=str(path), files=_files_below(path, ""))
-    files = _files_below(path, SUFFIXES) if path.is_dir() else (path,)
-    if not files or not files[0].name.endswith(SUFFIXES):
-        raise DataError(f"{source!r} holds no text this can read; {_ALLOWED}")
-    return Source(kind="files", location=str(path), files=files)
+    return (path / "dataset_dict.json").is_file() or all(file.is_file() for file in saved)
 
 
-def documents(source: Source, start: Bookmark | None = None, marks: list[Bookmark] | None = None) -> Iterator[str]:
+def _text_format(path: Path) -> tuple[str, str] | None:
+    """Its format and compression by its name, (".jsonl", ".gz"); None for what is not read."""
+    name = path.name.lower()
+    if name in _METADATA:
+        return None
+    for compression in sorted(COMPRESSIONS, reverse=True):
+        for suffix in FORMATS:
+            if name.endswith(suffix + compression):
+                return suffix, compression
+    return None
+
+
+def documents(
+    source: Source,
+    start: Bookmark | None = None,
+    marks: list[Bookmark] | None = None,
+    skipped: Counter[str] | None = None,
+) -> Iterator[str]:
     """Every document that is not empty, in order. Raises DataError for what cannot be read.
 
     A hub dataset is streamed from `start` on, and adds a bookmark to `marks` now and then; other sources are
-    always read from their beginning.
+    always read from their beginning. Texts that are left out are counted in `skipped`, as `null` or `empty`.
     """
+    skipped = Counter() if skipped is None else skipped
     if source.kind == "hub":
-        texts = _hub_documents(source, start, [] if marks is None else marks)
-    elif source.kind == "saved":
+        yield from _hub_documents(source, start, [] if marks is None else marks, skipped)
+        return
+    texts: Iterator[str | None]
+    if source.kind == "saved":
         texts = _saved_documents(source)
     elif source.kind == "python-docs":
         texts = _python_documents(source.files)
     else:
         texts = (text for path in source.files for text in _file_documents(path))
-    return (text for text in texts if text)
+    yield from (text for text in texts if _is_document(text, skipped))
 
 
-def _files_below(folder: Path, suffixes: str | tuple[str, ...]) -> tuple[Path, ...]:
-    """Files with these suffixes under `folder`, sorted by path, hidden ones left out."""
-    found = (path for path in folder.rglob("*") if path.name.endswith(suffixes) and path.is_file())
+def _is_document(text: str | None, skipped: Counter[str]) -> TypeGuard[str]:
+    """Whether there is anything to read; if not, it is counted."""
+    if not text:
+        skipped["null" if text is None else "empty"] += 1
+    return bool(text)
+
+
+def _files_below(folder: Path, suffix: str = "") -> tuple[Path, ...]:
+    """Files under `folder`, sorted by path, hidden ones left out."""
+    found = (path for path in folder.rglob(f"*{suffix}") if path.is_file())
     return tuple(sorted(path for path in found if "/." not in f"/{path.relative_to(folder)}"))
 
 
-def _file_documents(path: Path) -> Iterator[str]:
+def _file_documents(path: Path) -> Iterator[str | None]:
+    suffix, compression = _text_format(path) or (".txt", "")
     try:
-        if path.name.endswith(".parquet"):
-            yield from _parquet_documents(path)
-        elif path.name.endswith(".txt"):
-            yield path.read_bytes().decode("utf-8")
-        else:
-            yield from _jsonl_documents(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text at byte {error.start}; convert it to UTF-8") from error
-    except (OSError, EOFError) as error:
-        raise DataError(f"cannot read {path}: {error}; check the file or download it again") from error
+        with COMPRESSIONS[compression](path) as file:
+            if suffix == ".parquet":
+                yield from _parquet_documents(path, file)
+            elif suffix == ".txt":
+                yield from _text_documents(path, file)
+            elif suffix in (".csv", ".tsv"):
+                yield from _csv_documents(path, file, "," if suffix == ".csv" else "\t")
+            elif suffix == ".json" and _is_array(path, compression):
+                yield from _array_documents(path, file)
+            else:
+                yield from _jsonl_documents(path, file)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"cannot read {path}: {_first_line(error)}; check the file or download it again") from error
 
 
-def _parquet_documents(path: Path) -> Iterator[str]:
+def _zstd(path: Path) -> Any:
+    import pyarrow
+
+    try:
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    except pyarrow.ArrowException as error:
+        raise OSError(_first_line(error)) from error
+
+
+def _parquet_documents(path: Path, file: Any) -> Iterator[str | None]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
+        # a compressed parquet can be read from its beginning only, but its index stands at its end
+        whole = file if file.seekable() else pyarrow.BufferReader(file.read())
+        with pyarrow.parquet.ParquetFile(whole) as table:
+            schema = table.schema_arrow
             _check_column(str(path), {field.name: str(field.type) for field in schema})
-            for batch in file.iter_batches(batch_size=1024, columns=[_TEXT]):
-                yield from (text or "" for text in batch.column(0).to_pylist())
+            for batch in table.iter_batches(batch_size=1024, columns=[_TEXT]):
+                yield from batch.column(0).to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is no parquet file: {_first_line(error)}; download it again") from error
 
@@ -127,22 +233,85 @@ def _check_column(where: str, columns: dict[str, str]) -> None:
         raise DataError(f"{where} has no column {_TEXT!r} of strings; columns found: {found}; rename one")
 
 
-def _jsonl_documents(path: Path) -> Iterator[str]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # bad JSON, or bytes that are not UTF-8
-                raise DataError(f"{path}:{number} is not JSON ({error}); write one object a line") from error
-            if not isinstance(row, dict) or not isinstance(row.get(_TEXT), str):
-                found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise DataError(f"{path}:{number} has no string at key {_TEXT!r}; found: {found or 'nothing'}")
-            yield row[_TEXT]
+def _text_documents(path: Path, file: Any) -> Iterator[str]:
+    """The whole file; where documents are separated by `<|endoftext|>`, each without the line breaks around it."""
+    held, start = bytearray(), 0
+    divided = False
+    while chunk := file.read(_READ_BYTES):
+        seen, begin = max(0, len(held) - len(_END_OF_TEXT) + 1), 0
+        held += chunk
+        while (end := held.find(_END_OF_TEXT, max(seen, begin))) >= 0:
+            divided = True
+            yield _decoded(path, held[begin:end], start + begin).strip("\r\n")
+            begin = end + len(_END_OF_TEXT)
+        del held[:begin]
+        start += begin
+    rest = _decoded(path, held, start)
+    if not divided or (rest := rest.strip("\r\n")):  # after a marker at the end of a file there is no document
+        yield rest
 
 
-def _saved_documents(source: Source) -> Iterator[str]:
+def _decoded(path: Path, content: bytes | bytearray, start: int) -> str:
+    """UTF-8, without the byte order mark of some editors. start: its place in the file."""
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff" if start == 0 else "")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text at byte {start + error.start}; convert it to UTF-8") from error
+
+
+def _lines(path: Path, file: Any) -> Iterator[str]:
+    start = 0
+    for line in file:
+        yield _decoded(path, line, start)
+        start += len(line)
+
+
+def _csv_documents(path: Path, file: Any, delimiter: str) -> Iterator[str | None]:
+    csv.field_size_limit(sys.maxsize)  # a text may be as long as it likes; the default is 128 KiB
+    rows = csv.DictReader(_lines(path, file), delimiter=delimiter, strict=True)
+    try:
+        _check_column(str(path), dict.fromkeys(rows.fieldnames or (), "string"))
+        for row in rows:
+            yield row[_TEXT] or None  # the format has no other null
+    except csv.Error as error:
+        raise DataError(f"{path}:{rows.line_num} is not CSV ({error}); write it again") from error
+
+
+def _is_array(path: Path, compression: str) -> bool:
+    """A .json file is one array of objects, or one object a line."""
+    with COMPRESSIONS[compression](path) as file:
+        return next((line.strip()[:1] == b"[" for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), False)
+
+
+def _array_documents(path: Path, file: Any) -> Iterator[str | None]:
+    try:
+        rows = json.loads(_decoded(path, file.read(), 0))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); write an array of objects, or one object a line") from error
+    for number, row in enumerate(rows, start=1):
+        yield _text_of(row, f"{path}, entry {number}")
+
+
+def _jsonl_documents(path: Path, file: Any) -> Iterator[str | None]:
+    for number, line in enumerate(_lines(path, file), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number} is not JSON ({error}); write one object a line") from error
+        yield _text_of(row, f"{path}:{number}")
+
+
+def _text_of(row: Any, where: str) -> str | None:
+    if not isinstance(row, dict) or not isinstance(row.get(_TEXT, 0), str | None):
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(f"{where} has no string at key {_TEXT!r}; found: {found or 'nothing'}")
+    text: str | None = row[_TEXT]
+    return text
+
+
+def _saved_documents(source: Source) -> Iterator[str | None]:
     """Of a folder written by `datasets.save_to_disk`; of a DatasetDict its `train`."""
     import datasets
 
@@ -157,10 +326,12 @@ def _saved_documents(source: Source) -> Iterator[str]:
     columns = {name: getattr(feature, "dtype", "") for name, feature in saved.features.items()}
     _check_column(source.location, columns)
     for batch in saved.select_columns([_TEXT]).iter(batch_size=1024):
-        yield from (text or "" for text in batch[_TEXT])
+        yield from batch[_TEXT]
 
 
-def _hub_documents(source: Source, start: Bookmark | None, marks: list[Bookmark]) -> Iterator[str]:
+def _hub_documents(
+    source: Source, start: Bookmark | None, marks: list[Bookmark], skipped: Counter[str]
+) -> Iterator[str]:
     """Streamed, so nothing is kept on disk."""
     import datasets
 
@@ -175,7 +346,7 @@ def _hub_documents(source: Source, start: Bookmark | None, marks: list[Bookmark]
             given = start["documents"]
             stream.load_state_dict(start["state"])
         for row in stream:
-            if text := row[_TEXT]:
+            if _is_document(text := row[_TEXT], skipped):
                 yield text
                 given += 1
                 if given % _MARK_EVERY == 0:

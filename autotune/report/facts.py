@@ -4,15 +4,18 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from autotune.config.candidate import Shape
 from autotune.measure.types import TrialResult, cache_text
 from autotune.report.table import number, plain
 from autotune.units import format_bytes, format_duration
 
 
-def trial_facts(result: TrialResult) -> Group:
+def trial_facts(result: TrialResult, shape: Shape) -> Group:
     """What became of one trial, and its peak memory by stage."""
     ci95 = "" if result.tokens_per_second_ci95 is None else f" ± {result.tokens_per_second_ci95:,.0f}"
     facts = {
+        "model": f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}, block size {shape.block_size}, "
+        f"vocabulary {shape.vocab_size:,}, {shape.parameters:,} parameters",
         "status": result.status if result.status == "ok" else f"{result.status} in phase {result.phase}",
         "why": result.message,
         "tokens/s": number(result.tokens_per_second, ",.0f") + ci95,

@@ -8,6 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from autotune.config.candidate import Shape
 from autotune.measure.review import Review
 from autotune.measure.types import cache_text
 from autotune.report.run import (
@@ -232,6 +233,7 @@ def cells(run: Run, row: Row) -> dict[str, str]:
     """A trial as it is shown, by column header."""
     best = best_trial(run)
     loss = {"predicted loss": number(row["predicted_loss"], ".3f")} if run.lower_is_better else {}
+    words = run.settings.recipe.shape.vocab_size
     corrected = number(at_first_speed(run, row), ".3f" if run.lower_is_better else ",.0f")
     drifted = {"without drift": corrected} if run.review and run.review.at_first_speed else {}
     return {
@@ -247,6 +249,7 @@ def cells(run: Run, row: Row) -> dict[str, str]:
         "predicted": format_bytes(row["predicted_peak_bytes"]),
         "batch": f"{row['micro_batch_size']} x {row['gradient_accumulation_steps']}",
         "model": f"{row['n_layer']}x{row['n_head']}x{row['n_embd']}, T {row['block_size']}, "
+        + ("" if words == Shape().vocab_size else f"V {words}, ")  # nothing where it is GPT-2's
         + format_count(row["parameters"]),
         "recompute": row["activation_checkpointing"],
         **{name: row[name] for name in _PLAN},

@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import replace
 
-from autotune.config.candidate import Candidate, Plan, Recipe
+from autotune.config.candidate import Candidate, Plan, Recipe, at_least
 from autotune.config.presets import GUIDE
 from autotune.config.toml import CandidateFile, format_candidate, parse_candidate
 from autotune.search.memory_model import MemoryModel, predict
@@ -14,10 +14,13 @@ from autotune.units import GIB, format_bytes
 MICRO_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
-def candidates(models: Sequence[str], assignments: tuple[str, ...]) -> list[Candidate]:
+def candidates(models: Sequence[str], assignments: tuple[str, ...], vocab_size: int | None = None) -> list[Candidate]:
     """`12x12x768` words, or without any the guide's rows, each with the plan that the assignments
     (`plan.loss=chunked`) make of the default one. Raises ConfigError."""
     shapes = [parse_shape(word, Recipe().shape) for word in models] or [row.shape for row in GUIDE]
+    if vocab_size is not None:
+        at_least("--vocab-size", vocab_size, 1)
+        shapes = [replace(shape, vocab_size=vocab_size) for shape in shapes]
     plain = [Candidate(recipe=Recipe(shape=shape), plan=Plan(micro_batch_size=1)) for shape in shapes]
     texts = [format_candidate(CandidateFile(candidate=candidate)) for candidate in plain]
     return [parse_candidate(text, "--set", assignments).candidate for text in texts]
@@ -30,7 +33,7 @@ def estimate(model: MemoryModel, candidates: Sequence[Candidate], limit_bytes: i
     for candidate in candidates:
         shape = candidate.shape
         name = f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}"
-        line = {"model": name, "parameters": f"{shape.parameters / 1e6:.1f}M"}
+        line = {"model": name, "vocabulary": f"{shape.vocab_size:,}", "parameters": f"{shape.parameters / 1e6:.1f}M"}
         for size in MICRO_BATCHES:
             found = predict(model, with_micro_batch(candidate, size))
             doubt = "?" if found.high_device_bytes > limit_bytes else ""

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from autotune.config.candidate import Plan, Recipe, Shape
+from autotune.config.candidate import Plan, Recipe, Shape, at_least
 from autotune.config.nanogpt import nanogpt_dtype, read_nanogpt
 from autotune.config.search import Objective, SearchSettings
 from autotune.data.batches import open_batches
+from autotune.data.sources import how_to_prepare
+from autotune.data.vocabulary import check_ids, data_vocabulary
 from autotune.environment import Environment
 from autotune.errors import ConfigError
 from autotune.search.objective import find_law
@@ -39,6 +41,7 @@ def resolve(
     seed: int = 0,
     name: str = "",
     law: str = "lingle",
+    vocab_size: int | None = None,
     choices: Sequence[str] = (),
     calibrate_loss: bool = False,
 ) -> SearchSettings:
@@ -54,6 +57,9 @@ def resolve(
             "--model, --from and --objective throughput"
         )
     recipe, baseline, source = _start(environment, model, from_file)
+    given = recipe.shape.vocab_size != Shape().vocab_size  # by the file
+    words = _vocabulary(vocab_size, recipe.shape, given, data)
+    recipe = replace(recipe, shape=replace(recipe.shape, vocab_size=words))
     seconds = parse_duration(train_time) if train_time else None
     tokens = parse_count(train_tokens) if train_tokens else None
     for flag, word, value in (("--train-time", train_time, seconds), ("--train-tokens", train_tokens, tokens)):
@@ -153,12 +159,24 @@ def _memory_limit(environment: Environment, word: str) -> int:
     return limit
 
 
+def _vocabulary(asked: int | None, shape: Shape, given: bool, data: Path | None) -> int:
+    """As --vocab-size says, else the config file (where it is `given`), else the data; GPT-2's where none of them says
+    anything."""
+    if asked is not None:
+        at_least("--vocab-size", asked, 1)
+        return asked
+    if given or data is None or not data.is_dir():
+        return shape.vocab_size
+    found = data_vocabulary(data)
+    return found[0] if found else shape.vocab_size
+
+
 def _data_dir(data: Path | None, recipe: Recipe) -> str:
     """The directory, looked into now: what it lacks must not cost a trial."""
     if data is None:
         return ""
     if not data.is_dir():
-        raise ConfigError(f"--data {data} is not a directory; make it: `autotune data prepare SOURCE --out {data}`")
+        raise ConfigError(f"--data {data} is not a directory of tokens; {how_to_prepare(data)}")
     open_batches(
         data,
         seed=recipe.seed,
@@ -166,6 +184,7 @@ def _data_dir(data: Path | None, recipe: Recipe) -> str:
         block_size=recipe.shape.block_size,
         vocab_size=recipe.shape.vocab_size,
     )
+    check_ids(data, recipe.shape.vocab_size)
     return str(data.resolve())
 
 
@@ -183,8 +202,9 @@ def describe_settings(settings: SearchSettings, environment: Environment) -> str
         "memory limit": format_bytes(settings.memory_limit_bytes),
         "training": f"{length}, {recipe.tokens_per_step:,} tokens a step",
         "data": recipe.data or "synthetic tokens",
+        "vocabulary": f"{shape.vocab_size:,} words",
         "baseline": f"{settings.baseline_source}: {shape.n_layer}x{shape.n_head}x{shape.n_embd}, "
-        f"micro batch {baseline.micro_batch_size}",
+        f"{shape.parameters:,} parameters, micro batch {baseline.micro_batch_size}",
     }
     lines = [f"{key:<12}  {value}" for key, value in facts.items()]
     return "\n".join([*lines, "", describe_space(build_space(settings, environment))])

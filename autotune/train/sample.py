@@ -1,6 +1,7 @@
 """Text from a trained model."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from autotune.config.candidate import Plan, at_least
 from autotune.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, decode, encode
+from autotune.data.vocabulary import META, data_vocabulary, read_meta
 from autotune.errors import CheckpointError, ConfigError
 from autotune.model.checkpoint import Checkpoint, latest_good, read_checkpoint
 from autotune.model.gpt import GPT
@@ -32,25 +34,72 @@ def sample(
 
     path: a checkpoint, a training directory or a run; of the latter two the newest good checkpoint.
     temperature 0 takes the likeliest token each time; top_k 0 allows all of them. Equal arguments give equal text.
-    Raises CheckpointError for no whole checkpoint, ConfigError for a number out of range.
+    Raises CheckpointError for no whole checkpoint, ConfigError for a number out of range or a vocabulary that has no
+    text, DataError for a prompt with characters that the training data has not.
     """
     at_least("--tokens", tokens, 1)
     at_least("--temperature", temperature, 0)
     at_least("--top-k", top_k, 0)
     found = find_checkpoint(path)
-    words = found.state.candidate.shape.vocab_size
-    if words < VOCAB_SIZE:
-        raise ConfigError(f"{found.path} has a vocabulary of {words}; text needs GPT-2's {VOCAB_SIZE} tokens")
+    text = _coding(found)
     model = load_model(found, torch.device(device))
     generator = torch.Generator(device).manual_seed(seed)
-    ids = [END_OF_TEXT, *encode(prompt).tolist()]  # documents begin with it in training
+    given = text.encode(prompt)
+    front = text.start or (() if given else text.empty)  # not shown
+    ids = [*front, *given]
+    allowed = torch.tensor(text.ids, device=device)
     for _ in range(tokens):
         window = torch.tensor([ids[-model.shape.block_size :]], device=device)  # (1, T)
-        following = _draw(model.next_logits(window)[0], temperature, top_k, generator)
-        if following == END_OF_TEXT:
+        following = text.ids[_draw(model.next_logits(window)[0][allowed], temperature, top_k, generator)]
+        if following == text.end:
             break
         ids.append(following)
-    return decode(ids[1:])
+    return text.decode(ids[len(front) :])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coding:
+    """Between text and a model's tokens."""
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    ids: list[int]
+    """That stand for text: the vocabulary's padding is never drawn."""
+    start: tuple[int, ...] = ()
+    """What documents begin with in training."""
+    empty: tuple[int, ...] = ()
+    """What to begin with where neither `start` nor a prompt gives anything."""
+    end: int | None = None
+    """What ends a text."""
+
+
+def _coding(found: Checkpoint) -> Coding:
+    """Of the data that the checkpoint was trained on: the words of its `meta.pkl`, else GPT-2's."""
+    recipe = found.state.candidate.recipe
+    words, data = recipe.shape.vocab_size, Path(recipe.data or ".")
+    if recipe.data and (meta := read_meta(data)):
+        if not meta.itos:
+            raise ConfigError(f"{meta.path} has no itos, so ids cannot be shown as text")
+        if meta.vocab_size > words:
+            raise ConfigError(
+                f"{meta.path} has {meta.vocab_size} words, {found.path} only {words}; it is another data's by now"
+            )
+        newline = meta.stoi.get("\n", min(meta.itos))  # nanoGPT's sample.py begins with a line break
+        return Coding(encode=meta.encode, decode=meta.decode, ids=sorted(meta.itos), empty=(newline,))
+    if words < VOCAB_SIZE:
+        raise ConfigError(
+            f"{found.path} has a vocabulary of {words}; text needs GPT-2's {VOCAB_SIZE} tokens, "
+            f"or a {META} with itos and stoi in its data directory ({recipe.data or 'none'})"
+        )
+    if recipe.data and data.is_dir() and (other := data_vocabulary(data)):
+        raise ConfigError(f"{found.path} was trained on {other[1]}; only GPT-2's tokens and those of {META} are read")
+    return Coding(
+        encode=lambda text: encode(text).tolist(),
+        decode=decode,
+        ids=list(range(VOCAB_SIZE)),
+        start=(END_OF_TEXT,),
+        end=END_OF_TEXT,
+    )
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -71,8 +120,8 @@ def load_model(found: Checkpoint, device: torch.device) -> GPT:
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """logits (V,) -> the id of the next token; the vocabulary's padding is never drawn."""
-    logits = logits[:VOCAB_SIZE].float()
+    """logits (V,) -> the place of the next token among them."""
+    logits = logits.float()
     if temperature == 0:
         return int(logits.argmax())
     if top_k:

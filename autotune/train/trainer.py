@@ -10,6 +10,7 @@ from pathlib import Path
 
 from autotune.config.candidate import Plan
 from autotune.config.toml import CandidateFile
+from autotune.data.vocabulary import check_ids
 from autotune.environment import compile_cache_dir, worker_environment
 from autotune.errors import CheckpointError, ConfigError
 from autotune.train.processes import processes
@@ -42,6 +43,7 @@ def train(settings: TrainSettings) -> TrainSummary | None:
     check_trackers(recipe)
     if group.first:
         _check_directory(settings)
+        check_ids(Path(recipe.data), recipe.shape.vocab_size)
     _prepare_process(file.candidate.plan)
     from autotune.train.loop import run  # torch loads here, after what it reads from the environment is set
 

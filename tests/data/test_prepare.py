@@ -2,6 +2,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from full_disk import disk_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autotune.data.batches import open_batches
 from autotune.data.info import info
 from autotune.data.manifest import Manifest, read_manifest
 from autotune.data.prepare import PrepareSettings, prepare, progress_line
-from autotune.data.shards import open_split, write_shard
+from autotune.data.shards import append_tokens, open_split, write_shard
 from autotune.data.sources import PYTHON_DOCS
 from autotune.data.tokenizer import END_OF_TEXT, encode
 from autotune.errors import DataError, InterruptedByUser
@@ -64,21 +66,46 @@ def test_a_large_source_gives_full_shards_in_the_stream_s_order(source: Path, tm
     assert {len(shard) for shard in open_split(tmp_path / "out", "train")[:-1]} == {400}
 
 
-def test_a_small_source_holds_out_every_hundredth_document(source: Path, tmp_path: Path) -> None:
-    made = prepare(wanted(source, tmp_path / "out", shard_tokens=10_000))
-    assert split(tmp_path / "out", "val") == stream_of([TEXTS[50], TEXTS[150]])
-    rest = [text for index, text in enumerate(TEXTS) if index not in (50, 150)]
+def test_a_small_source_holds_out_every_hundredth_document(tmp_path: Path) -> None:
+    texts = [f"Document {index} says {'more ' * 600}." for index in range(250)]
+    source = write_texts(tmp_path / "long.jsonl", texts)
+    made = prepare(wanted(source, tmp_path / "out", shard_tokens=200_000))
+    assert split(tmp_path / "out", "val") == stream_of([texts[50], texts[150]])
+    rest = [text for index, text in enumerate(texts) if index not in (50, 150)]
     assert split(tmp_path / "out", "train") == stream_of(rest)
     assert made.manifest.split_rule == "every 100th document is validation"
     assert sum(shard.documents for shard in made.manifest.shards) == 250
 
 
-def test_a_single_document_holds_out_its_last_tenth(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("To be or not to be, that is the question. " * 20)
-    made = prepare(wanted(tmp_path / "a.txt", tmp_path / "out", shard_tokens=1000))
-    whole = stream_of([(tmp_path / "a.txt").read_text()])
-    assert split(tmp_path / "out", "train") + split(tmp_path / "out", "val") == whole
-    assert made.manifest.tokens("val") == len(whole) // 10
+def test_more_documents_are_held_out_where_they_are_short(source: Path, tmp_path: Path) -> None:
+    """Every 100th would be 18 tokens, in which no block fits."""
+    made = prepare(wanted(source, tmp_path / "out", shard_tokens=10_000))
+    assert made.manifest.split_rule == "every 5th document is validation"
+    assert split(tmp_path / "out", "val") == stream_of(TEXTS[2::5])
+    assert split(tmp_path / "out", "train") == stream_of([t for i, t in enumerate(TEXTS) if i % 5 != 2])
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["One short story."] * 12,
+        ["x"] * 300,
+        [f"Story {index} " + "goes on " * index for index in range(60)],
+        ["The whole book. " * 4000, *["a note"] * 11],  # one document has nearly all tokens
+        [*["a note"] * 6, "The whole book. " * 4000, *["a note"] * 6],  # as the one that would be held out
+        ["The whole book. " * 400],
+        ["a b c d " * 40] * 9,
+    ],
+)
+def test_a_block_of_validation_always_fits(tmp_path: Path, texts: list[str]) -> None:
+    made = prepare(wanted(write_texts(tmp_path / "s.jsonl", texts), tmp_path / "out", shard_tokens=1_000_000))
+    train, val = made.manifest.tokens("train"), made.manifest.tokens("val")
+    assert train + val == len(stream_of(texts))
+    assert val >= min(1025, (train + val) // 5)
+    assert val <= train
+    block = min(1024, val - 1)
+    source = open_batches(tmp_path / "out", seed=0, global_batch_size=1, block_size=block, vocab_size=50304)
+    assert source.validation_windows >= 1
 
 
 @given(
@@ -97,11 +124,14 @@ def test_shards_are_the_documents_and_nothing_else(
     val, train = split(folder / "out", "val"), split(folder / "out", "train")
     if len(whole) >= 2 * shard_tokens:
         assert (val, train) == (whole[:shard_tokens], whole[shard_tokens:])
-    elif whole.count(END_OF_TEXT) < 10:
+    elif "tokens" in str(made.manifest.split_rule):
         assert (train, val) == (whole[: len(train)], whole[len(train) :])
     else:
-        assert (val[0], val.count(END_OF_TEXT)) == (END_OF_TEXT, 1)
-        assert any(train[:at] + val + train[at:] == whole for at in range(len(whole)))
+        stride = int(re.findall(r"\d+", str(made.manifest.split_rule))[0])
+        pieces = [list(piece) for piece in np.split(whole, np.flatnonzero(np.equal(whole, END_OF_TEXT))[1:])]
+        assert val == [token for piece in pieces[stride // 2 :: stride] for token in piece]
+        assert sorted(train + val) == sorted(whole)
+    assert len(val) >= min(len(whole) // 5, shard_tokens)
     assert sum(shard.documents for shard in made.manifest.shards) == whole.count(END_OF_TEXT)
 
 
@@ -126,11 +156,15 @@ def stop_at(count: int, before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "replace", renamed)
 
 
+@pytest.mark.parametrize("file_format", ["shards", "nanogpt"])
 @pytest.mark.parametrize("shard_tokens", [400, 1700, 10_000])  # 8 shards; rather small; small
-def test_resuming_after_any_file_gives_the_same_bytes(source: Path, tmp_path: Path, shard_tokens: int) -> None:
-    options = {"shard_tokens": shard_tokens, "max_tokens": 3001}
-    prepare(wanted(source, tmp_path / "whole", **options))
-    files = 2 * len(list((tmp_path / "whole").glob("*.bin"))) + 2
+def test_resuming_after_any_file_gives_the_same_bytes(
+    source: Path, tmp_path: Path, shard_tokens: int, file_format: str
+) -> None:
+    options = {"shard_tokens": shard_tokens, "max_tokens": 3001, "format": file_format}
+    whole = prepare(wanted(source, tmp_path / "whole", **options))
+    # the first manifest, a shard and the manifest each, the last one; nanoGPT's two files get their names at the end
+    files = 2 + len(whole.manifest.shards) * 2 if file_format == "shards" else 2 + len(whole.manifest.shards) + 2
     for count in range(1, files + 1):
         for before in (True, False):
             out = tmp_path / f"out-{count}-{before}"
@@ -194,6 +228,116 @@ p.prepare(p.PrepareSettings(source={str(source)!r}, out=Path({str(tmp_path / "ou
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("half", [0, 1, 399])
+@pytest.mark.parametrize("shards", [0, 1, 3])
+def test_a_killed_process_is_resumed_in_nanogpts_format(source: Path, tmp_path: Path, shards: int, half: int) -> None:
+    from autotune.data import prepare as module
+
+    prepare(wanted(source, tmp_path / "whole", format="nanogpt"))
+    out = tmp_path / "out"
+
+    def killed(path: Path, start: int, tokens: Any) -> str:
+        manifest = read_manifest(out)
+        assert manifest is not None
+        if len(manifest.shards) < shards:
+            return append_tokens(path, start, tokens)
+        with path.open("ab") as file:  # what a killed process has written of a shard
+            file.write(tokens[:half].tobytes())
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "append_tokens", killed)
+        with pytest.raises(Stop):
+            prepare(wanted(source, out, format="nanogpt"))
+    assert not list(out.glob("*.bin"))  # nanoGPT would train on half of it
+    with pytest.raises(DataError, match=f"unfinished \\({shards} shards so far\\)"):
+        open_split(out, "train")
+    assert prepare(wanted(source, out, format="nanogpt")).outcome == ("resumed" if shards else "written")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_nanogpts_files_that_were_spoiled_are_made_again(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(wanted(source, out, format="nanogpt"))
+    before = contents(out)
+    for spoil in (lambda: (out / "val.bin").unlink(), lambda: os.truncate(out / "train.bin", 100)):
+        spoil()
+        assert prepare(wanted(source, out, format="nanogpt")).manifest.finished
+        assert contents(out) == before
+    assert prepare(wanted(source, out, format="nanogpt")).outcome == "already finished"
+
+
+def test_no_room_for_nanogpts_files(source: Path, tmp_path: Path) -> None:
+    with disk_of(1100), pytest.raises(DataError, match=r"cannot write .*bin\.part: File too large"):
+        prepare(wanted(source, tmp_path / "out", format="nanogpt", shard_tokens=700))
+    assert not (tmp_path / "out").exists()
+    with disk_of(2000), pytest.raises(DataError, match=r"cannot write .*train\.bin\.part: File too large"):
+        prepare(wanted(source, tmp_path / "out", format="nanogpt", shard_tokens=700))
+    assert prepare(wanted(source, tmp_path / "out", format="nanogpt", shard_tokens=700)).outcome == "resumed"
+
+
+def nanogpt_batch(data_dir: Path, split: str, block_size: int, batch_size: int, rng: np.random.Generator) -> Any:
+    """get_batch of nanoGPT's train.py in NumPy: random offsets into a memory map of uint16, y is x shifted by one."""
+    data = np.memmap(data_dir / f"{split}.bin", dtype=np.uint16, mode="r")
+    ix = rng.integers(len(data) - block_size, size=batch_size)
+    x = np.stack([data[i : i + block_size].astype(np.int64) for i in ix])
+    y = np.stack([data[i + 1 : i + 1 + block_size].astype(np.int64) for i in ix])
+    return x, y
+
+
+@pytest.mark.parametrize("shard_tokens", [400, 10_000])
+def test_nanogpts_own_loader_reads_its_format(source: Path, tmp_path: Path, shard_tokens: int) -> None:
+    shards, bare = tmp_path / "shards", tmp_path / "data" / "mine"
+    prepare(wanted(source, shards, shard_tokens=shard_tokens))
+    made = prepare(wanted(source, bare, shard_tokens=shard_tokens, format="nanogpt"))
+    assert sorted(path.name for path in bare.iterdir()) == ["manifest.json", "train.bin", "val.bin"]
+    for name in ("train", "val"):
+        tokens = np.fromfile(bare / f"{name}.bin", dtype=np.uint16)
+        assert tokens.tolist() == split(shards, name) == split(bare, name)
+        assert len(tokens) == made.manifest.tokens(name)  # type: ignore[arg-type]
+        x, y = nanogpt_batch(bare, name, 32, 12, np.random.default_rng(0))
+        assert x.shape == y.shape == (12, 32)
+        assert np.array_equal(x[:, 1:], y[:, :-1])
+        assert max(x.max(), y.max()) <= END_OF_TEXT
+        text = "".join(map(str, tokens.tolist()))
+        assert "".join(map(str, x[0].tolist())) in text
+    ours = open_batches(bare, seed=0, global_batch_size=2, block_size=64, vocab_size=50304)
+    assert ours.train_batch(0)[0].shape == (2, 64)
+    found = info(bare)
+    assert (found["format"], found["vocabulary"]) == ("nanogpt", "50,257 words of GPT-2")
+
+
+def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rows = [{"text": text} for text in ("a story", None, "", None)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("a.md", "b.md", "c.pdf"):
+        (folder / name).write_text("x")
+    prepare(wanted(folder, tmp_path / "out"))
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["not read: 3 files (2 .md, 1 .pdf)", "left out: 1 empty and 2 null texts"]
+    (folder / "bad.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(DataError, match=r"cannot read .*bad\.jsonl\.zst: Truncated compressed stream; check the file"):
+        prepare(wanted(folder, tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_shards_begun_under_another_rule_are_made_again(source: Path, tmp_path: Path) -> None:
+    """Divided otherwise, documents would be in both splits, or in none."""
+    prepare(wanted(source, tmp_path / "whole", shard_tokens=1700))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(3, False, patch)
+        with pytest.raises(Stop):
+            prepare(wanted(source, tmp_path / "out", shard_tokens=1700))
+    manifest = tmp_path / "out" / "manifest.json"
+    rule = "every 5th document is validation"
+    assert rule in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(rule, "every 100th document is validation"))
+    prepare(wanted(source, tmp_path / "out", shard_tokens=1700))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_ctrl_c_keeps_whole_shards(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from autotune.data import prepare as module
 
@@ -233,6 +377,7 @@ def test_a_finished_directory_is_left_alone_and_a_damaged_one_mended(source: Pat
     [
         ({"shard_tokens": 500}, "shard_tokens 400, now 500"),
         ({"max_tokens": 1000}, "max_tokens None, now 1000"),
+        ({"format": "nanogpt"}, "format 'shards', now 'nanogpt'"),
     ],
 )
 def test_other_settings_are_refused(source: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -259,6 +404,7 @@ def test_a_source_changed_in_between_is_refused(source: Path, tmp_path: Path) ->
         ({"shard_tokens": 1}, "--shard-tokens 1"),
         ({"max_tokens": 0}, "--max-tokens 0"),
         ({"workers": 0}, "--workers 0"),
+        ({"format": "nanogtp"}, "--format 'nanogtp' is not known; did you mean 'nanogpt'"),
     ],
 )
 def test_bad_settings(source: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -1,14 +1,17 @@
+import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from full_disk import disk_of
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from autotune.data.info import info
-from autotune.data.shards import open_shard, open_split, write_shard
+from autotune.data.shards import append_tokens, open_shard, open_split, write_shard
 from autotune.errors import DataError
 
 
@@ -49,12 +52,12 @@ def test_a_truncated_shard_names_file_and_sizes(tmp_path: Path) -> None:
         open_shard(path)
 
 
-@pytest.mark.parametrize(("magic", "version"), [(20240801, 7), (20240520, 2), (0, 0)])
+@pytest.mark.parametrize(("magic", "version"), [(20240801, 1), (20240520, 2), (0, 0), (20240522, 1)])
 def test_another_format_is_refused(tmp_path: Path, magic: int, version: int) -> None:
     header = np.zeros(256, dtype="<i4")
     header[:2] = magic, version
     (tmp_path / "a.bin").write_bytes(header.tobytes())
-    with pytest.raises(DataError, match=f"magic {magic}, version {version}; allowed: 20240520, 1"):
+    with pytest.raises(DataError, match=f"magic {magic}, version {version}; allowed: 20240520 version 1"):
         open_shard(tmp_path / "a.bin")
 
 
@@ -96,11 +99,46 @@ def test_what_is_missing_says_how_to_make_it(tmp_path: Path) -> None:
         open_split(tmp_path / "x_val_0.bin", "val")
 
 
-def test_two_kinds_side_by_side_are_refused(tmp_path: Path) -> None:
-    write_shard(tmp_path / "x_train_0.bin", [1])
-    write_shard(tmp_path / "train.bin", [1])
-    with pytest.raises(DataError, match=r"both train\.bin and x_train_0\.bin"):
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("train.bin", "x_train_0.bin"),
+        ("TinyStories_train.bin", "train.bin"),
+        ("TinyStories_train.bin", "tiny_shakespeare_train.bin"),
+        ("x_train.bin", "x_train_0.bin"),
+        ("a_train_0.bin", "b_train_0.bin"),
+    ],
+)
+def test_two_kinds_or_data_sets_side_by_side_are_refused(tmp_path: Path, one: str, other: str) -> None:
+    write_shard(tmp_path / one, [1])
+    write_shard(tmp_path / other, [1])
+    first, second = (re.escape(name) for name in sorted((one, other)))
+    with pytest.raises(DataError, match=f"both {first} and {second}"):
         open_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", ["TinyStories", "tiny_shakespeare", "my-text.v2"])
+def test_llm_c_s_whole_splits_are_found(tmp_path: Path, name: str) -> None:
+    for split, count in (("train", 4000), ("val", 400)):
+        write_shard(tmp_path / f"{name}_{split}.bin", np.arange(count))
+    assert open_split(tmp_path, "train")[0].tolist() == list(range(4000))
+    assert open_split(tmp_path, "val")[0].tolist() == list(range(400))
+    found = info(tmp_path)
+    assert (found["format"], found["training"]) == ("shards", "4,000 tokens in 1 files")
+    assert (found["validation"], found["largest token"]) == ("400 tokens in 1 files", "3,999")
+
+
+def test_tokens_are_appended_to_a_bare_file(tmp_path: Path) -> None:
+    path = tmp_path / "train.bin.part"
+    append_tokens(path, 0, np.array([1, 2, 3], dtype=np.uint16))
+    assert append_tokens(path, 2, np.array([9, 8], dtype=np.uint16)) == hashlib.sha256(b"\x09\0\x08\0").hexdigest()
+    assert np.fromfile(path, "<u2").tolist() == [1, 2, 9, 8]
+    with disk_of(10), pytest.raises(DataError, match=r"cannot write .*train\.bin\.part: File too large"):
+        append_tokens(path, 4, np.arange(100, dtype=np.uint16))
+    assert np.fromfile(path, "<u2").tolist() == [1, 2, 9, 8]
+    with disk_of(10), pytest.raises(DataError):
+        append_tokens(tmp_path / "val.bin.part", 0, np.arange(100, dtype=np.uint16))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_info_of_an_empty_directory(tmp_path: Path) -> None:

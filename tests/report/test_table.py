@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from recorded_run import candidate, records
 
+from autotune.config.candidate import Recipe, Shape
 from autotune.measure.review import Review, Step, write_review
 from autotune.measure.types import MemoryView, TrialResult
 from autotune.report.facts import trial_facts
@@ -36,6 +37,14 @@ def test_a_run(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1] == f"next: autotune train {path}"
 
 
+def test_a_vocabulary_that_is_not_gpt2s_is_shown(
+    write_run: WriteRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recorded_run.RECIPE", Recipe(shape=Shape(n_layer=6, n_head=6, n_embd=384, vocab_size=65)))
+    text = shown(capsys, run_report(load_run(write_run()), top=10))
+    assert "model 6x6x384, T 1024, V 65, 11.0M" in text
+
+
 def test_failures_with_their_reasons_and_markup_taken_literally(
     write_run: WriteRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,7 +62,9 @@ def test_top_limits_and_says_so(write_run: WriteRun, capsys: pytest.CaptureFixtu
 
 
 def test_unknown_is_a_dash_never_zero(capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, trial_facts(TrialResult(status="ok", phase="done", memory={"steady": MemoryView()})))
+    result = TrialResult(status="ok", phase="done", memory={"steady": MemoryView()})
+    model, text = shown(capsys, trial_facts(result, Shape(vocab_size=65))).split("\n", 1)
+    assert "12x12x768, block size 1024, vocabulary 65, 85,7" in model
     assert text.split().count("-") == 11
     assert not set(text) & set("0123456789")
 
@@ -61,7 +72,7 @@ def test_unknown_is_a_dash_never_zero(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_trial_that_failed(capsys: pytest.CaptureFixture[str]) -> None:
     view = MemoryView(allocated_bytes=GIB, num_alloc_retries=0)
     result = TrialResult(status="oom", phase="warmup", message="wanted 3.00 GiB [more]", memory={"first_step": view})
-    text = shown(capsys, trial_facts(result))
+    text = shown(capsys, trial_facts(result, Shape()))
     assert "oom in phase warmup" in text
     assert "wanted 3.00 GiB [more]" in text
     assert text.rstrip().splitlines()[-1].split() == ["first_step", "1.00", "GiB", "-", "-", "0"]

@@ -12,6 +12,7 @@ from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.presets import GUIDE
 from autotune.errors import ConfigError
 from autotune.measure.types import MemoryView, TrialResult
+from autotune.search import estimate as estimates
 from autotune.search.estimate import estimate, largest_micro_batch, with_micro_batch
 from autotune.search.memory_model import MemoryModel, calibrate, load, moments, predict, save
 from autotune.units import GIB
@@ -151,6 +152,15 @@ def test_estimate_rows_grow_with_the_micro_batch() -> None:
     fitting = [size for size, cell in cells.items() if "?" not in cell and cell != "-"]
     assert int(row["largest"]) >= max(fitting, default=0)
     assert certainty.startswith("not calibrated by trials on a card; 95 % interval ±")
+
+
+def test_estimates_of_another_vocabulary() -> None:
+    small, large = (estimates.candidates(["4x4x128x64"], (), words)[0] for words in (65, None))
+    assert (small.shape.parameters, large.shape.vocab_size) == (804_096, 50304)
+    assert estimates.candidates([], (), 65)[0].shape.vocab_size == 65
+    rows, _ = estimate(PRIOR, [small, large], limit_bytes=2 * GIB)
+    assert [row["vocabulary"] for row in rows] == ["65", "50,304"]
+    assert int(rows[0]["largest"]) > 5 * int(rows[1]["largest"])
 
 
 def test_a_model_survives_its_file(tmp_path: Path) -> None:

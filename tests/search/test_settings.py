@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,3 +125,82 @@ def test_a_data_directory_that_cannot_be_trained_on_costs_no_trial(tmp_path: Pat
         resolve(CPU, data=tmp_path)
     write_shard(tmp_path / "text_val_000000.bin", np.arange(1000))
     assert resolve(CPU, data=tmp_path).recipe.data == str(tmp_path)
+
+
+CHARACTERS = "\n".join(
+    ("dataset = 'chars'", "n_layer = 4", "n_head = 4", "n_embd = 128", "block_size = 64", "batch_size = 12",
+     "gradient_accumulation_steps = 1", "max_iters = 2000", "compile = False")
+)  # fmt: skip
+
+
+def characters(folder: Path, words: int = 65) -> Path:
+    """A folder as nanoGPT's prepare.py of characters leaves it."""
+    ids = np.arange(60_000) % words
+    ids[:54_000].astype("<u2").tofile(folder / "train.bin")
+    ids[54_000:].astype("<u2").tofile(folder / "val.bin")
+    names = [chr(33 + index) for index in range(words)]
+    meta = {"vocab_size": words, "itos": dict(enumerate(names)), "stoi": {w: i for i, w in enumerate(names)}}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    (folder / "char.py").write_text(CHARACTERS)
+    return folder
+
+
+def test_a_folder_of_characters_is_measured_with_its_own_vocabulary(tmp_path: Path) -> None:
+    folder = characters(tmp_path)
+    asked = resolve(CPU, from_file=folder / "char.py", data=folder)
+    assert asked.recipe.shape.vocab_size == 65
+    assert asked.recipe.shape.parameters == 804_096  # nanoGPT's own count, position embeddings included
+    text = describe_settings(asked, CPU)
+    assert "vocabulary    65 words" in text
+    assert "804,096 parameters" in text
+    for words in ({}, {"model": "2x2x64"}):
+        assert resolve(CPU, data=folder, **words).recipe.shape.vocab_size == 65  # type: ignore[arg-type]
+    assert resolve(CPU, from_file=folder / "char.py").recipe.shape.vocab_size == 50304
+
+
+def test_the_flag_decides_over_the_data(tmp_path: Path) -> None:
+    folder = characters(tmp_path)
+    padded = resolve(CPU, data=folder, vocab_size=128)
+    assert padded.recipe.shape.vocab_size == 128
+    write_settings(tmp_path / "search.toml", padded)
+    assert read_settings(tmp_path / "search.toml").recipe.shape.vocab_size == 128
+    assert resolve(CPU, model="2x2x64", vocab_size=8192).recipe.shape.vocab_size == 8192
+    with pytest.raises(DataError, match=r"train\.bin holds token 64, the vocabulary has only 64 words"):
+        resolve(CPU, data=folder, vocab_size=64)
+    for wrong in (0, -5):
+        with pytest.raises(ConfigError, match=f"--vocab-size = {wrong} is not allowed"):
+            resolve(CPU, vocab_size=wrong)
+
+
+def test_a_vocabulary_below_the_ids_costs_no_trial(tmp_path: Path) -> None:
+    folder = characters(tmp_path, words=90)
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 80}))
+    with pytest.raises(DataError, match="holds token 89, the vocabulary has only 80 words"):
+        resolve(CPU, data=folder)
+    (folder / "meta.pkl").write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
+    with pytest.raises(DataError, match=r"meta\.pkl is no plain vocabulary"):
+        resolve(CPU, data=folder)
+    (folder / "meta.pkl").unlink()
+    assert resolve(CPU, data=folder).recipe.shape.vocab_size == 50304
+
+
+def test_llama_3_shards_are_measured_with_llama_3s_vocabulary(tmp_path: Path) -> None:
+    for split, count in (("train", 10_000), ("val", 1000)):
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240801, 7, count
+        ids = (np.arange(count) * 97 % 128_256).astype("<u4")
+        (tmp_path / f"tiny_shakespeare_{split}.bin").write_bytes(header.tobytes() + ids.tobytes())
+    assert resolve(CPU, data=tmp_path).recipe.shape.vocab_size == 128_256
+
+
+@pytest.mark.parametrize("data", ["story.parquet", "folder", "HuggingFaceFW/fineweb"])
+def test_text_given_as_data_names_the_command_that_prepares_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("story.parquet").write_bytes(b"")
+    Path("folder").mkdir()
+    Path("folder/a.txt").write_text("once")
+    name = data.rpartition("/")[2].removesuffix(".parquet")
+    with pytest.raises((ConfigError, DataError), match=f"`autotune data prepare {data} --out data/{name}`"):
+        resolve(CPU, data=Path(data))
