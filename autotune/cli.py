@@ -4,7 +4,6 @@ Results go to stdout, progress to stderr. Exit codes stand in `autotune.errors`;
 """
 
 import json as json_module
-import os
 import signal
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import autotune
+from autotune import terminal
 from autotune.errors import AutotuneError, ConfigError, InterruptedByUser, NoFeasibleError
 from autotune.units import parse_bytes, parse_count, parse_duration
 
@@ -39,6 +39,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda:0, or auto: the first CUDA 
 
 def main() -> None:
     """Entry of the console script."""
+    terminal.open_streams()
     signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(run(sys.argv[1:]))
 
@@ -53,13 +54,15 @@ def run(arguments: list[str]) -> int:
             raise KeyboardInterrupt
         return int(code or 0)
     except (BrokenPipeError, SystemExit):  # the reader, `head` for example, has seen enough; typer makes it an exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        terminal.silence(sys.stdout)
         return 0
     except BaseException as error:
         if "--debug" in arguments:
             traceback.print_exc()
         message, code = _explained(error)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        terminal.say(f"error: {' '.join(message.split())}")
+        if isinstance(error, OSError):  # it may be stdout's own
+            terminal.flush(sys.stdout)
         return code
 
 
@@ -85,7 +88,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"autotune {autotune.__version__}")
+        terminal.write(f"autotune {autotune.__version__}")
         raise typer.Exit
 
 
@@ -176,7 +179,7 @@ def search(
         calibrate_loss=calibrate_loss,
     )
     if dry_run:
-        print(settings.describe_settings(asked, here))
+        terminal.write_lines(settings.describe_settings(asked, here))
         return
     directory = Path("results", asked.name)
     _watch(directory, partial(run.search, asked, directory, here, started=started, calibrate_loss=calibrate_loss))
@@ -237,15 +240,15 @@ def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
     pages = [page.write_html(one) for one in loaded] if html else []
     if json:
         parts = {"runs": [record.as_json(one) for one in loaded], "trainings": [training.as_json(t) for t in trained]}
-        print(json_module.dumps(parts, allow_nan=False))
+        terminal.write(json_module.dumps(parts, allow_nan=False))
     else:
         if loaded:
             table.print_text(table.run_report(loaded[0], top) if len(loaded) == 1 else table.comparison(loaded))
         if trained:
-            print("Trained, as measured or predicted -> as it came:")
+            terminal.write("Trained, as measured or predicted -> as it came:")
             table.print_text(training.training_table(trained))
     for written in pages:
-        print(f"wrote {written}", file=sys.stderr)
+        terminal.say(f"wrote {written}")
 
 
 @app.command()
@@ -266,10 +269,10 @@ def trial(
     candidate = read_candidate(toml, tuple(assignments or ())).candidate
     request = TrialRequest(candidate=candidate, device=probe(device).device, result_path="")
     log = Path(tempfile.mkdtemp(prefix="autotune-trial-"), "trial.log")
-    print(f"measuring on {request.device}, the worker's output goes to {log}", file=sys.stderr)
+    terminal.say(f"measuring on {request.device}, the worker's output goes to {log}")
     result = run_trial(request, log)
     if json:
-        print(to_json(result))
+        terminal.write(to_json(result))
     else:
         from autotune.report import facts, table
 
@@ -293,7 +296,7 @@ def profile(
         raise typer.BadParameter(f"{len(tomls)} candidates; give one, or two to compare")
     named = pages.read_named(tomls, tuple(assignments or ()))
     where = probe(device).device
-    print(f"recording one step on {where}; everything goes to {out}", file=sys.stderr)
+    terminal.say(f"recording one step on {where}; everything goes to {out}")
     found = pages.profile_candidates(named, out=out, device=where)
     for one in found:
         table.print_text(pages.profile_report(one))
@@ -325,7 +328,7 @@ def estimate(
         known = memory_model.load(calibration / "memory_model.json" if calibration.is_dir() else calibration)
     rows, certainty = estimates.estimate(known, estimates.candidates(model or [], tuple(assignments or ())), limit)
     table.print_text(table.plain(rows))
-    print(certainty)
+    terminal.write_lines(certainty)
 
 
 @app.command()
@@ -361,7 +364,7 @@ def train(
         max_seconds=None if max_time is None else parse_duration(max_time),
     )
     if summary := trainer.train(asked):
-        print(settings.summary_text(summary))
+        terminal.write_lines(settings.summary_text(summary))
 
 
 @app.command()
@@ -378,8 +381,8 @@ def export(
     from autotune.train import exchange
 
     if note := exchange.export(checkpoint, to, out):
-        print(f"note: {note}", file=sys.stderr)
-    print(out)
+        terminal.say(f"note: {note}")
+    terminal.write(str(out))
 
 
 @app.command()
@@ -398,7 +401,7 @@ def sample(
 
     place = describe(device).device
     text = draw(checkpoint, prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, device=place)
-    print(text)
+    terminal.write(terminal.visible(text, keep="\n\t") if sys.stdout.isatty() else text)
 
 
 @data.command()
@@ -434,7 +437,7 @@ def prepare(
         shard_tokens=parse_count(shard_tokens),
         workers=workers,
     )
-    print(f"{out}: {making.prepare(settings).outcome}", file=sys.stderr)
+    terminal.say(f"{out}: {making.prepare(settings).outcome}")
     table.print_text(facts.facts_table(look.info(out)))
 
 

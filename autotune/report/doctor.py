@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.table import Table
-
 from autotune.data import tokenizer
 from autotune.environment import Environment, compile_cache_dir, probe
 from autotune.errors import AutotuneError, DataError
 from autotune.kernels import registry
-from autotune.report.table import plain
+from autotune.report.table import Listing, plain
 from autotune.units import GIB, format_bytes
 
 TORCH_RANGE = ((2, 11), (2, 14))
@@ -60,12 +58,12 @@ def can_search(checks: Sequence[Check]) -> bool:
     return all(check.state != "missing" for check in checks)
 
 
-def check_table(checks: Sequence[Check]) -> Table:
+def check_table(checks: Sequence[Check]) -> Listing:
     """The checks, a line each."""
     return plain([{"what": check.name, "state": check.state, "found": check.found} for check in checks])
 
 
-def kernel_table(environment: Environment) -> Table:
+def kernel_table(environment: Environment) -> Listing:
     """The registry's rows with what each is, and why it cannot run here where it cannot."""
     machine = registry.machine(environment.device, environment.capability, environment.torch)
     return plain(
@@ -78,7 +76,8 @@ def kernel_table(environment: Environment) -> Table:
                 "dtypes": ", ".join(kernel.dtypes),
             }
             for kernel in registry.KERNELS
-        ]
+        ],
+        key=2,
     )
 
 

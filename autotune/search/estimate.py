@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import replace
 
-from autotune.config.candidate import Candidate, Plan, Recipe
+from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.presets import GUIDE
 from autotune.config.toml import CandidateFile, format_candidate, parse_candidate
 from autotune.search.memory_model import MemoryModel, predict
@@ -30,6 +30,7 @@ def estimate(model: MemoryModel, candidates: Sequence[Candidate], limit_bytes: i
     for candidate in candidates:
         shape = candidate.shape
         name = f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}"
+        name += "" if shape.vocab_size == Shape().vocab_size else f", vocab {shape.vocab_size}"
         line = {"model": name, "parameters": f"{shape.parameters / 1e6:.1f}M"}
         for size in MICRO_BATCHES:
             found = predict(model, with_micro_batch(candidate, size))

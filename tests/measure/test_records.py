@@ -10,9 +10,9 @@ from autotune.measure.types import MemoryView, TrialResult
 HEADER = (
     "trial,role,status,phase,objective,tokens_per_second,tokens_per_second_ci95,mfu,step_seconds_p50,"
     "peak_allocated_bytes,peak_reserved_bytes,peak_device_bytes,predicted_peak_bytes,num_alloc_retries,predicted_loss,"
-    "parameters,n_layer,n_head,n_embd,block_size,micro_batch_size,gradient_accumulation_steps,global_batch_size,"
-    "attention,loss,activation_checkpointing,compile,dtype,optimizer,allocator,compile_seconds,trial_seconds,first_loss,"
-    "started_at,candidate_id,message"
+    "parameters,n_layer,n_head,n_embd,block_size,vocab_size,micro_batch_size,gradient_accumulation_steps,global_batch_size,"
+    "attention,loss,activation_checkpointing,compile,dtype,optimizer,loss_chunk_tokens,allocator,"
+    "compile_seconds,trial_seconds,first_loss,started_at,candidate_id,message"
 )
 
 

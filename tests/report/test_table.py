@@ -28,10 +28,10 @@ def test_a_run(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert "baseline: trial 0: 10,000 ± 50 tokens/s, peak 10.00 GiB" in text
     assert "gain: 1.50x ± 0.01 the baseline's tokens/s at 0.80x its peak memory" in text
     lines = text.splitlines()
-    marked = [line for line in lines if line.startswith(" *")]
+    marked = [line for line in lines if line.startswith("*")]
     assert len(marked) == 1
     assert marked[0].split()[1:3] == ["6", "final"]
-    assert "All of these: model 6x6x384, T 1024, 30.3M, recompute none, attention sdpa" in text
+    assert "All of these: model 6x6x384, T 1024, 30.3M, attention sdpa, recompute none" in text
     assert "MFU" not in text  # unknown in all of them
     assert lines[-1] == f"next: autotune train {path}"
 
