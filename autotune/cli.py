@@ -4,6 +4,7 @@ Results go to stdout, progress to stderr. Exit codes stand in `autotune.errors`;
 """
 
 import json as json_module
+import os
 import signal
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import autotune
-from autotune import terminal
+from autotune import places, terminal
 from autotune.errors import AutotuneError, ConfigError, InterruptedByUser, NoFeasibleError
 from autotune.units import parse_bytes, parse_count, parse_duration
 
@@ -103,6 +104,8 @@ def autotune_command(
 
     autotune search --budget 1h, then autotune report RUN, then autotune train RUN."""
     del version, debug
+    if (note := places.settle(os.environ)) and not os.environ.get("AUTOTUNE_CACHE_DIR"):
+        terminal.say(f"note: {note}")
 
 
 @app.command()
@@ -197,9 +200,11 @@ def _refuse_beside_resume(context: typer.Context) -> None:
 
 def _watch(directory: Path, go: "Callable[..., object]") -> None:
     """Run a search under the eyes of the user, then show its report, also of one in which nothing fits."""
+    from autotune.environment import compile_cache_dir
     from autotune.measure.runner import trials_in_a_row
     from autotune.search import progress
 
+    places.make_cache(compile_cache_dir())
     show = partial(_report, [directory], html=True, json=False, top=10)
     try:
         with progress.show_progress() as notify, trials_in_a_row() as measure:
@@ -262,12 +267,14 @@ def trial(
 
     The way to reproduce a row of trials.csv. Exit code 1 where the candidate is not ok."""
     from autotune.config.toml import read_candidate
-    from autotune.environment import probe
+    from autotune.environment import compile_cache_dir, probe
     from autotune.measure.runner import run_trial
     from autotune.measure.types import TrialRequest, to_json
 
     candidate = read_candidate(toml, tuple(assignments or ())).candidate
     request = TrialRequest(candidate=candidate, device=probe(device).device, result_path="")
+    if candidate.plan.compile != "off":
+        places.make_cache(compile_cache_dir())
     log = Path(tempfile.mkdtemp(prefix="autotune-trial-"), "trial.log")
     terminal.say(f"measuring on {request.device}, the worker's output goes to {log}")
     result = run_trial(request, log)
@@ -288,13 +295,14 @@ def profile(
     device: Device = "auto",
 ) -> None:
     """Show where the memory of one step goes: by category at the peak, and over time."""
-    from autotune.environment import probe
+    from autotune.environment import compile_cache_dir, probe
     from autotune.report import profile as pages
     from autotune.report import table
 
     if len(tomls) > 2:
         raise typer.BadParameter(f"{len(tomls)} candidates; give one, or two to compare")
     named = pages.read_named(tomls, tuple(assignments or ()))
+    places.make_cache(compile_cache_dir())
     where = probe(device).device
     terminal.say(f"recording one step on {where}; everything goes to {out}")
     found = pages.profile_candidates(named, out=out, device=where)

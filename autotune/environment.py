@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import autotune
+from autotune import places
 from autotune.config.tables import read_table
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
 
@@ -119,6 +120,7 @@ def worker_environment(cache_dir: Path | None = None, allocator: str = "default"
     """Environment variables of a worker process: this checkout importable, a compile cache that outlives
     the process, the allocator's settings in place before torch loads."""
     variables = dict(os.environ)
+    places.settle(variables)
     checkout = str(Path(autotune.__file__).parent.parent)
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [checkout, variables.get("PYTHONPATH")]))
     variables["PYTHONUNBUFFERED"] = "1"
@@ -130,10 +132,9 @@ def worker_environment(cache_dir: Path | None = None, allocator: str = "default"
 
 
 def compile_cache_dir() -> Path:
-    """Where compiled kernels are kept between processes: AUTOTUNE_CACHE_DIR, else the user's cache folder."""
+    """Where compiled kernels are kept between processes: AUTOTUNE_CACHE_DIR, else in the folder of caches."""
     chosen = os.environ.get("AUTOTUNE_CACHE_DIR")
-    user = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(chosen) if chosen else user / "autotune" / "inductor"
+    return Path(chosen).absolute() if chosen else places.cache_home(os.environ) / "autotune" / "inductor"
 
 
 def drop_torn_libraries(cache_dir: Path, older_than_seconds: float = 3.0) -> list[Path]:
