@@ -18,8 +18,10 @@ from pathlib import Path
 
 import autotune
 from autotune import places
+from autotune.config.candidate import plain_texts
 from autotune.config.tables import read_table
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
+from autotune.terminal import visible
 
 # Dense bfloat16 (float16) tensor-core peaks in TFLOP/s, from NVIDIA's data sheets, by part of the device's name.
 # The first match counts, so the longer name stands first.
@@ -53,6 +55,9 @@ class Environment:
     platform: str
     peak_flops: float | None = None
     """Dense bfloat16 FLOP/s of the data sheet; None where unknown (and MFU with it)."""
+
+    def __post_init__(self) -> None:
+        plain_texts("environment.", vars(self))
 
     @property
     def fingerprint(self) -> str:
@@ -96,7 +101,7 @@ def _with_card(here: Environment, index: int) -> Environment:
     return replace(
         here,
         device=f"cuda:{index}",
-        device_name=properties.name,
+        device_name=visible(properties.name),
         device_memory_bytes=properties.total_memory,
         capability=(properties.major, properties.minor),
         driver=_driver_version(),
@@ -164,7 +169,7 @@ def _is_whole(path: Path, size: int) -> bool:
 def _cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
-            return line.partition(":")[2].strip()
+            return visible(line.partition(":")[2].strip())
     return platform.processor() or platform.machine()
 
 

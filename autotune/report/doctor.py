@@ -141,7 +141,7 @@ def _host() -> Iterator[Check]:
     yield _useful("free disk", told if free >= GIB else None, f"{told}; a run with checkpoints needs more than 1 GiB")
 
 
-_SOURCE = "#include <omp.h>\nextern \"C\" int answer() { return omp_get_max_threads() > 0 ? 42 : 0; }\n"
+_SOURCE = '#include <omp.h>\nextern "C" int answer() { return omp_get_max_threads() > 0 ? 42 : 0; }\n'
 
 
 def _compiling() -> Iterator[Check]:
