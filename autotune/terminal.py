@@ -54,9 +54,10 @@ _REPLACED = "autotune.replaced"
 codecs.register_error(_REPLACED, _replace)
 
 
-def width() -> int | None:
-    """Columns of the terminal that stdout is; None where it is none, and lines may be as long as they are."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+def width(stream: TextIO | None = None) -> int | None:
+    """Columns of the terminal that stdout (or another stream) is; None where it is none, and lines may be as long as
+    they are."""
+    return shutil.get_terminal_size().columns if (stream or sys.stdout).isatty() else None
 
 
 def wrapped(text: str, columns: int | None) -> str:
@@ -100,7 +101,7 @@ def write_lines(text: str) -> None:
 
 def say(text: str) -> None:
     """Progress, a note or an error: one line to stderr."""
-    print(visible(text), file=sys.stderr, flush=True)
+    print(wrapped(visible(text), width(sys.stderr)), file=sys.stderr, flush=True)
 
 
 def silence(stream: TextIO) -> None:
