@@ -11,9 +11,12 @@ import shutil
 import sys
 import textwrap
 import unicodedata
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from autotune.errors import AutotuneError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _ASCII = {
     "±": "+-", "\N{MULTIPLICATION SIGN}": "x", "→": "->", "←": "<-", "…": "...", "·": ".", "─": "-", "│": "|",
@@ -120,7 +123,7 @@ def flush(stream: TextIO) -> None:
 class _Unheard(io.FileIO):
     """Stderr, for which it is no error that nobody can read it: a search does not end with the terminal's window."""
 
-    def write(self, content: "memoryview | bytes | bytearray", /) -> int:  # type: ignore[override]
+    def write(self, content: "ReadableBuffer", /) -> int:
         try:
             return super().write(content) or 0
         except OSError:

@@ -75,7 +75,10 @@ def row(record: TrialRecord) -> dict[str, object]:
 
 def write_csv(path: Path, records: Iterable[TrialRecord]) -> None:
     """Replace trials.csv as a whole. Unknown values are empty cells; bytes, seconds and tokens are plain numbers."""
-    lines = [list(COLUMNS), *([_cell(value) for value in row(record).values()] for record in records)]
+    lines: list[list[object]] = [
+        list(COLUMNS),
+        *([_cell(value) for value in row(record).values()] for record in records),
+    ]
     write_atomically(path, *map(_csv_line, lines))
 
 

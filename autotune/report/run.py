@@ -130,8 +130,9 @@ def _read_trials(file: Path) -> tuple[Row, ...]:
     frame = pd.read_csv(file, dtype=_DTYPES, keep_default_na=False, na_values=[""])
     if missing := [name for name in COLUMNS if name not in frame and name not in OPTIONAL_COLUMNS]:
         raise ValueError(f"it has no column {missing[0]!r}")
-    lacking = {name: pd.array([pd.NA] * len(frame), dtype=_DTYPES[name]) for name in COLUMNS if name not in frame}
-    frame = frame.assign(**lacking).fillna(dict.fromkeys(_TEXT, ""))
+    lacking = [name for name in COLUMNS if name not in frame]
+    frame = frame.reindex(columns=[*frame.columns, *lacking]).astype({name: _DTYPES[name] for name in lacking})
+    frame = frame.fillna(dict.fromkeys(_TEXT, ""))
     for name in _TEXT:
         frame[name] = frame[name].map(read_text)
     plain = frame.astype(object).where(frame.notna(), None)
