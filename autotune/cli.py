@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 import autotune
+from autotune import places, terminal
 from autotune.errors import AutotuneError, ConfigError, InterruptedByUser, NoFeasibleError
 from autotune.units import parse_bytes, parse_count, parse_duration
 
@@ -44,6 +45,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda:0, or auto: the first CUDA 
 
 def main() -> None:
     """Entry of the console script."""
+    terminal.open_streams()
     signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(run(sys.argv[1:]))
 
@@ -58,13 +60,15 @@ def run(arguments: list[str]) -> int:
             raise KeyboardInterrupt
         return int(code or 0)
     except (BrokenPipeError, SystemExit):  # the reader, `head` for example, has seen enough; typer makes it an exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        terminal.silence(sys.stdout)
         return 0
     except BaseException as error:
         if "--debug" in arguments:
             traceback.print_exc()
         message, code = _explained(error)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        terminal.say(f"error: {' '.join(message.split())}")
+        if isinstance(error, OSError):  # it may be stdout's own
+            terminal.flush(sys.stdout)
         return code
 
 
@@ -90,7 +94,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"autotune {autotune.__version__}")
+        terminal.write(f"autotune {autotune.__version__}")
         raise typer.Exit
 
 
@@ -105,6 +109,8 @@ def autotune_command(
 
     autotune search --budget 1h, then autotune report RUN, then autotune train RUN."""
     del version, debug
+    if (note := places.settle(os.environ)) and not os.environ.get("AUTOTUNE_CACHE_DIR"):
+        terminal.say(f"note: {note}")
 
 
 @app.command()
@@ -183,7 +189,7 @@ def search(
         calibrate_loss=calibrate_loss,
     )
     if dry_run:
-        print(settings.describe_settings(asked, here))
+        terminal.write_lines(settings.describe_settings(asked, here))
         return
     directory = Path("results", asked.name)
     _watch(directory, partial(run.search, asked, directory, here, started=started, calibrate_loss=calibrate_loss))
@@ -201,9 +207,11 @@ def _refuse_beside_resume(context: typer.Context) -> None:
 
 def _watch(directory: Path, go: "Callable[..., object]") -> None:
     """Run a search under the eyes of the user, then show its report, also of one in which nothing fits."""
+    from autotune.environment import compile_cache_dir
     from autotune.measure.runner import trials_in_a_row
     from autotune.search import progress
 
+    places.make_cache(compile_cache_dir())
     show = partial(_report, [directory], html=True, json=False, top=10)
     try:
         with progress.show_progress() as notify, trials_in_a_row() as measure:
@@ -244,15 +252,15 @@ def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
     pages = [page.write_html(one) for one in loaded] if html else []
     if json:
         parts = {"runs": [record.as_json(one) for one in loaded], "trainings": [training.as_json(t) for t in trained]}
-        print(json_module.dumps(parts, allow_nan=False))
+        terminal.write(json_module.dumps(parts, allow_nan=False))
     else:
         if loaded:
             table.print_text(table.run_report(loaded[0], top) if len(loaded) == 1 else table.comparison(loaded))
         if trained:
-            print("Trained, as measured or predicted -> as it came:")
+            terminal.write("Trained, as measured or predicted -> as it came:")
             table.print_text(training.training_table(trained))
     for written in pages:
-        print(f"wrote {written}", file=sys.stderr)
+        terminal.say(f"wrote {written}")
 
 
 @app.command()
@@ -266,17 +274,19 @@ def trial(
 
     The way to reproduce a row of trials.csv. Exit code 1 where the candidate is not ok."""
     from autotune.config.toml import read_candidate
-    from autotune.environment import probe
+    from autotune.environment import compile_cache_dir, probe
     from autotune.measure.runner import run_trial
     from autotune.measure.types import TrialRequest, to_json
 
     candidate = read_candidate(toml, tuple(assignments or ())).candidate
     request = TrialRequest(candidate=candidate, device=probe(device).device, result_path="")
+    if candidate.plan.compile != "off":
+        places.make_cache(compile_cache_dir())
     log = Path(tempfile.mkdtemp(prefix="autotune-trial-"), "trial.log")
-    print(f"measuring on {request.device}, the worker's output goes to {log}", file=sys.stderr)
+    terminal.say(f"measuring on {request.device}, the worker's output goes to {log}")
     result = run_trial(request, log)
     if json:
-        print(to_json(result))
+        terminal.write(to_json(result))
     else:
         from autotune.report import facts, table
 
@@ -292,15 +302,16 @@ def profile(
     device: Device = "auto",
 ) -> None:
     """Show where the memory of one step goes: by category at the peak, and over time."""
-    from autotune.environment import probe
+    from autotune.environment import compile_cache_dir, probe
     from autotune.report import profile as pages
     from autotune.report import table
 
     if len(tomls) > 2:
         raise typer.BadParameter(f"{len(tomls)} candidates; give one, or two to compare")
     named = pages.read_named(tomls, tuple(assignments or ()))
+    places.make_cache(compile_cache_dir())
     where = probe(device).device
-    print(f"recording one step on {where}; everything goes to {out}", file=sys.stderr)
+    terminal.say(f"recording one step on {where}; everything goes to {out}")
     found = pages.profile_candidates(named, out=out, device=where)
     for one in found:
         table.print_text(pages.profile_report(one))
@@ -335,7 +346,7 @@ def estimate(
         known, estimates.candidates(model or [], tuple(assignments or ()), vocab_size), limit
     )
     table.print_text(table.plain(rows))
-    print(certainty)
+    terminal.write_lines(certainty)
 
 
 @app.command()
@@ -371,7 +382,7 @@ def train(
         max_seconds=None if max_time is None else parse_duration(max_time),
     )
     if summary := trainer.train(asked):
-        print(settings.summary_text(summary))
+        terminal.write_lines(settings.summary_text(summary))
 
 
 @app.command()
@@ -388,8 +399,8 @@ def export(
     from autotune.train import exchange
 
     if note := exchange.export(checkpoint, to, out):
-        print(f"note: {note}", file=sys.stderr)
-    print(out)
+        terminal.say(f"note: {note}")
+    terminal.write(str(out))
 
 
 @app.command()
@@ -408,7 +419,7 @@ def sample(
 
     place = describe(device).device
     text = draw(checkpoint, prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, device=place)
-    print(text)
+    terminal.write(terminal.visible(text, keep="\n\t") if sys.stdout.isatty() else text)
 
 
 @data.command()
@@ -450,7 +461,7 @@ def prepare(
         format=cast("Format", file_format),
         workers=workers,
     )
-    print(f"{out}: {making.prepare(settings).outcome}", file=sys.stderr)
+    terminal.say(f"{out}: {making.prepare(settings).outcome}")
     table.print_text(facts.facts_table(look.info(out)))
 
 

@@ -17,8 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import autotune
+from autotune import places
+from autotune.config.candidate import plain_texts
 from autotune.config.tables import read_table
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
+from autotune.terminal import visible
 
 # Dense bfloat16 (float16) tensor-core peaks in TFLOP/s, from NVIDIA's data sheets, by part of the device's name.
 # The first match counts, so the longer name stands first.
@@ -52,6 +55,9 @@ class Environment:
     platform: str
     peak_flops: float | None = None
     """Dense bfloat16 FLOP/s of the data sheet; None where unknown (and MFU with it)."""
+
+    def __post_init__(self) -> None:
+        plain_texts("environment.", vars(self))
 
     @property
     def fingerprint(self) -> str:
@@ -95,7 +101,7 @@ def _with_card(here: Environment, index: int) -> Environment:
     return replace(
         here,
         device=f"cuda:{index}",
-        device_name=properties.name,
+        device_name=visible(properties.name),
         device_memory_bytes=properties.total_memory,
         capability=(properties.major, properties.minor),
         driver=_driver_version(),
@@ -119,6 +125,7 @@ def worker_environment(cache_dir: Path | None = None, allocator: str = "default"
     """Environment variables of a worker process: this checkout importable, a compile cache that outlives
     the process, the allocator's settings in place before torch loads."""
     variables = dict(os.environ)
+    places.settle(variables)
     checkout = str(Path(autotune.__file__).parent.parent)
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [checkout, variables.get("PYTHONPATH")]))
     variables["PYTHONUNBUFFERED"] = "1"
@@ -130,10 +137,9 @@ def worker_environment(cache_dir: Path | None = None, allocator: str = "default"
 
 
 def compile_cache_dir() -> Path:
-    """Where compiled kernels are kept between processes: AUTOTUNE_CACHE_DIR, else the user's cache folder."""
+    """Where compiled kernels are kept between processes: AUTOTUNE_CACHE_DIR, else in the folder of caches."""
     chosen = os.environ.get("AUTOTUNE_CACHE_DIR")
-    user = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(chosen) if chosen else user / "autotune" / "inductor"
+    return Path(chosen).absolute() if chosen else places.cache_home(os.environ) / "autotune" / "inductor"
 
 
 def drop_torn_libraries(cache_dir: Path, older_than_seconds: float = 3.0) -> list[Path]:
@@ -163,7 +169,7 @@ def _is_whole(path: Path, size: int) -> bool:
 def _cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
-            return line.partition(":")[2].strip()
+            return visible(line.partition(":")[2].strip())
     return platform.processor() or platform.machine()
 
 

@@ -276,6 +276,17 @@ class TestSearch:
         code, text = told_by(capsys, "search", "--name", "x", "--model", "12x12x768")
         assert (code, "results/x cannot be made" in text) == (1, True)
 
+    @pytest.mark.parametrize("words", [("search", "--name", "x"), ("search", "--resume", "results/x")])
+    def test_a_cache_that_cannot_be_written_is_told_before_anything_is_made(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+    ) -> None:
+        monkeypatch.setenv("AUTOTUNE_CACHE_DIR", "/dev/null/cache")
+        code, text = told_by(capsys, *words)
+        assert code == 1
+        assert "the compile cache /dev/null/cache cannot be written" in text
+        assert "set AUTOTUNE_CACHE_DIR" in text
+        assert list(Path().iterdir()) == []
+
     def test_nothing_feasible_shows_the_report_and_is_three(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:

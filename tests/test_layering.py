@@ -11,13 +11,15 @@ import pytest
 import autotune
 
 PACKAGE = Path(autotune.__file__).parent
-_COMMON = {"errors", "units", "environment", "config"}
+_COMMON = {"errors", "places", "terminal", "units", "environment", "config"}
 _MEASURE = {*_COMMON, "measure", "model", "data", "kernels"}
 ALLOWED = {
     "errors": set[str](),
+    "places": {"errors"},
+    "terminal": {"errors"},
     "units": {"errors"},
-    "config": {"errors", "units", "config", "kernels"},
-    "environment": {"errors", "units", "config"},
+    "config": {"errors", "terminal", "units", "config", "kernels"},
+    "environment": {"errors", "places", "terminal", "units", "config"},
     "kernels": {"kernels"},
     "data": {*_COMMON, "data", "kernels"},
     "model": {*_COMMON, "model", "kernels"},
@@ -29,7 +31,7 @@ ALLOWED = {
     "__main__": {"cli"},
 }
 """What each room may import of the package."""
-WITHOUT_TORCH = ("cli", "config", "errors", "report", "search", "units")
+WITHOUT_TORCH = ("cli", "config", "errors", "places", "report", "search", "terminal", "units")
 """Rooms in which torch is not imported even inside a function."""
 SEARCHING = ("environment", "measure.records", "measure.runner", "measure.types", "kernels.registry")
 """Modules of other rooms that the searching process loads."""

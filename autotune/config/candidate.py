@@ -6,11 +6,13 @@ A recipe decides what is learned. A plan changes speed and memory only.
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from autotune.errors import ConfigError, suggest
 from autotune.kernels import registry
+from autotune.terminal import visible
 
 Compile = Literal["off", "full", "block"]
 DType = Literal["float32", "tfloat32", "bfloat16", "bfloat16_residual", "float16"]
@@ -123,6 +125,7 @@ class Recipe:
     wandb_run_name: str = ""
 
     def __post_init__(self) -> None:
+        plain_texts("training.", vars(self))
         for name in ("global_batch_size", "max_iters", "eval_interval", "eval_iters", "log_interval",
                      "checkpoint_interval", "lr_decay_iters"):  # fmt: skip
             at_least(f"training.{name}", getattr(self, name), 1)
@@ -242,6 +245,18 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ConfigError(f"{name} = {value!r} is not known; {suggest(str(value), allowed)}")
+
+
+def plain_texts(table: str, values: Mapping[str, object]) -> None:
+    """Raise ConfigError for a text with control characters: names and values end up on terminals, in spreadsheets, and
+    in a config file that nanoGPT executes."""
+    for name, value in values.items():
+        inside = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, Mapping):
+            plain_texts(f"{table}{name}.", value)
+        for text in inside:
+            if isinstance(text, str) and (shown := visible(text)) != text:
+                raise ConfigError(f'{table}{name} = "{shown[:80]}" holds a control character; leave it out')
 
 
 def at_least(name: str, value: float, smallest: float) -> None:

@@ -10,6 +10,7 @@ from autotune.config.candidate import Candidate, DType, Plan, Recipe, one_of
 from autotune.config.tables import read_table
 from autotune.config.toml import read_text
 from autotune.errors import ConfigError, suggest
+from autotune.terminal import visible
 
 Value = str | int | float | bool | None
 
@@ -179,7 +180,9 @@ def format_nanogpt(candidate: Candidate, heading: str, device: str) -> str:
         notes.append("nanoGPT has no schedule wsd: this is its cosine.")
     if recipe.data and "dataset" not in values:
         notes.append(f"Set dataset: nanoGPT reads a train.bin and a val.bin, {recipe.data} holds shards.")
-    return "\n".join([*(f"# {note}" for note in notes), *(f"{key} = {value!r}" for key, value in values.items()), ""])
+    # nanoGPT executes the file: a note must not reach beyond its line, whoever chose the names in it
+    lines = [*(f"# {visible(note)}" for note in notes), *(f"{key} = {value!r}" for key, value in values.items())]
+    return "\n".join([*lines, ""])
 
 
 def nanogpt_values(candidate: Candidate, device: str) -> dict[str, Value]:

@@ -8,10 +8,11 @@ from typing import Literal, get_args
 
 import tomli_w
 
-from autotune.config.candidate import Plan, Recipe, at_least, one_of
+from autotune.config.candidate import Plan, Recipe, at_least, one_of, plain_texts
 from autotune.config.tables import read_table
 from autotune.config.toml import read_text, without_none, write_atomically
 from autotune.errors import ConfigError
+from autotune.terminal import visible
 
 Objective = Literal["throughput", "loss"]
 
@@ -58,8 +59,15 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         one_of("--objective", self.objective, get_args(Objective))
-        if self.name in ("", ".", "..") or Path(self.name).name != self.name:
-            raise ConfigError(f"--name {self.name!r} is not the plain name of a directory; give for example my-run")
+        plain_texts("--", {"name": self.name})
+        plain_texts("search.", {key: value for key, value in vars(self).items() if key != "storage"})
+        if visible(self.storage) != self.storage:  # not shown: it may hold a password
+            raise ConfigError("--storage holds a control character; leave it out")
+        if not _is_plain(self.name):
+            raise ConfigError(
+                f"--name {self.name[:80]!r} is not the plain name of a directory; give for example my-run, "
+                f"up to {_LONGEST_NAME} bytes long"
+            )
         at_least("--workers", self.workers, 1)
         at_least("--seed", self.seed, 0)
         if self.budget_seconds <= 0:
@@ -70,6 +78,16 @@ class SearchSettings:
             raise ConfigError("--train-time and --train-tokens exclude each other; give one")
         if self.objective == "loss" and self.train_seconds is None and self.train_tokens is None:
             raise ConfigError("--objective loss needs the length of the training; give --train-time or --train-tokens")
+
+
+_LONGEST_NAME = 200
+"""In bytes. File systems allow 255, and names of temporary files are longer."""
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a directory can be called so, and a command be given it without quotes around its first letter."""
+    forbidden = name.startswith((".", "-")) or name != name.strip() or set(name) & {"/", "\\"}
+    return 0 < len(name.encode()) <= _LONGEST_NAME and not forbidden
 
 
 def write_settings(path: Path, settings: SearchSettings) -> None:

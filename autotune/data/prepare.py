@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import itertools
 import os
+import shutil
 import sys
 import time
 from collections import Counter, deque
@@ -330,7 +331,8 @@ def _reported(stream: Iterable[Tokens], done: int, total: int | None) -> Iterato
         tokens += len(document)
         if (now := time.monotonic()) - last >= (0.5 if live else 5.0):
             last, line = now, progress_line(done + tokens, total, tokens / (now - began))
-            print(f"\r{line:<78}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
+            room = shutil.get_terminal_size().columns - 1  # the cursor's place: a full line would move on to the next
+            print(f"\r{line[:room]:<{room}}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
         yield document
 
 

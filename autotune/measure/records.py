@@ -2,25 +2,34 @@
 
 import csv
 import io
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from autotune.config.candidate import Candidate
+from autotune import terminal
+from autotune.config.candidate import Candidate, Plan
 from autotune.config.toml import write_atomically
 from autotune.measure.types import TrialResult
 
 Role = Literal["baseline", "guide", "search", "final"]
 
+PLAN_FIELDS = tuple(field.name for field in fields(Plan))
+_SHOWN_FIRST = ("micro_batch_size", "attention", "loss", "activation_checkpointing", "compile", "dtype")
+"""Fields of the plan with a place of their own; all others follow the optimizer, so that none can be forgotten."""
+
 COLUMNS = (
     "trial", "role", "status", "phase", "objective", "tokens_per_second", "tokens_per_second_ci95", "mfu",
     "step_seconds_p50", "peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes", "predicted_peak_bytes",
-    "num_alloc_retries", "predicted_loss", "parameters", "n_layer", "n_head", "n_embd", "block_size",
+    "num_alloc_retries", "predicted_loss", "parameters", "n_layer", "n_head", "n_embd", "block_size", "vocab_size",
     "micro_batch_size", "gradient_accumulation_steps", "global_batch_size", "attention", "loss",
-    "activation_checkpointing", "compile", "dtype", "optimizer", "allocator", "compile_seconds", "trial_seconds",
-    "first_loss", "started_at", "candidate_id", "message",
+    "activation_checkpointing", "compile", "dtype", "optimizer",
+    *(name for name in PLAN_FIELDS if name not in _SHOWN_FIRST),
+    "compile_seconds", "trial_seconds", "first_loss", "started_at", "candidate_id", "message",
 )  # fmt: skip
+OPTIONAL_COLUMNS = ("vocab_size", *(name for name in PLAN_FIELDS if name not in _SHOWN_FIRST))
+"""Which files of older versions may lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +75,38 @@ def row(record: TrialRecord) -> dict[str, object]:
 
 def write_csv(path: Path, records: Iterable[TrialRecord]) -> None:
     """Replace trials.csv as a whole. Unknown values are empty cells; bytes, seconds and tokens are plain numbers."""
+    lines: list[list[object]] = [
+        list(COLUMNS),
+        *([_cell(value) for value in row(record).values()] for record in records),
+    ]
+    write_atomically(path, *map(_csv_line, lines))
+
+
+def _csv_line(cells: Sequence[object]) -> str:
+    # Python's writer quotes a carriage return only where lines end in one, and readers take it for a line's end.
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for record in records:
-        writer.writerow({key: _cell(value) for key, value in row(record).items()})
-    write_atomically(path, text.getvalue())
+    csv.writer(text, lineterminator="\r\n").writerow(cells)
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _cell(value: object) -> object:
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, str):
+        return _neutral(value)
     return "" if value is None else value
+
+
+_FORMULA = re.compile(r"'*(\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n])")
+"""The signs also in full width, which spreadsheets take for the same."""
+
+
+def _neutral(text: str) -> str:
+    """The text as no spreadsheet runs it (OWASP, CSV injection) and no terminal obeys it."""
+    shown = terminal.visible(text, keep="\t\r\n")
+    return f"'{shown}" if _FORMULA.match(shown) else shown
+
+
+def read_text(cell: str) -> str:
+    """The text of a cell of trials.csv."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell

@@ -1,22 +1,24 @@
 """What is available on this machine and, for each absence, why. Nothing here imports torch."""
 
+import ctypes
 import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.table import Table
-
+from autotune import places
 from autotune.data import tokenizer
 from autotune.environment import Environment, compile_cache_dir, probe
-from autotune.errors import AutotuneError, DataError
+from autotune.errors import AutotuneError, ConfigError, DataError
 from autotune.kernels import registry
-from autotune.report.table import plain
+from autotune.report.table import Listing, plain
 from autotune.units import GIB, format_bytes
 
 TORCH_RANGE = ((2, 11), (2, 14))
@@ -60,12 +62,12 @@ def can_search(checks: Sequence[Check]) -> bool:
     return all(check.state != "missing" for check in checks)
 
 
-def check_table(checks: Sequence[Check]) -> Table:
+def check_table(checks: Sequence[Check]) -> Listing:
     """The checks, a line each."""
     return plain([{"what": check.name, "state": check.state, "found": check.found} for check in checks])
 
 
-def kernel_table(environment: Environment) -> Table:
+def kernel_table(environment: Environment) -> Listing:
     """The registry's rows with what each is, and why it cannot run here where it cannot."""
     machine = registry.machine(environment.device, environment.capability, environment.torch)
     return plain(
@@ -78,7 +80,8 @@ def kernel_table(environment: Environment) -> Table:
                 "dtypes": ", ".join(kernel.dtypes),
             }
             for kernel in registry.KERNELS
-        ]
+        ],
+        key=2,
     )
 
 
@@ -129,18 +132,63 @@ def _nvml() -> Check:
 
 def _host() -> Iterator[Check]:
     """What torch.compile needs (it writes C++ on the CPU; on CUDA, Triton compiles its launcher in C), and places."""
-    compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
-    advice = f"{compiler} is not found; torch.compile needs it: install g++ (or point CXX at a compiler)"
-    yield _needed("C++ compiler", shutil.which(compiler), advice)
+    header = Path(sysconfig.get_path("include"), "Python.h")
     advice = f"{header} is not there; install python3-dev for torch.compile"
     yield _needed("Python headers", str(header) if header.exists() else None, advice)
-    cache = compile_cache_dir()
-    existing = next(parent for parent in (cache, *cache.parents) if parent.exists())
-    usable = existing.is_dir() and os.access(existing, os.W_OK)
-    yield _needed("compile cache", str(cache) if usable else None, f"{cache} cannot be written; set AUTOTUNE_CACHE_DIR")
+    yield from _compiling()
     free = shutil.disk_usage(Path.cwd()).free
     told = f"{format_bytes(free)} at {Path.cwd()}"
     yield _useful("free disk", told if free >= GIB else None, f"{told}; a run with checkpoints needs more than 1 GiB")
+
+
+_SOURCE = '#include <omp.h>\nextern "C" int answer() { return omp_get_max_threads() > 0 ? 42 : 0; }\n'
+
+
+def _compiling() -> Iterator[Check]:
+    """Inductor's compiler and its cache, by making a library there and loading it."""
+    compiler = os.environ.get("CXX", "g++")  # as Inductor has it: the name of a program, without options
+    try:
+        cache = compile_cache_dir()
+        places.make_cache(cache)
+    except ConfigError as error:
+        refusal = shutil.which(compiler) is None and f"{compiler} is not found; {_INSTALL}"
+        yield _needed("C++ compiler", None if refusal else compiler, refusal or "")
+        yield _needed("compile cache", None, str(error))
+        return
+    with tempfile.TemporaryDirectory(prefix="doctor-", dir=cache) as folder:
+        refusal = _compile(compiler, Path(folder))
+        yield _needed("C++ compiler", None if refusal else shutil.which(compiler), f"{refusal}; {_INSTALL}")
+        refusal = "" if refusal else _load(Path(folder, "answer.so"))
+    advice = f"a library in {cache} cannot be loaded: {refusal}; set AUTOTUNE_CACHE_DIR to a folder not mounted noexec"
+    yield _needed("compile cache", None if refusal else str(cache), advice)
+
+
+_INSTALL = "torch.compile needs it: install g++, or point CXX at a compiler"
+
+
+def _compile(compiler: str, folder: Path) -> str:
+    """Make answer.so in the folder; why it failed, or an empty text."""
+    source, library = folder / "answer.cpp", folder / "answer.so"
+    try:
+        source.write_text(_SOURCE)
+        command = [compiler, "-shared", "-fPIC", "-fopenmp", str(source), "-o", str(library)]
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=120)
+    except FileNotFoundError:
+        return f"{compiler} is not found"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{compiler} does not run: {error}"
+    if run.returncode == 0 and library.exists():
+        return ""
+    lines = [line.strip() for line in run.stderr.splitlines() if "error" in line or "No space" in line]
+    return f"{compiler} compiles nothing in {folder.parent}: {lines[0] if lines else f'exit code {run.returncode}'}"
+
+
+def _load(library: Path) -> str:
+    """Load the library and call it; why that failed, or an empty text."""
+    try:
+        return "" if ctypes.CDLL(str(library)).answer() == 42 else "it computes something else"
+    except (OSError, AttributeError) as error:
+        return str(error)
 
 
 def _packages() -> Iterator[Check]:

@@ -2,11 +2,10 @@
 
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from autotune.config.candidate import Shape
 from autotune.measure.types import TrialResult, cache_text
-from autotune.report.table import number, plain
+from autotune.report.table import cell, number, plain
 from autotune.units import format_bytes, format_duration
 
 
@@ -43,7 +42,9 @@ def trial_facts(result: TrialResult, shape: Shape) -> Group:
 def facts_table(facts: dict[str, str]) -> Table:
     """Names and the values that there are."""
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in facts.items():
         if value:
-            table.add_row(name, Text(value))
+            table.add_row(cell(name), cell(value))
     return table

@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Sequence
-from html import escape
+from html import escape as _escape
 from pathlib import Path
 
 from autotune.config.toml import write_atomically
@@ -10,6 +10,7 @@ from autotune.errors import ConfigError
 from autotune.report.plots import write_plots
 from autotune.report.run import Run, next_command, ranked
 from autotune.report.table import Line, cells, heading, sections, verdict
+from autotune.terminal import visible
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -29,6 +30,11 @@ code {{ background: #f2f2f2; padding: .1rem .3rem }}
 {tables}
 </html>
 """
+
+
+def escape(text: str) -> str:
+    """As text of the page: neither markup nor a character that changes how others are read."""
+    return _escape(visible(text))
 
 
 def write_html(run: Run) -> Path:

@@ -8,14 +8,13 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Group
-from rich.text import Text
 
 from autotune.config.candidate import Candidate
 from autotune.config.toml import read_candidate, write_atomically
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
 from autotune.measure.runner import run_profile
 from autotune.measure.types import CATEGORIES, LiveTensor, MemoryProfile, TrialRequest
-from autotune.report.table import plain
+from autotune.report.table import Prose, plain
 from autotune.units import GIB, MIB, format_bytes
 
 _LINES = 3
@@ -86,7 +85,7 @@ def profile_report(found: Profiled, top: int = 20) -> Group:
             "count": str(len(equal)),
             "each": format_bytes(equal[0].bytes),
             "category": equal[0].category,
-            "what or by what": _maker(equal)[:48],
+            "what or by what": _maker(equal),
             "line": _lines(equal[0]) or "-",
             "made in": equal[0].phase or "before the step",
         }
@@ -95,10 +94,10 @@ def profile_report(found: Profiled, top: int = 20) -> Group:
     heading = f"{found.name}: {format_bytes(peak)} at the peak, which stands in: {profile.peak_phase}"
     snapshot = f", {profile.snapshot} (open it at pytorch.org/memory_viz)" if profile.snapshot else ""
     return Group(
-        Text(heading, style="bold"),
+        Prose(heading, "bold"),
         plain(sizes, figures=("bytes", "size", "share")),
         plain(live, figures=("count", "each")),
-        Text(f"in {found.directory}: timeline.png, timeline.csv, profile.json{snapshot}"),
+        Prose(f"in {found.directory}: timeline.png, timeline.csv, profile.json{snapshot}"),
     )
 
 
@@ -113,7 +112,7 @@ def comparison(first: Profiled, second: Profiled) -> Group:
     peaks = {one.name: one.profile.peak_phase for one in (first, second)}
     lines.append({"at the peak": "stands in", **peaks, "difference": ""})
     return Group(
-        Text(f"{first.name} -> {second.name}: {_changes(first.candidate, second.candidate)}", style="bold"),
+        Prose(f"{first.name} -> {second.name}: {_changes(first.candidate, second.candidate)}", "bold"),
         plain(lines, figures=(first.name, second.name, "difference")),
     )
 

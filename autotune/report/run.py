@@ -6,17 +6,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import pandas as pd
 
-from autotune.config.candidate import Candidate
+from autotune.config.candidate import Candidate, Plan
 from autotune.config.search import SearchSettings, read_settings
 from autotune.config.tables import read_table
 from autotune.config.toml import read_candidate
 from autotune.environment import Environment
 from autotune.errors import ConfigError
-from autotune.measure.records import COLUMNS
+from autotune.measure.records import COLUMNS, OPTIONAL_COLUMNS, PLAN_FIELDS, read_text
 from autotune.measure.review import Review, Speed, read_review
 from autotune.units import format_duration
 
@@ -24,15 +24,19 @@ T = TypeVar("T")
 Row = Mapping[str, Any]
 """One line of trials.csv by column; unknown values are None."""
 
+_PLAN_TYPES = {name: hint for name, hint in get_type_hints(Plan).items() if name in PLAN_FIELDS}
 _TEXT = (
-    "role", "status", "phase", "attention", "loss", "activation_checkpointing", "compile", "dtype", "optimizer",
-    "allocator", "started_at", "candidate_id", "message",
+    "role", "status", "phase", "optimizer", "started_at", "candidate_id", "message",
+    *(name for name, hint in _PLAN_TYPES.items() if hint not in (int, float, bool)),
 )  # fmt: skip
 _NUMBERS = (
     "objective", "tokens_per_second", "tokens_per_second_ci95", "mfu", "step_seconds_p50", "predicted_loss",
-    "compile_seconds", "trial_seconds", "first_loss",
+    "compile_seconds", "trial_seconds", "first_loss", *(name for name, hint in _PLAN_TYPES.items() if hint is float),
 )  # fmt: skip
-_DTYPES = {name: "string" if name in _TEXT else "Float64" if name in _NUMBERS else "Int64" for name in COLUMNS}
+_FLAGS = tuple(name for name, hint in _PLAN_TYPES.items() if hint is bool)
+_DTYPES = dict.fromkeys(COLUMNS, "Int64") | {
+    **dict.fromkeys(_TEXT, "string"), **dict.fromkeys(_NUMBERS, "Float64"), **dict.fromkeys(_FLAGS, "boolean")
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +128,13 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _read_trials(file: Path) -> tuple[Row, ...]:
     # Only an empty cell is unknown: "none" and "null" are words that a plan or a message may hold.
     frame = pd.read_csv(file, dtype=_DTYPES, keep_default_na=False, na_values=[""])
-    if missing := [name for name in COLUMNS if name not in frame]:
+    if missing := [name for name in COLUMNS if name not in frame and name not in OPTIONAL_COLUMNS]:
         raise ValueError(f"it has no column {missing[0]!r}")
+    lacking = [name for name in COLUMNS if name not in frame]
+    frame = frame.reindex(columns=[*frame.columns, *lacking]).astype({name: _DTYPES[name] for name in lacking})
     frame = frame.fillna(dict.fromkeys(_TEXT, ""))
+    for name in _TEXT:
+        frame[name] = frame[name].map(read_text)
     plain = frame.astype(object).where(frame.notna(), None)
     return tuple({str(key): value for key, value in row.items()} for row in plain.to_dict("records"))
 

@@ -1,14 +1,20 @@
 """Runs as text for a terminal: the verdict, the trials, what failed and why, and what to do next."""
 
+import io
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from autotune import terminal
 from autotune.config.candidate import Shape
+from autotune.kernels import registry
+from autotune.measure.records import COLUMNS, PLAN_FIELDS
 from autotune.measure.review import Review
 from autotune.measure.types import cache_text
 from autotune.report.run import (
@@ -34,7 +40,7 @@ Line = Mapping[str, str]
 _FIGURES = {
     "trial", "predicted loss", "tokens/s", "MFU", "peak", "allocated", "predicted", "batch", "count",
     "ok/trials", "best", "gain", "least memory", "share", "reserved", "device", "retries",
-    "without drift",
+    "without drift", "chunk tokens",
 }  # fmt: skip
 _SPENT = {
     "compiling": ("compile",),
@@ -44,29 +50,126 @@ _SPENT = {
     "starting trials": ("start", "build", "verify", "done"),
 }
 """Phases of trials, as they are shown."""
-_PLAN = ("attention", "loss", "compile", "dtype", "optimizer", "allocator")
-_ALIKE = ("model", "recompute", *_PLAN)
+_HEADERS = {"activation_checkpointing": "recompute", "loss_chunk_tokens": "chunk tokens"}
+"""Of columns that have a shorter name."""
+_PLAN = {
+    _HEADERS.get(name, name): name for name in COLUMNS if name in (*PLAN_FIELDS, "optimizer")
+    and name != "micro_batch_size"  # it stands under `batch`
+}  # fmt: skip
+"""Columns of trials.csv that say how a step is executed, by header."""
+_ALIKE = ("model", *_PLAN)
 """What trials often share."""
+_WORD = 20
+"""A column of words is at least as wide as its longest word up to this length; longer words are folded."""
 
 
 def print_text(content: RenderableType, width: int | None = None) -> None:
-    """Write to stdout: coloured on a terminal and as wide as needed elsewhere. A reader that leaves
+    """Write to stdout: coloured and within its width on a terminal, as wide as needed elsewhere. A reader that leaves
     early raises BrokenPipeError, which rich itself would turn into an exit."""
-    console = Console(width=width or (None if sys.stdout.isatty() else 220), highlight=False)
+    width = width or terminal.width()
+    console = Console(
+        file=io.StringIO(), force_terminal=sys.stdout.isatty(), width=width or _UNLIMITED, highlight=False
+    )  # fmt: skip
     with console.capture() as capture:
-        console.print(content)
-    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+        console.print(content, crop=False)
+    terminal.write("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
-def plain(lines: Sequence[Line], figures: Collection[str] = _FIGURES) -> Table:
-    """Lines with the same headers. Figures are never broken, words are where the terminal is narrow."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in lines[0]:
-        narrow = header in figures
-        table.add_column(header, justify="right" if narrow else "left", no_wrap=narrow or not header, overflow="fold")
-    for line in lines:
-        table.add_row(*map(Text, line.values()), style="bold green" if line.get("") else "")
-    return table
+_UNLIMITED = 1 << 16
+
+
+def cell(text: str, style: str = "") -> Text:
+    """A text as it can be shown: what would act on the terminal is written as an escape."""
+    return Text(terminal.encodable(terminal.visible(text)), style=style)
+
+
+@dataclass(frozen=True)
+class Prose:
+    """A line that is broken between words where the terminal ends, but not within a path."""
+
+    text: str
+    style: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield command(terminal.wrapped(cell(self.text).plain, options.max_width), self.style)
+
+
+def command(text: str, style: str = "") -> Text:
+    """A line that is left to the terminal to wrap, so that it can be copied whole."""
+    return Text(text, style=style, no_wrap=True, overflow="ignore")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """Lines with the same headers. Figures are never broken, words are where there is too little room; columns that
+    do not fit go into a further table below, beside the first ones again."""
+
+    lines: Sequence[Line]
+    figures: Collection[str]
+    key: int
+    """How many columns say which line it is."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for headers in self._blocks(options.max_width):
+            widths, table = self._widths(headers, options.max_width), Table(box=_BOX, show_edge=False, pad_edge=False)
+            table.padding = (0, _GAP - 1, 0, 0)  # the box has one column of its own
+            for header in headers:
+                right = "right" if header in self.figures else "left"
+                table.add_column(cell(header), justify=right, width=widths[header], overflow="fold")  # type: ignore[arg-type]
+            for row in self.lines:
+                table.add_row(*(cell(row[header]) for header in headers), style=_BEST if row.get("") else "")
+            yield Group("", table)
+
+    def _blocks(self, width: int) -> list[list[str]]:
+        """The headers of each table."""
+        named = [header for header in self.lines[0] if header]
+        key = [header for header in ("", *named[: self.key]) if header in self.lines[0]]
+        blocks = [list(key)]
+        for header in named[self.key :]:
+            if self._room([*blocks[-1], header], width) < 0 and blocks[-1] != key:
+                blocks.append(list(key))
+            blocks[-1].append(header)
+        return blocks
+
+    def _room(self, headers: Sequence[str], width: int) -> int:
+        """What a table of these would leave, as narrow as it can be."""
+        return width - sum(self._least(header) + _GAP for header in headers) + _GAP
+
+    def _least(self, header: str) -> int:
+        """Columns for the longest figure or word."""
+        if header in self.figures or not header:
+            return self._whole(header)
+        words = [cell_len(word) for text in self._texts(header) for word in text.split()]
+        return min(_WORD, max(words, default=1))
+
+    def _whole(self, header: str) -> int:
+        """Columns for the longest text."""
+        return max(map(cell_len, self._texts(header)))
+
+    def _texts(self, header: str) -> list[str]:
+        return [cell(text).plain for text in (header, *(row[header] for row in self.lines))]
+
+    def _widths(self, headers: Sequence[str], width: int) -> dict[str, int]:
+        """Of each column: what room there is goes to those that want little first."""
+        widths, room = {header: self._least(header) for header in headers}, self._room(headers, width)
+        wishes = sorted((self._whole(header) - least, header) for header, least in widths.items())
+        for served, (wish, header) in enumerate(wishes):
+            given = min(wish, room // (len(wishes) - served)) if room > 0 else 0
+            widths[header] += given
+            room -= given
+        widths[headers[-1]] = max(1, widths[headers[-1]] + min(room, 0))  # not even the key and one column fit
+        return widths
+
+
+_GAP = 2
+_BEST = "bold green"
+_BOX = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+"""A line below the headers, in characters that every encoding has."""
+
+
+def plain(lines: Sequence[Line], figures: Collection[str] = _FIGURES, key: int = 1) -> Listing:
+    """Lines with the same headers as a table for any width; the first `key` columns say which line it is."""
+    return Listing(lines=lines, figures=figures, key=key)
 
 
 def number(value: float | None, spec: str, unit: str = "") -> str:
@@ -77,17 +180,17 @@ def number(value: float | None, spec: str, unit: str = "") -> str:
 def run_report(run: Run, top: int) -> Group:
     """One run, its `top` best trials in full."""
     feasible = ranked(run)
-    parts: list[RenderableType] = [_line(heading(run), "bold"), *map(_line, verdict(run))]
+    parts: list[RenderableType] = [Prose(heading(run), "bold"), *map(Prose, verdict(run))]
     if feasible:
         lines = [cells(run, row) for row in feasible[:top]]
         same = _constant(lines)
         parts.append(plain([{h: text for h, text in line.items() if h not in same} for line in lines]))
         if notes := ", ".join(f"{header} {text}" for header, text in same.items() if text != "-"):
-            parts.append(Text(f"All of these: {notes}."))
+            parts.append(Prose(f"All of these: {notes}."))
     if len(feasible) > top:
-        parts.append(_line(f"{len(feasible) - top} more in {run.path / 'trials.csv'}, or with --top {len(feasible)}."))
+        parts.append(Prose(f"{len(feasible) - top} more in {run.path / 'trials.csv'}, or with --top {len(feasible)}."))
     parts += [plain(lines) for lines in sections(run).values() if lines]
-    return Group(*parts, _line(f"next: {next_command(run)}", "bold"))
+    return Group(*parts, "", command(cell(f"next: {next_command(run)}").plain, "bold"))
 
 
 def comparison(runs: Sequence[Run]) -> Group:
@@ -98,7 +201,7 @@ def comparison(runs: Sequence[Run]) -> Group:
     if len({run.settings.objective for run in runs}) > 1:
         notes.append("These runs have different objectives.")
     summaries = plain([_summary(run) for run in runs])
-    return Group(summaries, *map(_line, notes), *(_line(f"next: {next_command(run)}") for run in runs))
+    return Group(summaries, *map(Prose, notes), *(command(cell(f"next: {next_command(run)}").plain) for run in runs))
 
 
 def heading(run: Run) -> str:
@@ -170,7 +273,8 @@ def _time_text(review: Review) -> str:
 def sections(run: Run) -> dict[str, list[Line]]:
     """What there is to say beside the ranked trials, by title; a table with nothing in it is empty."""
     front, review = trade_offs(run), run.review
-    shown = ("tokens/s", "predicted loss", "batch", "model", "recompute", *_PLAN[:4])
+    same = _constant([cells(run, row) for row in ranked(run)]) if front else {}
+    shown = {"tokens/s", "predicted loss", "batch", *_ALIKE} - same.keys()
     objective, change = ("predicted loss", "+.3f") if run.lower_is_better else ("tokens/s", "+.1%")
     return {
         # of one trial that beats all others in both there is nothing to choose
@@ -233,7 +337,6 @@ def cells(run: Run, row: Row) -> dict[str, str]:
     """A trial as it is shown, by column header."""
     best = best_trial(run)
     loss = {"predicted loss": number(row["predicted_loss"], ".3f")} if run.lower_is_better else {}
-    words = run.settings.recipe.shape.vocab_size
     corrected = number(at_first_speed(run, row), ".3f" if run.lower_is_better else ",.0f")
     drifted = {"without drift": corrected} if run.review and run.review.at_first_speed else {}
     return {
@@ -248,28 +351,35 @@ def cells(run: Run, row: Row) -> dict[str, str]:
         "allocated": format_bytes(row["peak_allocated_bytes"]),
         "predicted": format_bytes(row["predicted_peak_bytes"]),
         "batch": f"{row['micro_batch_size']} x {row['gradient_accumulation_steps']}",
-        "model": f"{row['n_layer']}x{row['n_head']}x{row['n_embd']}, T {row['block_size']}, "
-        + ("" if words == Shape().vocab_size else f"V {words}, ")  # nothing where it is GPT-2's
-        + format_count(row["parameters"]),
-        "recompute": row["activation_checkpointing"],
-        **{name: row[name] for name in _PLAN},
+        "model": _model(row),
+        **{header: _plan_text(row, name) for header, name in _PLAN.items()},
     }
+
+
+def _model(row: Row) -> str:
+    words = row["vocab_size"]
+    vocabulary = "" if words in (None, Shape().vocab_size) else f"vocab {words}, "
+    shape = f"{row['n_layer']}x{row['n_head']}x{row['n_embd']}, T {row['block_size']}"
+    return f"{shape}, {vocabulary}{format_count(row['parameters'])}"
+
+
+def _plan_text(row: Row, column: str) -> str:
+    """- for what the trial's loss does not read, and for a column that an older file lacks."""
+    value = row[column]
+    whole = {kernel.name for kernel in registry.kernels("loss") if not kernel.chunked}
+    unread = column == "loss_chunk_tokens" and row["loss"] in whole
+    return "-" if value in (None, "") or unread else str(value)
 
 
 def _rate(speed: float | None, half: float | None) -> str:
     return number(speed, ",.0f") + ("" if half is None else f" ± {half:,.0f}")
 
 
-def _constant(lines: Sequence[dict[str, str]]) -> dict[str, str]:
+def _constant(lines: Sequence[Line]) -> dict[str, str]:
     """What all lines share of the plan, and columns in which nothing is known: said once, below the table."""
     first = lines[0]
     shared = {header for header in first if all(line[header] == first[header] for line in lines)}
     return {h: first[h] for h in first if h in shared and (h in _ALIKE or first[h] == "-")}
-
-
-def _line(text: str, style: str = "") -> Text:
-    """Left to the terminal to wrap, so that a path or a command can be copied whole."""
-    return Text(text, style=style, no_wrap=True, overflow="ignore")
 
 
 def _summary(run: Run) -> Line:

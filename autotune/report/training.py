@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from autotune.config.toml import CandidateFile, read_candidate
 from autotune.errors import ConfigError
-from autotune.report.table import plain
+from autotune.report.table import Listing, plain
 from autotune.units import format_bytes, format_count, format_duration
 
 _FIGURES = (
@@ -68,7 +66,7 @@ def _last_row(log: Path) -> dict[str, float | None]:
     return {name: float(last[name]) if last[name] else None for name in _FIGURES}
 
 
-def training_table(trainings: Sequence[TrainedRun]) -> Table:
+def training_table(trainings: Sequence[TrainedRun]) -> Listing:
     """A line each: what was predicted and measured, an arrow, what the training does."""
     return plain([_line(one) for one in trainings])
 

@@ -89,7 +89,8 @@ def refuse_another_machine(run_dir: Path, environment: Environment) -> None:
 
 @contextlib.contextmanager
 def new_directory(run_dir: Path) -> Iterator[None]:
-    """Make `run_dir`; take it away again if the search cannot even start."""
+    """Make `run_dir`; take it away again, with the folders made for it, if the search cannot even start."""
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         if run_dir.exists() and any(run_dir.iterdir()):
             raise ConfigError(f"{run_dir} is not empty; go on with `--resume {run_dir}` or give another --name")
@@ -98,11 +99,13 @@ def new_directory(run_dir: Path) -> Iterator[None]:
         raise ConfigError(f"{run_dir} cannot be made: {error.strerror}; choose another place") from None
     try:
         yield
-    except ConfigError:
-        shutil.rmtree(run_dir)
-        raise
-    except KeyboardInterrupt:  # only pilots take so long that somebody would
-        shutil.rmtree(run_dir)
+    except BaseException as error:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another search may have begun in one of them
+            for folder in made[1:]:
+                folder.rmdir()
+        if not isinstance(error, KeyboardInterrupt):  # only pilots take so long that somebody would
+            raise
         raise InterruptedByUser("interrupted before the first trial; nothing is kept, start the search again") from None
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from autotune.measure.records import TrialRecord
 from autotune.search.run import Event, Notify
 from autotune.search.space import in_words
+from autotune.terminal import say, visible
 from autotune.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def show_progress() -> Iterator[Notify]:
         def notify(event: Event) -> None:
             seen[:] = [(time.monotonic(), event)]
             if event.record is not None:
-                live.console.print(_ended(event, event.record), markup=False, highlight=False)
+                live.console.print(visible(_ended(event, event.record)), markup=False, highlight=False)
 
         yield notify
 
@@ -44,7 +45,7 @@ def print_event(event: Event) -> None:
     """One plain line for each trial that has ended."""
     if event.record is not None:
         clock = f"[{format_duration(event.elapsed_seconds)}/{format_duration(event.budget_seconds)}]"
-        print(clock, _ended(event, event.record), file=sys.stderr, flush=True)
+        say(f"{clock} {_ended(event, event.record)}")
 
 
 def _ended(event: Event, record: TrialRecord) -> str:
@@ -76,9 +77,9 @@ def _picture(since: float, event: Event) -> "RenderableType":
     elapsed = min(event.elapsed_seconds + waited, event.budget_seconds)
     bar = Table.grid(padding=(0, 1))
     clock = f"{format_duration(elapsed)} of {format_duration(event.budget_seconds)}"
-    bar.add_row("budget", ProgressBar(total=event.budget_seconds, completed=elapsed, width=40), clock)
+    bar.add_row("budget", ProgressBar(total=event.budget_seconds, completed=elapsed), clock)
     now = f"trial {event.trial} {event.role} for {format_duration(waited)}: {in_words(event.candidate)}"
-    lines = [Text(now, style="cyan") if event.record is None else Text("between trials")]
+    lines = [Text(visible(now), style="cyan") if event.record is None else Text("between trials")]
     if event.verdict is not None:
-        lines.append(Text("best so far: " + trial_line(event.verdict.winner), style="green"))
+        lines.append(Text(visible("best so far: " + trial_line(event.verdict.winner)), style="green"))
     return Group(bar, *lines)

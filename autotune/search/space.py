@@ -219,11 +219,19 @@ def guide_candidate(settings: SearchSettings, environment: Environment) -> Candi
     return Candidate(recipe=replace(settings.recipe, shape=shape, global_batch_size=sequences), plan=plan)
 
 
+_DEFAULT = Plan()
+_IN_WORDS = (
+    "micro_batch_size", "dtype", "compile", "attention", "loss", "loss_chunk_tokens", "activation_checkpointing",
+)  # fmt: skip
+"""Fields of the plan with words of their own."""
+
+
 def in_words(candidate: Candidate) -> str:
     """A candidate on one line: shape, micro batch and how it runs."""
     shape, plan = candidate.shape, candidate.plan
     words = [
-        f"{shape.n_layer}x{shape.n_head}x{shape.n_embd} block {shape.block_size}",
+        f"{shape.n_layer}x{shape.n_head}x{shape.n_embd} block {shape.block_size}"
+        + ("" if shape.vocab_size == Shape().vocab_size else f" vocab {shape.vocab_size}"),
         f"micro batch {plan.micro_batch_size} x {candidate.gradient_accumulation_steps}",
         plan.dtype,
         "eager" if plan.compile == "off" else f"compile {plan.compile}",
@@ -234,8 +242,9 @@ def in_words(candidate: Candidate) -> str:
         words.append(f"recompute {plan.activation_checkpointing}")
     if candidate.recipe.optimizer != "adamw":
         words.append(candidate.recipe.optimizer)
-    if plan.allocator != "default":
-        words.append(plan.allocator)
+    for name, value in vars(plan).items():  # whatever a plan may come to hold
+        if name not in _IN_WORDS and value != getattr(_DEFAULT, name):
+            words.append(value if name == "allocator" else f"{name} {value}")
     return ", ".join(words)
 
 

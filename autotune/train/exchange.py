@@ -121,8 +121,7 @@ def load_initial(path: Path, model: GPT) -> tuple[str, ...]:
     try:
         weights, notes = _read(path)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read: {reason}; give another --init-from") from None
+        raise CheckpointError(f"{path} cannot be read: {_reason(error)}; give another --init-from") from None
     for name, parameter in model.named_parameters():
         tensor = weights.pop(name, torch.zeros_like(parameter) if name.endswith("bias") else None)
         fitted = None if tensor is None else _fitted(name, tensor.float(), parameter)
@@ -136,6 +135,13 @@ def load_initial(path: Path, model: GPT) -> tuple[str, ...]:
     if weights:
         raise CheckpointError(f"{path} is of another shape: the recipe has no {min(weights)}; change [model]")
     return f"beginning with the weights of {path}", *notes
+
+
+def _reason(error: Exception) -> str:
+    """One line, without torch's advice to load what it has refused with `weights_only=False`: that executes it."""
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return "it is damaged or holds more than tensors, numbers and text, and nothing in it is executed"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:

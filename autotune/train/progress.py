@@ -2,7 +2,9 @@
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
+from autotune.terminal import visible
 from autotune.train.log import LogRow
 from autotune.units import format_bytes, format_duration
 
@@ -14,7 +16,9 @@ class TrainProgress(Progress):
         """total: iterations. quiet: say nothing at all."""
         console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False, markup=False)
         done = TextColumn("{task.completed:,.0f}/{task.total:,.0f}")
-        columns = (done, BarColumn(24), TextColumn("{task.description}"))
+        # a narrow terminal gets a second line, not half of the first
+        text = TextColumn("{task.description}", table_column=Column(no_wrap=False, overflow="fold"))
+        columns = (done, BarColumn(24), text)
         super().__init__(*columns, console=console, disable=not console.is_terminal)
         self._total, self._bar = total, self.add_task("the first step compiles", total=total)
 
@@ -38,4 +42,4 @@ class TrainProgress(Progress):
             self.note(f"iteration {row.iteration}/{self._total}  {text}")
 
     def note(self, text: str) -> None:
-        self.console.print(text)
+        self.console.print(visible(text))

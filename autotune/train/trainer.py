@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from autotune import places
 from autotune.config.candidate import Plan
 from autotune.config.toml import CandidateFile
 from autotune.data.vocabulary import check_ids
@@ -76,6 +77,9 @@ def _check_directory(settings: TrainSettings) -> None:
 
 def _prepare_process(plan: Plan) -> None:
     """The same environment that a trial's worker has."""
+    places.settle(os.environ)
+    if plan.compile != "off":
+        places.make_cache(compile_cache_dir())
     variables = worker_environment(compile_cache_dir(), plan.allocator)
     allocator = "PYTORCH_ALLOC_CONF"
     if "torch" in sys.modules and variables.get(allocator) != os.environ.get(allocator):

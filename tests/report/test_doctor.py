@@ -71,6 +71,29 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert state(on(monkeypatch))["compile cache"] == "missing"
 
 
+@pytest.mark.parametrize(
+    ("script", "broken", "said"),
+    [
+        ("echo 'cc1plus: fatal error: out of luck' >&2; exit 1", "C++ compiler", "fatal error: out of luck"),
+        ("echo 'x.o: No space left on device' >&2; exit 1", "C++ compiler", "No space left on device"),
+        ("exit 0", "C++ compiler", "compiles nothing"),
+        ("while [ $# -gt 1 ]; do shift; done; echo junk > $1", "compile cache", "cannot be loaded"),
+    ],
+)
+def test_a_library_is_really_made_and_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, broken: str, said: str
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
+    checks = on(monkeypatch)
+    assert [check.name for check in checks if check.state == "missing"] == [broken]
+    assert said in next(check.found for check in checks if check.name == broken)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_tokenizer_files_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from autotune.data import tokenizer
     from autotune.errors import DataError

@@ -1,6 +1,7 @@
 """The pictures and the page."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def test_the_page_is_self_contained_and_escaped(write_run: WriteRun) -> None:
     assert page.count('src="data:image/png;base64,') == 2
     assert "http" not in page
     assert page.count('<tr class="best">') == 1
+
+
+def test_the_page_cannot_be_turned_around(write_run: WriteRun) -> None:
+    trials = records()
+    trials[5] = replace(trials[5], result=replace(trials[5].result, message="\u202e<b>\x1b[2J"))
+    page = write_html(load_run(write_run(trials))).read_text()
+    assert r"\u202e&lt;b&gt;\x1b[2J" in page
+    assert not set(page) & set("\u202e\x1b")
 
 
 def test_a_place_that_cannot_be_written_is_told(write_run: WriteRun) -> None:

@@ -1,5 +1,6 @@
 """A run directory read back: types, best, baseline and gain, failures, and everything that is no run."""
 
+import csv
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from autotune.report.run import (
     peak_view,
     ranked,
 )
+from autotune.report.table import cells
 from autotune.units import GIB
 
 WriteRun = Callable[..., Path]
@@ -41,6 +43,32 @@ def test_words_for_nothing_stay_words(write_run: WriteRun, word: str) -> None:
     trials = records()
     trials[3] = replace(trials[3], result=replace(trials[3].result, message=word))
     assert load_run(write_run(trials)).trials[3]["message"] == word
+
+
+@pytest.mark.parametrize("message", ["=1+1", "\t-", "\r@", "'=", "it's", "a\rb", 'a "b"\nc'])
+def test_what_was_made_safe_for_spreadsheets_comes_back(write_run: WriteRun, message: str) -> None:
+    trials = records()
+    trials[3] = replace(trials[3], result=replace(trials[3].result, message=message))
+    found = load_run(write_run(trials)).trials
+    assert len(found) == len(trials)
+    assert found[3]["message"] == message
+
+
+def test_a_file_of_an_older_version_lacks_columns(write_run: WriteRun) -> None:
+    path = write_run(best=candidate(24))
+    with (path / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    old = [name for name in COLUMNS if name not in ("vocab_size", "loss_chunk_tokens")]
+    with (path / "trials.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, old, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    run = load_run(path)
+    assert {(row["vocab_size"], row["loss_chunk_tokens"]) for row in run.trials} == {(None, None)}
+    best = best_trial(run)
+    assert best is not None
+    assert cells(run, best)["model"] == "6x6x384, T 1024, 30.3M"
+    assert cells(run, best)["chunk tokens"] == "-"
 
 
 def test_the_confirmation_is_the_best_and_stands_first(write_run: WriteRun) -> None:

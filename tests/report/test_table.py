@@ -1,17 +1,22 @@
 """What a terminal shows."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from recorded_run import candidate, records
+from recorded_run import RECIPE, candidate, records
 
-from autotune.config.candidate import Recipe, Shape
+from autotune.config.candidate import Plan, Shape
 from autotune.measure.review import Review, Step, write_review
 from autotune.measure.types import MemoryView, TrialResult
 from autotune.report.facts import trial_facts
+from autotune.report.html import write_html
 from autotune.report.run import load_run
 from autotune.report.table import comparison, print_text, run_report
+from autotune.search.space import in_words
 from autotune.units import GIB
 
 WriteRun = Callable[..., Path]
@@ -29,20 +34,12 @@ def test_a_run(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert "baseline: trial 0: 10,000 ± 50 tokens/s, peak 10.00 GiB" in text
     assert "gain: 1.50x ± 0.01 the baseline's tokens/s at 0.80x its peak memory" in text
     lines = text.splitlines()
-    marked = [line for line in lines if line.startswith(" *")]
+    marked = [line for line in lines if line.startswith("*")]
     assert len(marked) == 1
     assert marked[0].split()[1:3] == ["6", "final"]
-    assert "All of these: model 6x6x384, T 1024, 30.3M, recompute none, attention sdpa" in text
+    assert "All of these: model 6x6x384, T 1024, 30.3M, attention sdpa, recompute none" in text
     assert "MFU" not in text  # unknown in all of them
     assert lines[-1] == f"next: autotune train {path}"
-
-
-def test_a_vocabulary_that_is_not_gpt2s_is_shown(
-    write_run: WriteRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("recorded_run.RECIPE", Recipe(shape=Shape(n_layer=6, n_head=6, n_embd=384, vocab_size=65)))
-    text = shown(capsys, run_report(load_run(write_run()), top=10))
-    assert "model 6x6x384, T 1024, V 65, 11.0M" in text
 
 
 def test_failures_with_their_reasons_and_markup_taken_literally(
@@ -148,6 +145,70 @@ def test_several_runs_side_by_side(write_run: WriteRun, capsys: pytest.CaptureFi
     assert "different machines" in text
     assert f"next: autotune train {paths[0]}" in text
     assert "nan" not in text.lower()
+
+
+def test_a_vocabulary_of_another_size_is_said_where_the_shape_is(
+    write_run: WriteRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = replace(candidate(8), recipe=replace(RECIPE, shape=replace(RECIPE.shape, vocab_size=65)))
+    path = write_run([replace(record, candidate=small) for record in records()[:1]], best=small)
+    run = load_run(path)
+    shape = "model 6x6x384, T 1024, vocab 65, 11.0M"
+    assert shape in shown(capsys, run_report(run, top=10))
+    assert shape.removeprefix("model ") in shown(capsys, comparison([run, run]))
+    assert shape.removeprefix("model ") in write_html(run).read_text()
+    assert in_words(small).startswith("6x6x384 block 1024 vocab 65,")
+    assert "vocab" not in in_words(candidate(8))
+
+
+def test_every_field_of_the_plan_is_shown_everywhere(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trials that differ in one field only must differ in every table."""
+    changes: dict[str, object] = {
+        "micro_batch_size": 4, "attention": "sdpa_math", "loss": "auto_chunker", "loss_chunk_tokens": 77,
+        "activation_checkpointing": "every_3", "compile": "off", "dtype": "tfloat32",
+        "allocator": "expandable_segments",
+    }  # fmt: skip
+    assert changes.keys() == {field.name for field in fields(Plan)}
+    first = records()[0]
+    chunked = replace(first, candidate=candidate(8))
+    for number, (name, value) in enumerate(changes.items()):
+        changed = replace(chunked.candidate, plan=replace(chunked.candidate.plan, **{name: value}))
+        trials = [chunked, replace(chunked, trial=1, candidate=changed)]
+        run = load_run(write_run(trials, best=changed, name=f"run-{number}"))
+        for text in (shown(capsys, run_report(run, top=10)), shown(capsys, comparison([run, run])),
+                     write_html(run).read_text(), in_words(changed)):  # fmt: skip
+            assert str(value) in text or ((name, value) == ("compile", "off") and "eager" in text), name
+
+
+def test_a_field_that_the_plan_gains_is_in_every_place(tmp_path: Path) -> None:
+    """In a process in which the plan has one more field from the start."""
+    code = f"""
+import dataclasses, sys
+from pathlib import Path
+import autotune.config.candidate as home
+home.Plan = dataclasses.make_dataclass("Plan", [("knob", float, 0.5)], bases=(home.Plan,), frozen=True, kw_only=True)
+home.Plan.__module__ = home.__name__
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from recorded_run import candidate, records, write_run
+from autotune.report.html import write_html
+from autotune.report.html import write_html
+from autotune.report.run import load_run
+from autotune.report.table import comparison, print_text, run_report
+from autotune.search.space import in_words
+one = dataclasses.replace(candidate(8), plan=home.Plan(micro_batch_size=8, knob=0.125))
+trials = [dataclasses.replace(record, candidate=one) for record in records()[:1]]
+run = load_run(write_run(Path({str(tmp_path)!r}), trials, best=one))
+assert run.trials[0]["knob"] == 0.125
+print_text(run_report(run, 10))
+print_text(comparison([run, run]))
+print(write_html(run).read_text())
+print(in_words(one))
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert "knob 0.125." in told.stdout  # below the table of a run
+    assert told.stdout.count("0.125") == 5  # two runs side by side, the page, and in words
+    assert told.stdout.rstrip().endswith("knob 0.125")
 
 
 def test_a_narrow_terminal_gets_every_number(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:

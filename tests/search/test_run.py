@@ -405,3 +405,31 @@ def test_the_cpus_space_works_too(tmp_path: Path) -> None:
     verdict = go(tmp_path / "run", machine, settings(CPU, model="", budget="60s"), environment=CPU)
     assert verdict.confirmed
     assert read_candidate(tmp_path / "run").candidate.recipe.tokens_per_step == 4096
+
+
+@pytest.mark.parametrize(("attribute", "key"), [("settings", "name"), ("environment", "device_name")])
+def test_a_foreign_study_brings_no_code_in(tmp_path: Path, attribute: str, key: str) -> None:
+    """What `rebuild` writes is executed by nanoGPT."""
+    machine = Machine()
+    search(settings(budget="60s"), tmp_path / "run", CUDA, measure=machine.measure, clock=machine.clock)
+    study = studies.load_study(tmp_path / "run", None)
+    study.set_user_attr(attribute, {**study.user_attrs[attribute], key: "x\nopen('trace', 'w')\n"})
+    (tmp_path / "run" / "search.toml").unlink()
+    before = (tmp_path / "run" / "best_nanogpt.py").read_text()
+    with pytest.raises(ConfigError, match=f"{key} = .* holds a control character"):
+        rebuild(tmp_path / "run")
+    assert (tmp_path / "run" / "best_nanogpt.py").read_text() == before
+
+
+def test_a_search_that_cannot_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("autotune.search.files.write_inputs", full)
+    with pytest.raises(OSError, match="No space left"):
+        search(settings(), tmp_path / "results" / "deep" / "run", CUDA, measure=Machine().measure)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "results" / "other").mkdir(parents=True)
+    with pytest.raises(OSError, match="No space left"):
+        search(settings(), tmp_path / "results" / "run", CUDA, measure=Machine().measure)
+    assert list((tmp_path / "results").iterdir()) == [tmp_path / "results" / "other"]

@@ -160,8 +160,9 @@ class Trap:
 def test_nothing_in_a_foreign_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Trap()}, "ckpt.pt")
-    with pytest.raises(CheckpointError, match=r"ckpt\.pt cannot be read: Weights only load failed"):
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt cannot be read: it is damaged or holds more") as told:
         load_initial(Path("ckpt.pt"), new_step(SHAPE).model)
+    assert "weights_only" not in str(told.value)  # torch advises to turn it off
     assert not Path("trace").exists()
     torch.save([1, 2], "ckpt.pt")
     with pytest.raises(CheckpointError, match="it has no table `model`"):
