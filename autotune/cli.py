@@ -145,6 +145,7 @@ def search(
     started = time.monotonic()  # the budget holds everything, also what the next lines take
     from autotune.environment import probe
     from autotune.search import run, settings
+    from autotune.train.track import tracker_notes
 
     here = probe(device)
     if resume is not None:
@@ -175,6 +176,8 @@ def search(
         law=law,
         calibrate_loss=calibrate_loss,
     )
+    for note in (*asked.notes, *tracker_notes(asked.recipe)):
+        print(f"note: {note}", file=sys.stderr)
     if dry_run:
         print(settings.describe_settings(asked, here))
         return
