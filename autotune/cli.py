@@ -374,13 +374,16 @@ def export(
     ],
     to: Annotated[str, typer.Option(metavar="hf|nanogpt", help="For transformers, or for nanoGPT's own scripts.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="A new directory.")],
+    cut_vocab: Annotated[
+        bool, typer.Option("--cut-vocab", help="hf: without the rows that pad the vocabulary beyond GPT-2's 50257.")
+    ] = False,
 ) -> None:
     """Write a trained model for other tools.
 
     hf: a directory for GPT2LMHeadModel.from_pretrained. nanogpt: a ckpt.pt for sample.py and train.py."""
     from autotune.train import exchange
 
-    if note := exchange.export(checkpoint, to, out):
+    if note := exchange.export(checkpoint, to, out, cut_vocab=cut_vocab):
         print(f"note: {note}", file=sys.stderr)
     print(out)
 
