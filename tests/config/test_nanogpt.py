@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_machine import CPU
+from fake_machine import CPU, Machine
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +14,7 @@ from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.nanogpt import DEFAULTS, format_nanogpt, parse_nanogpt, read_nanogpt
 from autotune.config.search import read_settings, write_settings
 from autotune.errors import ConfigError
+from autotune.search.run import rebuild, search
 from autotune.search.settings import resolve
 
 GUIDE = """
@@ -307,6 +308,41 @@ def test_the_files_dataset_is_what_is_measured(
     folder.rename(other)
     asked = resolve(CPU, from_file=file, data=other)
     assert (asked.recipe.data, asked.dataset, asked.out_dir) == (str(other), "", "out-chars")
+
+
+def test_a_run_and_its_rebuilding_keep_the_files_dataset_and_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data/chars").mkdir(parents=True)
+    for split in ("train", "val"):
+        (np.arange(400) % 65).astype("<u2").tofile(f"data/chars/{split}.bin")
+    Path("mine.py").write_text(
+        "dataset = 'chars'\nout_dir = 'out-chars'\nvocab_size = 128\nn_layer = n_head = 2\nn_embd = 64\n"
+        "block_size = 16\nbatch_size = 4\ngradient_accumulation_steps = 2\n"
+    )
+    machine = Machine()
+    asked = resolve(CPU, from_file=Path("mine.py"), budget="60s")
+    search(asked, Path("run"), CPU, measure=machine.measure, clock=machine.clock)
+    written = Path("run/best_nanogpt.py").read_text()
+    read = parse_nanogpt(written, "best_nanogpt.py", "cpu")
+    assert (read.dataset, read.out_dir, read.candidate.shape.vocab_size) == ("chars", "out-chars", 128)
+    for name in ("best_nanogpt.py", "search.toml"):
+        (Path("run") / name).unlink()
+    rebuild(Path("run"))
+    assert Path("run/best_nanogpt.py").read_text() == written
+    assert read_settings(Path("run/search.toml")) == asked
+
+
+def test_a_search_toml_without_them_is_read(tmp_path: Path) -> None:
+    """Of a run that was begun before they were kept."""
+    asked = resolve(CPU, model="2x2x64")
+    write_settings(tmp_path / "search.toml", asked)
+    lines = (tmp_path / "search.toml").read_text().splitlines(keepends=True)
+    older = [line for line in lines if line.partition(" ")[0] not in ("dataset", "out_dir", "notes")]
+    assert len(older) == len(lines) - 3
+    (tmp_path / "search.toml").write_text("".join(older))
+    assert read_settings(tmp_path / "search.toml") == asked
 
 
 def test_data_and_folder_go_back_to_nanogpt(tmp_path: Path) -> None:
