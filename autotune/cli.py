@@ -157,6 +157,7 @@ def search(
     started = time.monotonic()  # the budget holds everything, also what the next lines take
     from autotune.environment import probe
     from autotune.search import run, settings
+    from autotune.train.track import tracker_notes
 
     here = probe(device)
     if resume is not None:
@@ -188,6 +189,8 @@ def search(
         law=law,
         calibrate_loss=calibrate_loss,
     )
+    for note in (*asked.notes, *tracker_notes(asked.recipe)):
+        terminal.say(f"note: {note}")
     if dry_run:
         terminal.write_lines(settings.describe_settings(asked, here))
         return
@@ -392,13 +395,16 @@ def export(
     ],
     to: Annotated[str, typer.Option(metavar="hf|nanogpt", help="For transformers, or for nanoGPT's own scripts.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="A new directory.")],
+    cut_vocab: Annotated[
+        bool, typer.Option("--cut-vocab", help="hf: without the rows that pad the vocabulary beyond GPT-2's 50257.")
+    ] = False,
 ) -> None:
     """Write a trained model for other tools.
 
     hf: a directory for GPT2LMHeadModel.from_pretrained. nanogpt: a ckpt.pt for sample.py and train.py."""
     from autotune.train import exchange
 
-    if note := exchange.export(checkpoint, to, out):
+    if note := exchange.export(checkpoint, to, out, cut_vocab=cut_vocab):
         terminal.say(f"note: {note}")
     terminal.write(str(out))
 

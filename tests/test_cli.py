@@ -29,7 +29,7 @@ OPTIONS = {
     "profile": ["TOML...", "--out", "--set", "--device"],
     "estimate": ["--memory-limit", "--model", "--vocab-size", "--set", "--calibration"],
     "train": ["RUN|TOML", "--resume", "--max-tokens", "--max-time", "--init-from", "--out", "--device"],
-    "export": ["RUN|CHECKPOINT", "--to", "--out"],
+    "export": ["RUN|CHECKPOINT", "--to", "--out", "--cut-vocab"],
     "sample": ["CHECKPOINT", "--prompt", "--tokens", "--temperature", "--top-k", "--seed", "--device"],
     "kernels": [],
     "doctor": [],

@@ -1,18 +1,16 @@
 """nanoGPT's config files, in and out. Reading parses literals and arithmetic; nothing is executed."""
 
-import ast
-import operator
-from collections.abc import Callable
+import reprlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autotune.config.candidate import Candidate, DType, Plan, Recipe, one_of
+from autotune.config.assignments import LARGEST, Assignment, UnreadableError, Value, read_assignments
+from autotune.config.candidate import Candidate, DType, Plan, Recipe, Shape, one_of
 from autotune.config.tables import read_table
 from autotune.config.toml import read_text
 from autotune.errors import ConfigError, suggest
 from autotune.terminal import visible
-
-Value = str | int | float | bool | None
 
 # The defaults of nanoGPT's train.py, and by them each key's type. An empty dtype depends on the device.
 DEFAULTS: dict[str, Value] = {
@@ -33,43 +31,200 @@ _SHARED = (
     "wandb_run_name",
 )  # fmt: skip
 
-_ARITHMETIC: dict[type[ast.operator | ast.unaryop], Callable[..., int | float]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
-    ast.USub: operator.neg, ast.UAdd: operator.pos,
+# What cannot change a step: a value of these that cannot be read is passed over, with a note.
+_HARMLESS = (
+    "out_dir", "dataset", "eval_interval", "eval_iters", "log_interval", "eval_only", "always_save_checkpoint",
+    "wandb_log", "wandb_project", "wandb_run_name", "backend", "device",
+)  # fmt: skip
+# What train.py does not know, and what is no concern of a training: sample.py's and bench.py's keys, for example.
+_FOREIGN = (
+    "seed", "start", "num_samples", "max_new_tokens", "temperature", "top_k", "real_data", "profile", "init_seed",
+)  # fmt: skip
+_FOREIGN_PREFIXES = ("_", "wandb_", "tensorboard", "tb_", "mlflow_")
+_VOCABULARY = "vocab_size"
+"""Not a key of nanoGPT's train.py, which takes it from the data's meta.pkl; one of many versions made from it."""
+_KEYS: dict[str, Value] = {**DEFAULTS, _VOCABULARY: Shape().vocab_size}
+
+# train.py's own default of dtype, as files that were copied from it have it.
+_OWN_DTYPE = "'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'float16'"
+
+PRETRAINED = {
+    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
 }  # fmt: skip
-_LARGEST = 1e18
-"""Of a number in a file; keeps `9**9**9` from being computed."""
+"""n_layer, n_head and n_embd of the weights that `init_from` can name; 1024 positions, 50257 words, biases."""
+_PRETRAINED_POSITIONS, _PRETRAINED_WORDS = 1024, 50257
+
+_MOST_PROBLEMS = 20
 
 
-def read_nanogpt(path: Path, device: str, capability: tuple[int, ...] = ()) -> Candidate:
+@dataclass(frozen=True, kw_only=True)
+class NanoGPTFile:
+    """What a config file asks of nanoGPT's train.py."""
+
+    candidate: Candidate
+    vocab_size_given: bool
+    """The file names the vocabulary; otherwise the data's meta.pkl does, or it is nanoGPT's 50304."""
+    dataset: str
+    """nanoGPT's name of a folder in `data/`; train.py's default where the file names none."""
+    out_dir: str
+    notes: tuple[str, ...]
+    """What was passed over, as it cannot change a step; a line each."""
+
+
+def read_nanogpt(path: Path, device: str, capability: tuple[int, ...] = ()) -> NanoGPTFile:
     """A nanoGPT config file as train.py would run it on `device` (`cpu`, `cuda:0`); nothing is executed.
-    Raises ConfigError with the line for code, an unknown key, or a value of another type."""
+    Raises ConfigError with every line that is code, an unknown key, or a value that is not allowed."""
     return parse_nanogpt(read_text(path, "give a nanoGPT config file"), str(path), device, capability)
 
 
-def parse_nanogpt(text: str, where: str, device: str, capability: tuple[int, ...] = ()) -> Candidate:
+def parse_nanogpt(text: str, where: str, device: str, capability: tuple[int, ...] = ()) -> NanoGPTFile:
     """`read_nanogpt` of a text; `where` names it in messages."""
-    values: dict[str, Any] = {**DEFAULTS, **_assignments(text, where)}
-    for key, only in (("init_from", "scratch"), ("eval_only", False)):
-        if values[key] != only:
-            raise ConfigError(f"{where}: {key} = {values[key]!r} trains nothing from scratch; set it to {only!r}")
+    file = _File(text, where, device)
+    values: dict[str, Any] = {**_KEYS, **file.values}
+    dtype = _dtype(file, values["dtype"], device, capability)
     table = {
         **{key: values[key] for key in _SHARED},
-        "shape": {key: values[key] for key in _SHAPE},
+        "shape": _shape(file, values),
         "global_batch_size": values["batch_size"] * values["gradient_accumulation_steps"],
         "schedule": "cosine" if values["decay_lr"] else "constant",
         "eval_batch_size": values["batch_size"],
         "checkpoint_interval": values["eval_interval"],
+        "init_from": values["init_from"] if values["init_from"] in PRETRAINED else "",
     }
     if not values["decay_lr"]:  # where its rate does not decay, nanoGPT does not warm up either
         table["warmup_iters"] = 0
+    if table["global_batch_size"] > LARGEST:
+        file.problem("batch_size", f"batch_size * gradient_accumulation_steps is beyond {LARGEST:.0e}; lower one")
+    file.check_alone(Recipe, _SHARED)
+    file.raise_problems()
     plan = Plan(
         micro_batch_size=values["batch_size"],
         compile="full" if values["compile"] else "off",
-        dtype=_dtype(values["dtype"], device, capability),
+        dtype=dtype,
     )
-    return Candidate(recipe=read_table(Recipe, table, where), plan=plan)
+    return NanoGPTFile(
+        candidate=Candidate(recipe=read_table(Recipe, table, where), plan=plan),
+        vocab_size_given=_VOCABULARY in file.values or values["init_from"] in PRETRAINED,
+        dataset=values["dataset"],
+        out_dir=values["out_dir"],
+        notes=file.notes(),
+    )
+
+
+class _File:
+    """The keys that a file sets, and everything that is wrong with it, by line."""
+
+    def __init__(self, text: str, where: str, device: str) -> None:
+        self.where = where
+        self.values: dict[str, Value] = {}
+        self.lines: dict[str, int] = {}
+        self.refused: set[str] = set()
+        self.problems: list[tuple[int, str]] = []
+        self.passed_over: list[tuple[int, str]] = []
+        self.said: list[tuple[int, str]] = []
+        statements, used = read_assignments(text, where, {**_KEYS, _OWN_DTYPE: ""})
+        for one in statements:
+            if isinstance(one, Assignment):
+                self._assign(one, used)
+            elif one.problem:
+                self.problems.append((one.line, one.problem))
+            else:
+                self.passed_over.append((one.line, f"`{one.code}`"))
+        if self.values.get("eval_only"):
+            self.said.append((self.lines["eval_only"], "eval_only = True is passed over: training is what is measured"))
+        asked = self.values.get("device")
+        if isinstance(asked, str) and asked.partition(":")[0] != device.partition(":")[0]:
+            self.said.append((self.lines["device"], f"device = {asked!r} is passed over: {device} is measured"))
+
+    def _assign(self, one: Assignment, used: set[str]) -> None:
+        key = one.name
+        if key not in _KEYS:
+            if key in used:  # by the value of a key
+                return
+            if key in _FOREIGN or key.startswith(_FOREIGN_PREFIXES):
+                self.passed_over.append((one.line, key))
+            else:
+                near = suggest(key, _KEYS)
+                advice = near if near.startswith("did") else "remove it, what it does to a step is not known"
+                self.problems.append((one.line, f"{key} is not a key of nanoGPT's train.py; {advice}"))
+        elif key == _VOCABULARY and one.value is None and not one.problem:
+            self.values.pop(key, None)  # train.py's own way to leave it to the data
+        else:
+            self.lines[key] = one.line
+            try:
+                if one.problem:
+                    raise UnreadableError(one.problem)
+                self.values[key] = _checked(key, one.value)
+            except UnreadableError as error:
+                self._refuse(one.line, key, str(error))
+
+    def _refuse(self, line: int, key: str, why: str) -> None:
+        if key not in _HARMLESS:
+            self.problems.append((line, why if why.startswith(key) else f"{key}: {why}"))
+            self.refused.add(key)
+            return
+        self.values[key] = "" if key == "wandb_run_name" else DEFAULTS[key]
+        stays = "wandb chooses the run's name" if key == "wandb_run_name" else f"{key} stays {DEFAULTS[key]!r}"
+        self.said.append((line, f"{stays}, which changes no step: {why}"))
+
+    def problem(self, key: str, what: str) -> None:
+        """A value that is not allowed, at the line that gives it (0: none does)."""
+        self.problems.append((self.lines.get(key, 0), what))
+
+    def check_alone(self, cls: type[Recipe] | type[Shape], keys: tuple[str, ...]) -> None:
+        """Have `cls` refuse each of the file's values by itself, so that one does not hide another."""
+        for key in keys:
+            if key in self.values:
+                try:
+                    read_table(cls, {key: self.values[key]}, "")
+                except ConfigError as error:
+                    self.problem(key, _by_key(error))
+
+    def raise_problems(self) -> None:
+        found = sorted(set(self.problems))
+        texts = [f"line {line}: {what}" if line else what for line, what in found[:_MOST_PROBLEMS]]
+        if len(found) == 1:
+            raise ConfigError(f"{self.where}, {texts[0]}")
+        if found:
+            rest = [f"and {len(found) - _MOST_PROBLEMS} more"] if len(found) > _MOST_PROBLEMS else []
+            raise ConfigError(f"{len(found)} problems in {self.where}: {'; '.join([*texts, *rest])}")
+
+    def notes(self) -> tuple[str, ...]:
+        notes = [f"{self.where}, line {line}: {what}" for line, what in sorted(self.said)]
+        if self.passed_over:
+            names = ", ".join(f"{what} (line {line})" for line, what in self.passed_over)
+            notes.append(f"{self.where}: passed over, as it cannot change a step: {names}")
+        return tuple(notes)
+
+
+def _shape(file: _File, values: dict[str, Any]) -> dict[str, Any]:
+    """The model's values; of weights that init_from names, their own."""
+    shape = {key: values[key] for key in (*_SHAPE, _VOCABULARY)}
+    start = values["init_from"]
+    if start in PRETRAINED:
+        layers, heads, width = PRETRAINED[start]
+        if "block_size" in file.values and shape["block_size"] > _PRETRAINED_POSITIONS:
+            file.problem("block_size", f"block_size = {shape['block_size']} is more than {start}'s 1024; lower it")
+        said = f"{start}'s shape is measured, {layers}x{heads}x{width} with biases; to train, give its weights with"
+        file.said.append((file.lines["init_from"], f"{said} --init-from DIR"))
+        words = file.values.get(_VOCABULARY, _PRETRAINED_WORDS)
+        return {**shape, "n_layer": layers, "n_head": heads, "n_embd": width, "bias": True, _VOCABULARY: words}
+    if start != "scratch":
+        allowed = ", ".join(PRETRAINED)
+        shown = f"init_from = {reprlib.repr(start)}"
+        file.problem("init_from", f"{shown} takes the shape from a checkpoint; set it to 'scratch', or to {allowed}")
+    file.check_alone(Shape, ("dropout",))
+    try:
+        if not file.refused & {"n_head", "n_embd"}:
+            Shape(n_head=shape["n_head"], n_embd=shape["n_embd"])
+    except ConfigError as error:
+        file.problem(max(("n_head", "n_embd"), key=lambda key: file.lines.get(key, 0)), _by_key(error))
+    return shape
+
+
+def _by_key(error: ConfigError) -> str:
+    """The message by train.py's names, which know no tables."""
+    return str(error).replace("model.", "").replace("training.", "")
 
 
 def nanogpt_dtype(device: str, capability: tuple[int, ...]) -> DType:
@@ -79,9 +234,12 @@ def nanogpt_dtype(device: str, capability: tuple[int, ...]) -> DType:
     return "bfloat16" if capability >= (8, 0) else "float16"
 
 
-def _dtype(written: str, device: str, capability: tuple[int, ...]) -> DType:
+def _dtype(file: _File, written: str, device: str, capability: tuple[int, ...]) -> DType:
     if written:
-        one_of("dtype", written, ("float32", "bfloat16", "float16"))
+        try:
+            one_of("dtype", written, ("float32", "bfloat16", "float16"))
+        except ConfigError as error:
+            file.problem("dtype", str(error))
     if not written or device == "cpu":  # train.py heeds its dtype on CUDA only
         return nanogpt_dtype(device, capability)
     if capability >= (8, 0) and written == "float32":
@@ -89,74 +247,44 @@ def _dtype(written: str, device: str, capability: tuple[int, ...]) -> DType:
     return written  # type: ignore[return-value]
 
 
-def _assignments(text: str, where: str) -> dict[str, Value]:
-    try:
-        statements = ast.parse(text).body
-    except SyntaxError as error:
-        raise ConfigError(f"{where}, line {error.lineno}: {error.msg}; write key = value lines") from None
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"{where} is not a nanoGPT config file: {error}; write key = value lines") from None
-    values: dict[str, Value] = {}
-    for statement in statements:
-        place = f"{where}, line {statement.lineno}"
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            continue  # a docstring
-        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
-            raise ConfigError(f"{place}: only `key = value` is read, code is not run; write the value as a literal")
-        key = statement.targets[0].id
-        if len(statement.targets) > 1 or key not in DEFAULTS:
-            raise ConfigError(f"{place}: {key} is not a key of nanoGPT's train.py; {suggest(key, DEFAULTS)}")
-        try:
-            values[key] = _checked(key, _evaluate(statement.value, values, place), place)
-        except RecursionError:
-            raise ConfigError(f"{place}: {key} is nested too deeply; write its value as a literal") from None
-    return values
-
-
-def _evaluate(node: ast.expr, known: dict[str, Value], place: str) -> Value:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | None):
-        return node.value
-    if isinstance(node, ast.Name) and node.id in {**DEFAULTS, **known}:
-        return known.get(node.id, DEFAULTS.get(node.id))
-    if not isinstance(node, ast.BinOp | ast.UnaryOp) or type(node.op) not in _ARITHMETIC:
-        raise ConfigError(f"{place}: only literals and arithmetic are read, code is not run; write the value itself")
-    compute = _ARITHMETIC[type(node.op)]
-    operands = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
-    numbers = [_evaluate(operand, known, place) for operand in operands]
-    if not all(isinstance(number, int | float) and abs(number) <= _LARGEST for number in numbers):
-        raise ConfigError(f"{place}: arithmetic is for numbers up to {_LARGEST:.0e}; write the value itself")
-    if compute is operator.pow and abs(numbers[1]) > 64:  # type: ignore[arg-type]
-        raise ConfigError(f"{place}: an exponent above 64 is not read; write the value itself")
-    try:
-        result = compute(*numbers)
-    except ArithmeticError as error:
-        raise ConfigError(f"{place}: {error}; write the value itself") from None
-    if not isinstance(result, int | float) or not abs(result) <= _LARGEST:
-        raise ConfigError(f"{place}: the value is beyond {_LARGEST:.0e}; write a smaller one")
-    return result
-
-
-def _checked(key: str, value: Value, place: str) -> Value:
+def _checked(key: str, value: Value) -> Value:
     """The same types that train.py's command line insists on, whole floats (1e3) as whole numbers aside."""
-    kind = type(DEFAULTS[key])
+    kind, shown = type(_KEYS[key]), f"{key} = {reprlib.repr(value)}"
     if kind in (bool, str) and type(value) is kind:
         return value
     if kind in (bool, str) or isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{place}: {key} = {value!r} must be of type {kind.__name__}")
-    if not 0 <= value <= _LARGEST:
-        raise ConfigError(f"{place}: {key} = {value!r} is not allowed; write a number from 0 to {_LARGEST:.0e}")
+        raise UnreadableError(f"{shown} must be of type {kind.__name__}")
+    if not 0 <= value <= LARGEST:
+        raise UnreadableError(f"{shown} is not allowed; write a number from 0 to {LARGEST:.0e}")
     if kind is float:
         return float(value)
     if value != int(value) or (value < 1 and key != "warmup_iters"):
-        raise ConfigError(f"{place}: {key} = {value!r} must be a whole number above 0")
+        raise UnreadableError(f"{shown} must be a whole number above 0")
     return int(value)
 
 
-def format_nanogpt(candidate: Candidate, heading: str, device: str) -> str:
+def dataset_dir(dataset: str, config: Path) -> Path | None:
+    """The folder of tokens that train.py would read for `dataset`, or None: `data/<dataset>` in the working folder,
+    beside the config file, or beside its folder (a file in nanoGPT's `config/`)."""
+    for root in (Path(), config.parent, config.resolve().parent.parent):
+        folder = root / "data" / dataset
+        if dataset and folder.is_dir() and any(folder.glob("*.bin")):
+            return folder.resolve()
+    return None
+
+
+def format_nanogpt(candidate: Candidate, heading: str, device: str, *, dataset: str = "", out_dir: str = "") -> str:
     """A config file for nanoGPT's train.py that trains the same recipe on `device` (`cpu`, `cuda:0`); comments say
-    what it cannot express."""
-    recipe, shape, plan = candidate.recipe, candidate.shape, candidate.plan
+    what it cannot express.
+
+    dataset, out_dir: the user's own values of these keys; empty: not known.
+    """
+    recipe, plan = candidate.recipe, candidate.plan
     values, notes = nanogpt_values(candidate, device), [heading]
+    if dataset:
+        values["dataset"] = dataset
+    if out_dir:
+        values["out_dir"] = out_dir
     if (micro := values["batch_size"]) != plan.micro_batch_size:
         notes.append(
             f"The measured micro batch of {plan.micro_batch_size} does not divide the global batch of "
@@ -166,8 +294,6 @@ def format_nanogpt(candidate: Candidate, heading: str, device: str) -> str:
     lost = [f"{name} = {value}" for name, value in vars(plan).items() if name in knobs and value != plain[name]]
     if plan.compile == "block":
         lost.append("compile = block")
-    if shape.vocab_size != 50304:
-        lost.append(f"vocab_size = {shape.vocab_size}")
     if device == "cpu" and plan.dtype != "float32":
         lost.append(f"dtype = {plan.dtype} on the CPU")
     elif plan.dtype == "bfloat16_residual":
@@ -178,11 +304,18 @@ def format_nanogpt(candidate: Candidate, heading: str, device: str) -> str:
         notes.append(f"nanoGPT has no {recipe.optimizer}: this trains with its AdamW.")
     if recipe.schedule == "wsd":
         notes.append("nanoGPT has no schedule wsd: this is its cosine.")
-    if recipe.data and "dataset" not in values:
-        notes.append(f"Set dataset: nanoGPT reads a train.bin and a val.bin, {recipe.data} holds shards.")
+    if (words := candidate.shape.vocab_size) != _KEYS[_VOCABULARY] and recipe.init_from not in PRETRAINED:
+        values[_VOCABULARY] = words
+        if not (Path(recipe.data) / "meta.pkl").exists():
+            notes.append(f"nanoGPT's own train.py takes its vocabulary from meta.pkl, and {words} only from there.")
+    if recipe.init_from and recipe.init_from not in PRETRAINED:
+        notes.append(f"nanoGPT cannot begin with the weights of {recipe.init_from!r}: this begins from scratch.")
+    if recipe.data and not (Path(recipe.data) / "train.bin").exists():
+        wanted = "keep dataset only if it holds the same text" if dataset else "set dataset"
+        notes.append(f"nanoGPT reads a train.bin and a val.bin, {recipe.data!r} holds shards: {wanted}.")
     # nanoGPT executes the file: a note must not reach beyond its line, whoever chose the names in it
-    lines = [*(f"# {visible(note)}" for note in notes), *(f"{key} = {value!r}" for key, value in values.items())]
-    return "\n".join([*lines, ""])
+    comments = [f"# {visible(note)}" for note in notes]
+    return "\n".join([*comments, *(f"{key} = {value!r}" for key, value in values.items()), ""])
 
 
 def nanogpt_values(candidate: Candidate, device: str) -> dict[str, Value]:
@@ -200,6 +333,8 @@ def nanogpt_values(candidate: Candidate, device: str) -> dict[str, Value]:
         "dtype": plan.matrix_dtype,  # train.py allows tfloat32 by itself
         "compile": plan.compile != "off",
     }
+    if recipe.init_from in PRETRAINED:
+        values["init_from"] = recipe.init_from
     if recipe.data and (Path(recipe.data) / "train.bin").exists():
         values["dataset"] = recipe.data  # train.py joins it to data/, which an absolute path replaces
     return values

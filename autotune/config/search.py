@@ -44,6 +44,12 @@ class SearchSettings:
     """How trial 0 runs the recipe."""
     baseline_source: str = "plain nanoGPT"
     """Where trial 0 comes from: `plain nanoGPT`, or the file given with --from."""
+    dataset: str = ""
+    """nanoGPT's name of the data, from the file given with --from; written into best_nanogpt.py."""
+    out_dir: str = ""
+    """Where nanoGPT's own training goes, from that file too."""
+    notes: tuple[str, ...] = ()
+    """What was found, or passed over, in that file."""
     keep_schedule: bool = False
     """The recipe's iterations and learning rate are the user's own; otherwise they follow from size and tokens."""
     law: str = "lingle"

@@ -68,7 +68,7 @@ def read_candidate(path: Path, overrides: tuple[str, ...] = ()) -> CandidateFile
 def read_text(path: Path, hint: str) -> str:
     """A file that the user named. Raises ConfigError, with `hint` where there is none."""
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,11 @@ class Checkpoint:
     scaler: dict[str, Any]
 
     def load_weights(self, model: GPT) -> None:
-        """Copy the weights into `model`. Raises CheckpointError if they are of another shape."""
+        """Copy the weights into `model`. Raises CheckpointError if they are of another shape or not finite."""
+        weights = _load(self.path / _MODEL)
+        check_finite(weights, self.path / _MODEL)
         try:
-            model.load_state_dict(_load(self.path / _MODEL))
+            model.load_state_dict(weights)
         except RuntimeError as error:
             difference = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"{self.path / _MODEL} is of another model: {difference}") from None
@@ -210,8 +213,8 @@ def _write(directory: Path, step: TrainStep, state: TrainState) -> None:
         for parameter, held in step.optimizer.state.items()
         for key, value in held.items()
     }
-    save_file(weights, directory / _MODEL)
-    save_file(moments, directory / _OPTIMIZER)
+    save_tensors(weights, directory / _MODEL)
+    save_tensors(moments, directory / _OPTIMIZER)
     random = {"cpu": _text(torch.get_rng_state())}
     if step.device.type == "cuda":
         random["cuda"] = _text(torch.cuda.get_rng_state(step.device))
@@ -225,6 +228,24 @@ def _write(directory: Path, step: TrainStep, state: TrainState) -> None:
     (directory / _STATE).write_text(json.dumps(content, indent=1, allow_nan=False))
     for name in (_MODEL, _OPTIMIZER, _STATE, "."):
         sync(directory / name)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file with the mode that any new file has here; `save_file` alone keeps it from other users."""
+    path.touch()
+    mode = path.stat().st_mode & 0o666
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
+
+
+def check_finite(weights: Mapping[str, Tensor], where: Path) -> None:
+    """Raise CheckpointError, naming the tensor, for weights that hold NaN or infinity."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{where}: {name} holds NaN or infinity ({bad:,} of {tensor.numel():,} values); use earlier weights"
+            )
 
 
 def _alone(key: str, value: Tensor | int) -> Tensor:

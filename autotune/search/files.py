@@ -30,7 +30,8 @@ def publish(
     best = _best(state, settings, environment)
     write_atomically(directory / "best.toml", format_candidate(best))
     heading = f"Found by autotune: trial {state.winner.trial} of {settings.name}, on {environment.device_name}."
-    write_atomically(directory / "best_nanogpt.py", format_nanogpt(best.candidate, heading, settings.device))
+    text = format_nanogpt(best.candidate, heading, settings.device, dataset=settings.dataset, out_dir=settings.out_dir)
+    write_atomically(directory / "best_nanogpt.py", text)
     return state
 
 

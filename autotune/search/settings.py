@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from autotune.config.candidate import Plan, Recipe, Shape, at_least
-from autotune.config.nanogpt import nanogpt_dtype, read_nanogpt
+from autotune.config.nanogpt import NanoGPTFile, dataset_dir, nanogpt_dtype, read_nanogpt
 from autotune.config.search import Objective, SearchSettings
 from autotune.data.batches import open_batches
 from autotune.data.sources import how_to_prepare
@@ -56,9 +56,9 @@ def resolve(
             "--calibrate-loss trains on your data to predict its loss; add --data, and leave out "
             "--model, --from and --objective throughput"
         )
-    recipe, baseline, source = _start(environment, model, from_file)
-    given = recipe.shape.vocab_size != Shape().vocab_size  # by the file
-    words = _vocabulary(vocab_size, recipe.shape, given, data)
+    recipe, baseline, source, read = _start(environment, model, from_file)
+    data, dataset, notes = _dataset(data, from_file, read)
+    words = _vocabulary(vocab_size, recipe.shape, read is not None and read.vocab_size_given, data)
     recipe = replace(recipe, shape=replace(recipe.shape, vocab_size=words))
     seconds = parse_duration(train_time) if train_time else None
     tokens = parse_count(train_tokens) if train_tokens else None
@@ -81,6 +81,9 @@ def resolve(
         choices=dict(_choices(words) for words in choices),
         baseline=baseline,
         baseline_source=source,
+        dataset=dataset,
+        out_dir=read.out_dir if read else "",
+        notes=notes,
         # A length given on the command line replaces the file's, and the schedule must follow it.
         keep_schedule=from_file is not None and not given,
         law=find_law(law).name,
@@ -118,11 +121,13 @@ def _refuse_contradictions(objective: str, model: str, from_file: Path | None, w
         )
 
 
-def _start(environment: Environment, model: str, from_file: Path | None) -> tuple[Recipe, Plan, str]:
-    """The recipe, trial 0's plan, and what that is called."""
+def _start(
+    environment: Environment, model: str, from_file: Path | None
+) -> tuple[Recipe, Plan, str, NanoGPTFile | None]:
+    """The recipe, trial 0's plan, what that is called, and the file that both come from."""
     if from_file is not None:
         read = read_nanogpt(from_file, environment.device, environment.capability)
-        return read.recipe, read.plan, str(from_file)
+        return read.candidate.recipe, read.candidate.plan, str(from_file), read
     recipe = _CPU if environment.device == "cpu" else _CUDA
     if model:
         shape = parse_shape(model, recipe.shape)
@@ -133,7 +138,26 @@ def _start(environment: Environment, model: str, from_file: Path | None) -> tupl
         compile="full",
         dtype=nanogpt_dtype(environment.device, environment.capability),
     )
-    return recipe, plan, "plain nanoGPT"
+    return recipe, plan, "plain nanoGPT", None
+
+
+def _dataset(
+    data: Path | None, from_file: Path | None, read: NanoGPTFile | None
+) -> tuple[Path | None, str, tuple[str, ...]]:
+    """The data directory (--data, else the folder of the file's dataset where it is here), nanoGPT's name of it (empty
+    where it has none), and the notes on the file."""
+    if read is None or from_file is None:
+        return data, "", ()
+    folder = dataset_dir(read.dataset, from_file)
+    if data is not None:
+        # nanoGPT can read the directory given, by its path: the file's dataset is another one
+        replaced = (data / "train.bin").exists() and data.resolve() != folder
+        return data, "" if replaced else read.dataset, read.notes
+    if folder is None:
+        found = f"has no folder of tokens here (data/{read.dataset}); synthetic tokens are measured, or give --data DIR"
+    else:
+        found = f"is {folder}, which is measured"
+    return folder, read.dataset, (*read.notes, f"{from_file}: dataset {read.dataset!r} {found}")
 
 
 def parse_shape(text: str, default: Shape) -> Shape:

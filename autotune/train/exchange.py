@@ -1,22 +1,24 @@
 """Weights for others and from them: nanoGPT's ckpt.pt, and GPT-2 directories of Hugging Face's transformers."""
 
 import json
-import pickle
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from autotune.config.candidate import Candidate, one_of
 from autotune.config.nanogpt import DEFAULTS, nanogpt_values
 from autotune.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, rank_files
 from autotune.errors import CheckpointError, ConfigError
-from autotune.model.checkpoint import Checkpoint
+from autotune.model.checkpoint import Checkpoint, check_finite, save_tensors
 from autotune.model.gpt import GPT
 from autotune.model.step import build
 from autotune.train.sample import INFERENCE, find_checkpoint, load_model
@@ -25,23 +27,44 @@ _CPU = torch.device("cpu")
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 """What transformers keeps as (in, out), the transpose of a linear layer's weight."""
 
+_WRAPPERS = {
+    "transformer", "module", "model", "_orig_mod", "_forward_module", "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}  # fmt: skip
+"""Parts of names that DistributedDataParallel, torch.compile and others add, at any depth."""
+_GPT2 = {
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+    "layer_norm_epsilon": 1e-5,
+}  # fmt: skip
+"""Keys of a config.json that make another model of the same weights."""
 
-def export(path: Path, to: str, out: Path) -> str:
+
+def export(path: Path, to: str, out: Path, *, cut_vocab: bool = False) -> str:
     """Write the checkpoint at `path` (or the newest of a training or run) into a new directory `out`; a note, or "".
 
     hf: config.json, model.safetensors and GPT-2's tokenizer, for `GPT2LMHeadModel.from_pretrained(out)`.
     nanogpt: ckpt.pt, for nanoGPT's sample.py and its train.py --init_from=resume.
+    cut_vocab: hf without the words that only pad the vocabulary, so that it is the tokenizer's.
     Raises ConfigError or CheckpointError, leaving nothing behind.
     """
     one_of("--to", to, ("hf", "nanogpt"))
     found = find_checkpoint(path)
+    if cut_vocab and to != "hf":
+        raise ConfigError(f"--cut-vocab is for --to hf; {to} keeps the padding, as nanoGPT trains on with it")
+    words = found.state.candidate.shape.vocab_size
+    if cut_vocab and words < VOCAB_SIZE:
+        raise ConfigError(f"--cut-vocab: a vocabulary of {words} is not GPT-2's {VOCAB_SIZE} padded; leave it out")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out} exists and is not empty; give a new directory")
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        note = _write_hf(found, temporary) if to == "hf" else _write_nanogpt(found, temporary)
+        note = (
+            _write_hf(found, temporary, VOCAB_SIZE if cut_vocab else words)
+            if to == "hf"
+            else _write_nanogpt(found, temporary)
+        )
         temporary.replace(out)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out {out} cannot be written: {error}; give another directory") from None
@@ -50,19 +73,22 @@ def export(path: Path, to: str, out: Path) -> str:
     return note
 
 
-def _write_hf(found: Checkpoint, directory: Path) -> str:
+def _write_hf(found: Checkpoint, directory: Path, words: int) -> str:
+    """words: rows of the embedding that are written, the first ones."""
     shape, weights = found.state.candidate.shape, {}
     for name, tensor in load_model(found, _CPU).state_dict().items():
         weights[f"transformer.{name}"] = (tensor.T if name.endswith(_CONV1D) else tensor).contiguous()
         if not shape.bias and name not in ("wte.weight", "wpe.weight"):  # GPT-2 cannot do without biases
             weights[f"transformer.{name.removesuffix('weight')}bias"] = torch.zeros(len(tensor))
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:words].contiguous()
+    save_tensors(weights, directory / "model.safetensors", metadata={"format": "pt"})
     ours = shape.vocab_size >= VOCAB_SIZE
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), END_OF_TEXT if ours else None)
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu",  # GPT-2's own is the tanh approximation, gelu_new
-        "vocab_size": shape.vocab_size,
+        "vocab_size": words,
         "n_positions": shape.block_size,
         "n_embd": shape.n_embd,
         "n_layer": shape.n_layer,
@@ -72,11 +98,11 @@ def _write_hf(found: Checkpoint, directory: Path) -> str:
         "resid_pdrop": shape.dropout,
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
-        "bos_token_id": END_OF_TEXT if ours else None,
-        "eos_token_id": END_OF_TEXT if ours else None,
+        **ends,
         "dtype": "float32",
     }
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name, content in (("config.json", config), ("generation_config.json", ends)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
     if not ours:
         return f"no tokenizer was written: a vocabulary of {shape.vocab_size} is not GPT-2's"
     files = rank_files()
@@ -108,7 +134,7 @@ def _write_nanogpt(found: Checkpoint, directory: Path) -> str:
         "config": DEFAULTS | nanogpt_values(candidate, "cuda"),
     }
     torch.save(saved, directory / "ckpt.pt")
-    return "" if own else f"nanoGPT has no optimizer {candidate.recipe.optimizer}: its AdamW will begin anew"
+    return "" if own else f"nanoGPT has no optimizer {candidate.recipe.optimizer}: its AdamW starts without moments"
 
 
 def load_initial(path: Path, model: GPT) -> tuple[str, ...]:
@@ -116,56 +142,174 @@ def load_initial(path: Path, model: GPT) -> tuple[str, ...]:
 
     path: nanoGPT's ckpt.pt, a directory of transformers' GPT2LMHeadModel, or a checkpoint, training or run of ours.
     A vocabulary that was padded more since, or positions that are needed no longer, are no difference.
-    Raises CheckpointError for what cannot be read or does not fit. Nothing is executed.
+    Raises CheckpointError for what cannot be read, does not fit or is not finite. Nothing is executed.
     """
     try:
-        weights, notes = _read(path)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_reason(error)}; give another --init-from") from None
+        weights, heads, notes = read_weights(path)
+    except (OSError, RuntimeError, ValueError, SafetensorError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} cannot be read: {reason}; give another --init-from") from None
+    check_finite(weights, path)
+    if (shape := model.shape).n_head != (heads or shape.n_head):
+        raise CheckpointError(f"{path} is of another shape: it has {heads} heads; set model.n_head = {heads}")
+    advice = _advice(weights, model)
     for name, parameter in model.named_parameters():
         tensor = weights.pop(name, torch.zeros_like(parameter) if name.endswith("bias") else None)
         fitted = None if tensor is None else _fitted(name, tensor.float(), parameter)
         if fitted is None:
             there = "is missing" if tensor is None else f"is {tuple(tensor.shape)}"
             raise CheckpointError(
-                f"{path} is of another shape: {name} {there}, the recipe's is {tuple(parameter.shape)}; change [model]"
+                f"{path} is of another shape: {name} {there}, the recipe's is {tuple(parameter.shape)}; {advice}"
             )
         with torch.no_grad():
             parameter.copy_(fitted)
     if weights:
-        raise CheckpointError(f"{path} is of another shape: the recipe has no {min(weights)}; change [model]")
+        raise CheckpointError(f"{path} is of another shape: the recipe has no {min(weights)}; {advice}")
     return f"beginning with the weights of {path}", *notes
 
 
-def _reason(error: Exception) -> str:
-    """One line, without torch's advice to load what it has refused with `weights_only=False`: that executes it."""
-    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-        return "it is damaged or holds more than tensors, numbers and text, and nothing in it is executed"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _advice(weights: Mapping[str, Tensor], model: GPT) -> str:
+    """The values of [model] that differ, as the weights have them."""
+    words, positions = (weights.get(name, torch.empty(0)) for name in ("wte.weight", "wpe.weight"))
+    found: dict[str, int | bool] = {
+        "n_layer": len({name.split(".")[1] for name in weights if name.startswith("h.")}),
+        "n_embd": words.shape[-1],
+        "block_size": min(len(positions), model.shape.block_size),
+        "vocab_size": len(words),
+        "bias": any(name.endswith("bias") for name in weights) or model.shape.bias,
+    }
+    if len(words) >= VOCAB_SIZE:  # padded there and here
+        found["vocab_size"] = max(len(words), model.shape.vocab_size)
+    differ = [f"{key} = {value}".lower() for key, value in found.items() if value and value != vars(model.shape)[key]]
+    return f"set {', '.join(differ)} in [model]" if differ else "change [model]"
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Weights by our names, and what to say about them."""
+def read_weights(path: Path) -> tuple[dict[str, Tensor], int | None, tuple[str, ...]]:
+    """Weights by our names, the number of heads where the file tells it, and what to say about them."""
+    if path.name == "model.safetensors" or path.name.startswith("pytorch_model"):
+        path = path.parent if (path.parent / "config.json").exists() else path
     if path.is_file():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = _load_pickled(path)
         if not isinstance(saved, Mapping) or not isinstance(saved.get("model"), Mapping):
             raise ValueError("it has no table `model`, as a ckpt.pt of nanoGPT has")
-        return _own_names(saved["model"]), ()
+        arguments = saved.get("model_args")
+        heads = arguments.get("n_head") if isinstance(arguments, Mapping) else None
+        return _own_names(saved["model"]), heads if isinstance(heads, int) else None, ()
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist; give a ckpt.pt of nanoGPT, a downloaded folder of GPT-2's config.json and "
+            "weights, or a checkpoint"
+        )
     if not (path / "config.json").exists():
-        return dict(load_model(find_checkpoint(path), _CPU).state_dict()), ()
+        found = find_checkpoint(path)
+        return dict(load_model(found, _CPU).state_dict()), found.state.candidate.shape.n_head, ()
+    return _read_transformers(path)
+
+
+def _read_transformers(path: Path) -> tuple[dict[str, Tensor], int | None, tuple[str, ...]]:
     config = json.loads((path / "config.json").read_text())
-    if config.get("model_type") != "gpt2":
-        raise ValueError(f"its model_type is {config.get('model_type')!r}, only gpt2 is read")
-    weights = _own_names(load_file(path / "model.safetensors"))
+    if not isinstance(config, dict) or config.get("model_type") != "gpt2":
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        raise ValueError(f"its model_type is {kind!r}, only gpt2 is read")
+    for key, only in _GPT2.items():
+        if config.get(key, only) != only:
+            raise ValueError(f"its {key} is {config[key]!r}, and the model here is that with {only!r}")
+    weights: dict[str, Tensor] = {}
+    for file in _weight_files(path):
+        part = load_file(file) if file.suffix == ".safetensors" else _load_pickled(file)
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{file.name} holds no table of tensors")
+        weights |= part
+    own = {n: t.T if n.endswith(_CONV1D) else t for n, t in _own_names(weights).items()}
     activation = config.get("activation_function", "gelu_new")
     notes = () if activation == "gelu" else (f"its activation is {activation}, it goes on with the exact gelu",)
-    return {name: tensor.T if name.endswith(_CONV1D) else tensor for name, tensor in weights.items()}, notes
+    heads = config.get("n_head", 12)
+    return own, heads if isinstance(heads, int) else None, notes
 
 
-def _own_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the head, which is the embedding, and without attention masks, which old files hold."""
-    named = {str(name).removeprefix("_orig_mod.").removeprefix("transformer."): t for name, t in weights.items()}
-    return {n: t for n, t in named.items() if n != "lm_head.weight" and not n.endswith((".attn.bias", ".masked_bias"))}
+def _weight_files(path: Path) -> list[Path]:
+    """safetensors before pickles; each as one file, or in shards that an index lists."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).exists():
+            return [path / name]
+        index = path / f"{name}.index.json"
+        if index.exists():
+            listed = json.loads(index.read_text())
+            shards = listed.get("weight_map") if isinstance(listed, dict) else None
+            if not isinstance(shards, dict) or not all(
+                isinstance(s, str) and Path(s).name == s for s in shards.values()
+            ):
+                raise ValueError(f"{index.name} has no weight_map of files beside it")
+            files = [path / shard for shard in sorted(set(shards.values()))]
+            if missing := [file.name for file in files if not file.exists()]:
+                raise ValueError(f"{missing[0]} is missing, which {index.name} lists")
+            return files
+    raise ValueError("it holds neither model.safetensors nor pytorch_model.bin, whole or in shards")
+
+
+def _load_pickled(path: Path) -> object:
+    """A file of torch.save: tensors, plain values and numpy's numbers. Other objects could run code, and are refused.
+    Raises CheckpointError, in our words: torch's advise to run the code. OSError where there is no such file."""
+    with path.open("rb"):
+        pass
+    with torch.serialization.safe_globals(_NUMPY), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickle protocols that are rare; what is not read raises
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle can raise anything
+            kind = type(error).__name__
+        try:
+            foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:3]
+        except Exception:  # as above: then it is damaged
+            foreign = []
+    if foreign:
+        held = f"holds Python objects ({', '.join(foreign)}), which could run code and are not loaded"
+    else:
+        held = f"is damaged, or not a file of torch.save with tensors and plain values ({kind})"
+    raise CheckpointError(f"{path} {held}; give weights saved as torch.save({{'model': model.state_dict()}}, file)")
+
+
+def _number(kind: np.dtype[Any], content: bytes) -> object:
+    """A numpy scalar out of a pickle, as Python's own number."""
+    return np.frombuffer(content, kind)[0].item()
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    """How old pickles write bytes."""
+    if encoding != "latin1":
+        raise ValueError(f"encoding {encoding!r}")
+    return text.encode(encoding)
+
+
+_NUMPY: list[Any] = [
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdg"),
+    (_bytes, "_codecs.encode"),
+    (_number, "numpy._core.multiarray.scalar"),
+    (_number, "numpy.core.multiarray.scalar"),
+]
+"""What a pickle needs for numpy's numbers; the functions of numpy and codecs are replaced by narrower ones."""
+
+
+def _own_names(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Without wrappers, without the head, which is the embedding, and without attention masks, which old files hold."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        own = ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
+        if own.endswith((".attn.bias", ".attn.masked_bias")):
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} is {kind}, weights are floating-point tensors")
+        if own in named:
+            raise ValueError(f"it holds {own} twice, under different prefixes")
+        named[own] = tensor
+    head = named.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, named.setdefault("wte.weight", head)):
+        if torch.isfinite(head).all():
+            raise ValueError("its lm_head.weight is not its wte.weight, and the model here has one for both")
+        named["lm_head.weight"] = head  # which check_finite will refuse
+    return named
 
 
 def _fitted(name: str, tensor: Tensor, parameter: Tensor) -> Tensor | None:

@@ -97,7 +97,7 @@ class Record:
         if self.group.first:
             append_row(self.log, row)
             for track in self.trackers:
-                track({name: v for name, v in asdict(row).items() if v is not None and name != "iteration"}, iteration)
+                track(row)
             self.progress.row(row, self._eta(iteration, mean))
 
     def save(self) -> None:

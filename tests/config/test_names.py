@@ -59,8 +59,10 @@ def test_names_that_may_be(name: str) -> None:
 def test_files_do_not_bring_them_in() -> None:
     with pytest.raises(ConfigError, match=r"training.wandb_run_name = .a\\nb. holds a control character"):
         parse_candidate('[model]\n[plan]\n[training]\nwandb_run_name = "a\\nb"\n', "x.toml")
-    with pytest.raises(ConfigError, match="wandb_project"):
-        parse_nanogpt("wandb_project = 'a\\u202eb'\n", "x.py", "cpu")
+    read = parse_nanogpt("wandb_project = 'a\\u202eb'\n", "x.py", "cpu")  # changes no step: a note, and not kept
+    assert read.candidate.recipe.wandb_project == "owt"
+    assert "wandb_project stays 'owt'" in read.notes[0]
+    assert read.notes[0].isprintable()
 
 
 @pytest.mark.parametrize("separator", ["\n", "\r", "\x0c", "\x0b", "\x85", "\u2028", "\r\n"])

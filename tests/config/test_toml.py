@@ -114,3 +114,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_of_a_windows_editor_is_read(tmp_path: Path) -> None:
+    text = format_candidate(CandidateFile(candidate=Candidate()))
+    (tmp_path / "best.toml").write_bytes(("\ufeff" + text).replace("\n", "\r\n").encode())
+    assert read_candidate(tmp_path / "best.toml").candidate == Candidate()
