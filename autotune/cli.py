@@ -3,26 +3,32 @@
 Results go to stdout, progress to stderr. Exit codes stand in `autotune.errors`; 2 is wrong usage.
 """
 
+import io
 import json as json_module
+import math
 import os
 import signal
 import sys
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 import autotune
-from autotune.errors import AutotuneError, ConfigError, InterruptedByUser, NoFeasibleError
+from autotune.config.storage import scrub, secrets_in
+from autotune.errors import LONGEST, AutotuneError, ConfigError, InterruptedByUser, NoFeasibleError, one_line
 from autotune.units import parse_bytes, parse_count, parse_duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from typing_extensions import Buffer
 
 # Plain help: typer's rich help takes three times as long to come up.
 app = typer.Typer(name="autotune", rich_markup_mode=None, add_completion=False, no_args_is_help=False)
@@ -39,8 +45,49 @@ Device = Annotated[str, typer.Option(help="cpu, cuda:0, or auto: the first CUDA 
 
 def main() -> None:
     """Entry of the console script."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt = _Interrupt()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks, and a shell for what runs in its background
+            signal.signal(number, interrupt)
+    if sys.stderr is not None:
+        sys.stderr = _lasting(sys.stderr)
     sys.exit(run(sys.argv[1:]))
+
+
+class _Interrupt:
+    """KeyboardInterrupt at a signal. Those that follow at once belong to it and must not disturb the saving: an
+    impatient Ctrl-C, the second SIGHUP of a closed ssh, a service manager's SIGHUP after its SIGTERM."""
+
+    SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - self._last > self.SECONDS:
+            self._last = time.monotonic()
+            raise KeyboardInterrupt
+
+
+class _Lasting(io.FileIO):
+    """A file whose reader may go away: a closed terminal, a `tee` that was ended. What it cannot take is dropped."""
+
+    def write(self, data: "Buffer") -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def _lasting(stream: TextIO) -> TextIO:
+    """`stream`, but writing to it never fails: nothing that is to be saved depends on somebody watching."""
+    try:
+        raw = _Lasting(stream.fileno(), "w", closefd=False)
+    except (OSError, ValueError):  # closed, or no file
+        return stream
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding=stream.encoding, errors="backslashreplace", line_buffering=True
+    )
 
 
 def run(arguments: list[str]) -> int:
@@ -56,16 +103,12 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:
+        secrets = secrets_in(arguments)
         if "--debug" in arguments:
-            traceback.print_exc()
+            print(scrub(traceback.format_exc(), secrets), end="", file=sys.stderr)
         message, code = _explained(error)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {one_line(scrub(message, secrets), LONGEST)}", file=sys.stderr)
         return code
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    del signum, frame
-    raise KeyboardInterrupt
 
 
 def _explained(error: BaseException) -> tuple[str, int]:
@@ -144,7 +187,7 @@ def search(
     Everything lands in results/NAME: trials.csv to review, best.toml to train, report.html."""
     started = time.monotonic()  # the budget holds everything, also what the next lines take
     from autotune.environment import probe
-    from autotune.search import run, settings
+    from autotune.search import files, run, settings
 
     here = probe(device)
     if resume is not None:
@@ -178,8 +221,15 @@ def search(
     if dry_run:
         print(settings.describe_settings(asked, here))
         return
+    if not name:
+        asked = replace(asked, name=files.claim_name(Path("results"), asked.name))
     directory = Path("results", asked.name)
-    _watch(directory, partial(run.search, asked, directory, here, started=started, calibrate_loss=calibrate_loss))
+    _watch(
+        directory,
+        partial(
+            run.search, asked, directory, here, started=started, calibrate_loss=calibrate_loss, storage_url=storage
+        ),
+    )
 
 
 _OF_RESUME = ("resume", "budget", "device", "other_machine")

@@ -32,6 +32,11 @@ class Verdict:
     notes: tuple[str, ...] = ()
     """What could not be done, one line each."""
 
+    @property
+    def status(self) -> str:
+        """As best.toml and the study have it."""
+        return "confirmed" if self.confirmed else "not confirmed"
+
 
 def best_first(records: Sequence[TrialRecord], maximise: bool) -> list[TrialRecord]:
     """Feasible records by their objective; equal ones in the order of their trials."""

@@ -38,7 +38,7 @@ def test_sigkill_changes_nothing(recipe: Recipe, whole: Whole, tmp_path: Path) -
     assert summary.validation_loss == whole[1].validation_loss
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_leaves_with_130(number: int, recipe: Recipe, tmp_path: Path) -> None:
     out, rare = tmp_path / "train", replace(recipe, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
     process = start(rare, out)
