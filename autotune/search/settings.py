@@ -61,9 +61,10 @@ def resolve(
         if value == 0:
             raise ConfigError(f"{flag} {word} leaves nothing to train; give for example 24h or 10B")
     if tokens is not None and tokens < recipe.tokens_per_step:
+        meant = re.sub(r"[^0-9.]", "", train_tokens)
         raise ConfigError(
             f"--train-tokens {train_tokens} is less than one optimizer step "
-            f"({recipe.tokens_per_step:,} tokens); did you mean {re.sub("[^0-9.]", "", train_tokens)}B?"
+            f"({recipe.tokens_per_step:,} tokens); did you mean {meant}B?"
         )
     given = seconds is not None or tokens is not None
     if not given and not from_file:
@@ -140,7 +141,7 @@ def parse_shape(text: str, default: Shape) -> Shape:
     """`12x12x768` (layers x heads x width), or `12x12x768x1024` with the block size. Raises ConfigError."""
     words = text.lower().split("x")
     if len(words) not in (3, 4) or not all(re.fullmatch(r"[0-9]{1,12}", word) for word in words):
-        raise ConfigError(f"--model {shown(text)} is not understood; write layers x heads x width, for example 12x12x768")
+        raise ConfigError(f"--model {shown(text)} is not understood; write layers x heads x width, say 12x12x768")
     n_layer, n_head, n_embd, *block = map(int, words)
     return replace(default, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=(*block, default.block_size)[0])
 

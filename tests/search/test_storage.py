@@ -170,7 +170,7 @@ def test_on_a_network_file_system_the_log_is_left_alone_and_that_is_said(
 
 
 def test_the_study_names_the_verdict(tmp_path: Path) -> None:
-    """Optuna's best_trial is the largest value; the winner is a confirmation, and needs the least memory of its ties."""
+    """Optuna's best_trial is the largest value; the winner is a confirmation, the one of least memory among ties."""
     run_dir, machine = tmp_path / "run", Machine()
     winner = go(run_dir, machine, settings(budget="120s")).winner
     study = studies.load_study(run_dir, None)
