@@ -26,9 +26,9 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
 def parse_json(text: str, where: str, advice: str = "") -> Any:
     """The value of a JSON text that `where` names in messages, where `advice` says what to do. Raises ConfigError."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is damaged: it is not JSON: {_reason(error)}{_and(advice)}") from None
+        raise ConfigError(f"{where} cannot be read: it is not JSON: {_reason(error)}{_and(advice)}") from None
 
 
 def read_json(path: Path, advice: str = "") -> dict[str, Any]:
@@ -44,6 +44,13 @@ def read_json(path: Path, advice: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is damaged: it holds {shown(value)}, not an object{_and(advice)}")
     return value
+
+
+def _finite(word: str) -> float:
+    number = float(word)
+    if not math.isfinite(number):
+        raise ValueError(f"{one_line(word, SHOWN)} is not a finite number")
+    return number
 
 
 def _reason(error: BaseException) -> str:

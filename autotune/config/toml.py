@@ -29,7 +29,7 @@ class CandidateFile:
 
 _FIGURES = r"trial|mfu|predicted_loss|tokens_per_second.*|.*_(seconds|bytes|hits|misses|p50)"
 """Keys of [measured] that are read as numbers."""
-LARGEST_FIGURE = 1e30
+_LARGEST_FIGURE = 1e30
 _TABLES = ("model", "training", "plan", "measured", "environment")
 
 
@@ -51,14 +51,26 @@ def parse_candidate(text: str, where: str, overrides: tuple[str, ...] = ()) -> C
     recipe = read_table(Recipe, {**training, "shape": asdict(shape)}, "training")
     plan = read_table(Plan, tables["plan"], "plan")
     measured, environment = tables.get("measured", {}), tables.get("environment", {})
-    for key, value in measured.items():
-        if re.fullmatch(_FIGURES, key) and not _is_number(value):
-            raise ConfigError(f"{where}: measured.{key} = {shown(value)} is not a number; correct it or leave it out")
+    for name, table in (("measured", measured), ("environment", environment)):
+        for key, value in table.items():
+            figure = name == "measured" and re.fullmatch(_FIGURES, key)
+            if not (_is_number(value) if figure else _is_plain(value)):
+                what, key = "not a number" if figure else "neither text nor a number", one_line(key, SHOWN)
+                raise ConfigError(f"{where}: {name}.{key} = {shown(value)} is {what}; correct it or leave it out")
     return CandidateFile(candidate=Candidate(recipe=recipe, plan=plan), measured=measured, environment=environment)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_FIGURE
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST_FIGURE
+
+
+def _is_plain(value: object) -> bool:
+    """What JSON can hold too."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, str | bool) or _is_number(value)
 
 
 def read_candidate(path: Path, overrides: tuple[str, ...] = ()) -> CandidateFile:

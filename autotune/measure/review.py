@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from autotune.config.tables import read_table
+from autotune.config.tables import read_json, read_table
 from autotune.config.toml import write_atomically
 
 STEPPING = ("compile", "warmup", "measure")
@@ -72,5 +72,5 @@ def write_review(path: Path, review: Review) -> None:
 
 
 def read_review(path: Path) -> Review:
-    """Read verdict.json. Raises ConfigError for other keys, OSError or ValueError for no JSON."""
-    return read_table(Review, json.loads(path.read_text()), "verdict")
+    """Read verdict.json. Raises ConfigError."""
+    return read_table(Review, read_json(path), "verdict")

@@ -19,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.config.candidate import AUTOCAST, Candidate, Plan, Shape
-from autotune.config.tables import read_table
+from autotune.config.tables import read_json, read_table
 from autotune.config.toml import write_atomically
 from autotune.environment import Environment
-from autotune.errors import ConfigError
 from autotune.measure.types import TrialResult
 
 Array = NDArray[np.float64]
@@ -408,7 +407,5 @@ def save(model: MemoryModel, path: Path) -> None:
 
 def load(path: Path) -> MemoryModel:
     """Raises ConfigError for a file that is missing or not a memory model."""
-    try:
-        return read_table(MemoryModel, json.loads(path.read_text()), path.name)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is no memory model: {error}; a search writes memory_model.json") from None
+    table = read_json(path, "give a run, or the memory_model.json that a search writes")
+    return read_table(MemoryModel, table, path.name)

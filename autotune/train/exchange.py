@@ -1,7 +1,6 @@
 """Weights for others and from them: nanoGPT's ckpt.pt, and GPT-2 directories of Hugging Face's transformers."""
 
 import json
-import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch import Tensor
 from autotune.config.candidate import Candidate, one_of
 from autotune.config.nanogpt import DEFAULTS, nanogpt_values
 from autotune.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, rank_files
-from autotune.errors import CheckpointError, ConfigError
+from autotune.errors import CheckpointError, ConfigError, one_line
 from autotune.model.checkpoint import Checkpoint
 from autotune.model.gpt import GPT
 from autotune.model.step import build
@@ -120,11 +119,15 @@ def load_initial(path: Path, model: GPT) -> tuple[str, ...]:
     """
     try:
         weights, notes = _read(path)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (CheckpointError, ConfigError):
+        raise
+    except Exception as error:  # of a file of any content, torch's reader can raise anything
+        reason = one_line(str(error)) or f"it is empty or damaged ({type(error).__name__})"
         raise CheckpointError(f"{path} cannot be read: {reason}; give another --init-from") from None
     for name, parameter in model.named_parameters():
         tensor = weights.pop(name, torch.zeros_like(parameter) if name.endswith("bias") else None)
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path} cannot be read: {name} is no tensor; give another --init-from")
         fitted = None if tensor is None else _fitted(name, tensor.float(), parameter)
         if fitted is None:
             there = "is missing" if tensor is None else f"is {tuple(tensor.shape)}"
