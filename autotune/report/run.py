@@ -124,7 +124,14 @@ def _read_trials(file: Path) -> tuple[Row, ...]:
         raise ValueError(f"it has no column {missing[0]!r}")
     frame = frame.fillna(dict.fromkeys(_TEXT, ""))
     plain = frame.astype(object).where(frame.notna(), None)
-    return tuple({str(key): value for key, value in row.items()} for row in plain.to_dict("records"))
+    rows = tuple({str(key): value for key, value in row.items()} for row in plain.to_dict("records"))
+    for number, row in enumerate(rows, 2):
+        if row["trial"] is None or (row["objective"] is not None and row["tokens_per_second"] is None):
+            raise ValueError(f"line {number} has no trial, or an objective without tokens/s")
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"line {number}: {name} = {value} is not a finite number")
+    return rows
 
 
 def ranked(run: Run) -> list[Row]:
@@ -204,7 +211,8 @@ def trade_offs(run: Run) -> list[Row]:
         return []
     last = [row for name in {row["candidate_id"] for row in feasible} if (row := _last_word(feasible, name))]
     column, sign = ("predicted_loss", -1) if run.lower_is_better else ("tokens_per_second", 1)
-    return pareto_front(last, peak_view(last), column, sign)
+    view = peak_view(last)
+    return pareto_front([row for row in last if None not in (row[view], row[column])], view, column, sign)
 
 
 def failures(run: Run) -> list[Failure]:
