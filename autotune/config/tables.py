@@ -68,7 +68,7 @@ LARGEST = 2**63 - 1
 """Of a whole number in a file: what 64 bits hold, as in TOML."""
 
 
-def read_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+def read_table(cls: type[T], table: Mapping[str, Any] | None, where: str) -> T:
     """Build the dataclass `cls` from `table`, whose place is called `where` in messages.
 
     Raises ConfigError for an unknown key (with the nearest known one), a missing key, or a value

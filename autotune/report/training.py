@@ -66,6 +66,8 @@ def _last_row(log: Path) -> dict[str, float | None]:
     rows, last = list(csv.DictReader(lines)), dict[str, float | None]()
     for number, row in enumerate(rows, 2):
         try:
+            if None in row or None in row.values() or not row["iteration"]:  # too many cells, too few, none
+                raise ValueError
             here = {name: _finite(row[name]) if row[name] else None for name in _FIGURES}
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{log.name}, line {number} is no row of it") from None

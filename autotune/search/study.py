@@ -130,12 +130,12 @@ def _parsed(attribute: object, where: str) -> Any:
 
 def settings_of(study: "optuna.Study") -> SearchSettings:
     """What the search was asked, as the study keeps it. Raises ConfigError for a damaged study."""
-    return read_table(SearchSettings, study.user_attrs.get(SETTINGS), "the study's settings")  # type: ignore[arg-type]
+    return read_table(SearchSettings, study.user_attrs.get(SETTINGS), "the study's settings")
 
 
 def environment_of(study: "optuna.Study") -> Environment:
     """Of which machine the study is. Raises ConfigError for a damaged study."""
-    return read_table(Environment, study.user_attrs.get(ENVIRONMENT), "the study's environment")  # type: ignore[arg-type]
+    return read_table(Environment, study.user_attrs.get(ENVIRONMENT), "the study's environment")
 
 
 def spent_seconds(study: "optuna.Study") -> float:

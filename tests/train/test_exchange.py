@@ -166,3 +166,20 @@ def test_nothing_in_a_foreign_file_is_run(tmp_path: Path, monkeypatch: pytest.Mo
     torch.save([1, 2], "ckpt.pt")
     with pytest.raises(CheckpointError, match="it has no table `model`"):
         load_initial(Path("ckpt.pt"), new_step(SHAPE).model)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0", b"PK\x03\x04", b"\x80\x02.", b"(", b"{}", b"\x80\x05K\x01.", b"cos\nsystem\n.", b"N."]
+)
+def test_a_pt_file_of_any_content_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "ckpt.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt cannot be read: ") as caught:
+        load_initial(tmp_path / "ckpt.pt", new_step(SHAPE).model)
+    assert len(str(caught.value)) < 500
+    assert str(caught.value).isprintable()
+
+
+def test_a_table_that_holds_no_tensors_is_told(tmp_path: Path) -> None:
+    torch.save({"model": {"transformer.wte.weight": 5}}, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match=r"wte\.weight is no tensor"):
+        load_initial(tmp_path / "ckpt.pt", new_step(SHAPE).model)
