@@ -11,7 +11,9 @@ from fake_machine import CUDA, Machine, settings
 
 from autotune.config.search import read_settings
 from autotune.config.toml import parse_candidate, read_candidate
-from autotune.errors import AutotuneError, ConfigError, one_line, shown
+from autotune.data.manifest import read_manifest
+from autotune.errors import AutotuneError, ConfigError, DataError, one_line, shown
+from autotune.measure.types import TrialResult, from_json
 from autotune.report.run import as_json, load_run
 from autotune.report.table import run_report
 from autotune.search import memory_model
@@ -188,3 +190,22 @@ def test_what_was_in_flight_is_in_the_table_as_soon_as_the_search_goes_on(tmp_pa
         resume(path, CUDA, budget_seconds=0.0)
     last = (path / "trials.csv").read_text().splitlines()[-1]
     assert last.startswith("2,search,interrupted")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "5", "{}", "[" * 100_000, "9" * 5000, '{"version": 1}', '{"version": [[1]]}', "\0"]
+)
+def test_a_manifest_of_any_content_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=r"manifest\.json") as caught:
+        read_manifest(tmp_path)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"status": "great"}', "[" * 100_000, '{"status": ["ok"], "phase": 1}']
+)
+def test_a_workers_result_of_any_content_is_one_line(content: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_json(TrialResult, content)
+    assert len(str(caught.value)) < 400
