@@ -4,12 +4,14 @@ Results go to stdout, progress to stderr. Exit codes stand in `autotune.errors`;
 """
 
 import json as json_module
+import math
 import os
 import signal
 import sys
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -19,7 +21,8 @@ import typer
 
 import autotune
 from autotune import places, terminal
-from autotune.errors import AutotuneError, ConfigError, InterruptedByUser, NoFeasibleError
+from autotune.config.storage import scrub, secrets_in
+from autotune.errors import LONGEST, AutotuneError, ConfigError, InterruptedByUser, NoFeasibleError, one_line
 from autotune.units import parse_bytes, parse_count, parse_duration
 
 if TYPE_CHECKING:
@@ -46,8 +49,26 @@ Device = Annotated[str, typer.Option(help="cpu, cuda:0, or auto: the first CUDA 
 def main() -> None:
     """Entry of the console script."""
     terminal.open_streams()
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt = _Interrupt()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks, and a shell for what runs in its background
+            signal.signal(number, interrupt)
     sys.exit(run(sys.argv[1:]))
+
+
+class _Interrupt:
+    """KeyboardInterrupt at a signal. Those that follow at once belong to it and must not disturb the saving: an
+    impatient Ctrl-C, the second SIGHUP of a closed ssh, a service manager's SIGHUP after its SIGTERM."""
+
+    SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - self._last > self.SECONDS:
+            self._last = time.monotonic()
+            raise KeyboardInterrupt
 
 
 def run(arguments: list[str]) -> int:
@@ -63,18 +84,14 @@ def run(arguments: list[str]) -> int:
         terminal.silence(sys.stdout)
         return 0
     except BaseException as error:
+        secrets = secrets_in(arguments)
         if "--debug" in arguments:
-            traceback.print_exc()
+            print(scrub(traceback.format_exc(), secrets), end="", file=sys.stderr)
         message, code = _explained(error)
-        terminal.say(f"error: {' '.join(message.split())}")
+        terminal.say(f"error: {one_line(scrub(message, secrets), LONGEST)}")
         if isinstance(error, OSError):  # it may be stdout's own
             terminal.flush(sys.stdout)
         return code
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    del signum, frame
-    raise KeyboardInterrupt
 
 
 def _explained(error: BaseException) -> tuple[str, int]:
@@ -156,7 +173,7 @@ def search(
     Everything lands in results/NAME: trials.csv to review, best.toml to train, report.html."""
     started = time.monotonic()  # the budget holds everything, also what the next lines take
     from autotune.environment import probe
-    from autotune.search import run, settings
+    from autotune.search import files, run, settings
     from autotune.train.track import tracker_notes
 
     here = probe(device)
@@ -194,8 +211,15 @@ def search(
     if dry_run:
         terminal.write_lines(settings.describe_settings(asked, here))
         return
+    if not name:
+        asked = replace(asked, name=files.claim_name(Path("results"), asked.name))
     directory = Path("results", asked.name)
-    _watch(directory, partial(run.search, asked, directory, here, started=started, calibrate_loss=calibrate_loss))
+    _watch(
+        directory,
+        partial(
+            run.search, asked, directory, here, started=started, calibrate_loss=calibrate_loss, storage_url=storage
+        ),
+    )
 
 
 _OF_RESUME = ("resume", "budget", "device", "other_machine")

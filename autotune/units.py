@@ -5,7 +5,7 @@ Inside the program: seconds, bytes, tokens. On screen: GiB (2^30), B/M/K counts,
 
 import re
 
-from autotune.errors import ConfigError
+from autotune.errors import ConfigError, shown
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -17,23 +17,35 @@ _BYTES = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_LONGEST = 18
+"""Digits of a number."""
+_LARGEST = 1e18
+_LEAST_BARE_SECONDS = 10.0
+"""A number without a unit is seconds, but nobody who writes 1 means one of them."""
 _NUMBER = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 
 
 def parse_duration(text: str) -> float:
     """`"90"`, `"90s"`, `"1h"`, `"1h30m"`, `"2d"` -> seconds. Raises ConfigError."""
     compact = text.strip().lower().replace(" ", "")
-    if re.fullmatch(_NUMBER, compact):
+    if re.fullmatch(_NUMBER, compact) and len(compact) <= _LONGEST:
+        if 0 < float(compact) < _LEAST_BARE_SECONDS:
+            raise ConfigError(f"duration {shown(text)} has no unit; did you mean {compact}h, {compact}m or {compact}s?")
         return float(compact)
-    parts = re.findall(_NUMBER + r"([smhd])", compact)
-    if not parts or "".join(n + u for n, u in parts) != compact:
-        raise ConfigError(f"duration {text!r} is not understood; write for example 90s, 15m, 1h or 1h30m")
+    parts = re.findall(_NUMBER + r"([smhd])", compact[: 4 * _LONGEST])
+    if not parts or "".join(n + u for n, u in parts) != compact or any(len(n) > _LONGEST for n, _ in parts):
+        raise ConfigError(f"duration {shown(text)} is not understood; write for example 90s, 15m, 1h or 1h30m")
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
 
 
 def parse_bytes(text: str) -> int:
     """`"24GiB"`, `"512MiB"`, `"24GB"` (10^9), `"1073741824"` -> bytes. Raises ConfigError."""
-    return _scaled(text, text, _BYTES, "memory size", "24GiB, 512MiB or 24GB")
+    count = _scaled(text, text, _BYTES, "memory size", "24GiB, 512MiB or 24GB")
+    if 0 < count < MIB:
+        number = re.match(_NUMBER, text.strip())
+        meant = f"{number[0]}GiB" if number else "24GiB"
+        raise ConfigError(f"memory size {shown(text)} is {count:,} bytes; did you mean {meant}?")
+    return count
 
 
 def parse_count(text: str) -> int:
@@ -43,8 +55,10 @@ def parse_count(text: str) -> int:
 
 def _scaled(text: str, compact: str, units: dict[str, int], what: str, examples: str) -> int:
     match = re.fullmatch(_NUMBER + r"(?:[eE]\+?([0-9]{1,2}))?\s*([A-Za-z]*)", compact.strip())
-    if match is None or match[3].upper() not in units:
-        raise ConfigError(f"{what} {text!r} is not understood; write for example {examples}")
+    if match is None or match[3].upper() not in units or len(match[1]) > _LONGEST:
+        raise ConfigError(f"{what} {shown(text)} is not understood; write for example {examples}")
+    if float(match[1]) * 10.0 ** int(match[2] or 0) * units[match[3].upper()] > _LARGEST:
+        raise ConfigError(f"{what} {shown(text)} is beyond {_LARGEST:.0e}; write for example {examples}")
     return round(float(match[1]) * 10.0 ** int(match[2] or 0) * units[match[3].upper()])
 
 

@@ -1,10 +1,12 @@
 """The command line: frozen commands and options, instant help, one line for a mistake, the right exit code."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from recorded_run import candidate, write_run
 
 import autotune
 from autotune import cli
+from autotune.config.search import SearchSettings
 from autotune.errors import CheckpointError, NoFeasibleError
 
 ROOT = Path(autotune.__file__).parent.parent
@@ -209,20 +212,95 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path, flags: list[str]
     assert (told.returncode, told.stderr) == (0, b"")
 
 
-def test_sigterm_is_an_interruption(tmp_path: Path) -> None:
+INTERRUPTED = """
+import os, signal, sys, time
+from autotune import cli
+import autotune.report.run
+
+def slow(*_):
+    try:
+        os.kill(os.getpid(), {first})
+        time.sleep(10)
+    except KeyboardInterrupt:
+        for number in {others}:
+            os.kill(os.getpid(), number)
+        time.sleep(0.05)
+        open({saved!r}, "w").close()
+        raise
+
+autotune.report.run.load_run = slow
+sys.argv = ["autotune", "report", "x"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "others"),
+    [
+        (signal.SIGTERM, []),
+        (signal.SIGHUP, [signal.SIGHUP]),
+        (signal.SIGTERM, [signal.SIGHUP, signal.SIGTERM]),
+        (signal.SIGINT, [signal.SIGINT, signal.SIGINT]),
+    ],
+)
+def test_a_signal_is_an_interruption_and_more_of_them_do_not_disturb_the_saving(
+    tmp_path: Path, first: int, others: list[int]
+) -> None:
     """main() turns it into KeyboardInterrupt, so that workers are killed and what is measured is kept."""
-    code = (
-        "import os, signal, sys, time\n"
-        "from autotune import cli\n"
-        "def slow(*_):\n    os.kill(os.getpid(), signal.SIGTERM); time.sleep(10)\n"
-        "import autotune.report.run\nautotune.report.run.load_run = slow\n"
-        "sys.argv = ['autotune', 'report', 'x']\ncli.main()\n"
-    )
+    code = INTERRUPTED.format(first=int(first), others=[int(n) for n in others], saved=str(tmp_path / "saved"))
     command = [sys.executable, "-c", code]
     told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=30)
     assert told.returncode == 130
     assert told.stderr == "error: interrupted\n"
+    assert (tmp_path / "saved").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # importing the command line changes nothing
+
+
+def test_nohup_holds(tmp_path: Path) -> None:
+    code = INTERRUPTED.format(first=int(signal.SIGHUP), others=[], saved=str(tmp_path / "saved"))
+    code = code.replace("time.sleep(10)", "os.kill(os.getpid(), signal.SIGTERM)")
+    command = ["nohup", sys.executable, "-c", code]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=30)
+    assert told.returncode == 130  # by SIGTERM: the SIGHUP before it changed nothing
+    assert (tmp_path / "saved").exists()
+
+
+CLOSED = """
+import os, sys, time
+from autotune import cli
+import autotune.report.run
+
+def slow(*_):
+    try:
+        print("begun", flush=True)
+        time.sleep(20)
+    except KeyboardInterrupt:
+        print("a note of progress", file=sys.stderr, flush=True)
+        open(sys.argv[2] + "/saved", "w").close()
+        raise
+
+autotune.report.run.load_run = slow
+try:
+    cli.main()
+except SystemExit as end:
+    open(sys.argv[2] + "/code", "w").write(str(end.code))
+"""
+
+
+def test_a_closed_terminal_saves(tmp_path: Path) -> None:
+    """The kernel sends SIGHUP, and writing to the terminal fails from then on."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLOSED, "report", str(tmp_path)],
+        stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    assert os.read(ours, 5) == b"begun"
+    os.close(ours)
+    assert process.wait(timeout=30) == 0
+    assert (tmp_path / "saved").exists()
+    assert (tmp_path / "code").read_text() == "130"
 
 
 class TestSearch:
@@ -243,6 +321,10 @@ class TestSearch:
             (["--objective", "los"], "did you mean 'loss'?"),
             (["--memory-limit", "1TiB"], "--memory-limit"),
             (["--memory-limit", "0"], "--memory-limit"),
+            (["--memory-limit", "24"], "did you mean 24GiB?"),
+            (["--train-tokens", "10"], "less than one optimizer step (524,288 tokens); did you mean 10B?"),
+            (["--model", f"{10**25}x12x768"], "--model"),
+            (["--model", "99999999999x12x768"], "the largest value is 10,000"),
             (["--model", "12x12"], "--model '12x12' is not understood"),
             (["--model", "12x12x768", "--from", "x.py"], "--from"),
             (["--train-time", "1h", "--train-tokens", "1B"], "exclude each other"),
@@ -286,6 +368,20 @@ class TestSearch:
         assert "the compile cache /dev/null/cache cannot be written" in text
         assert "set AUTOTUNE_CACHE_DIR" in text
         assert list(Path().iterdir()) == []
+    def test_two_searches_of_one_second_have_names_of_their_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("autotune.search.settings.time.strftime", lambda form: "20250101-120000-")
+        made: list[tuple[str, Path]] = []
+
+        def search(asked: SearchSettings, directory: Path, here: object, **watched: object) -> None:
+            made.append((asked.name, directory))
+            raise NoFeasibleError("stop")
+
+        monkeypatch.setattr("autotune.search.run.search", search)
+        monkeypatch.setattr(cli, "_report", lambda *_, **__: None)
+        for _ in range(3):
+            cli.run(["search", "--model", "12x12x768"])
+        assert [name for name, _ in made] == [f"20250101-120000-throughput{end}" for end in ("", "-2", "-3")]
+        assert all(directory == Path("results", name) and directory.is_dir() for name, directory in made)
 
     def test_nothing_feasible_shows_the_report_and_is_three(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -62,7 +62,7 @@ def test_a_shown_duration_reads_back(seconds: float) -> None:
     assert shown == pytest.approx(seconds, abs=0.51 if seconds < 3599 else 60 if seconds < 86399 else 3600)
 
 
-@given(st.integers(min_value=0, max_value=1 << 50))
+@given(st.integers(min_value=2 * MIB, max_value=1 << 50))
 def test_shown_bytes_read_back(count: int) -> None:
     assert parse_bytes(format_bytes(count)) == pytest.approx(count, abs=0.051 * MIB, rel=0.006)
 
@@ -72,6 +72,30 @@ def test_a_shown_count_reads_back(count: int) -> None:
     assert parse_count(format_count(count)) == pytest.approx(count, abs=0.5, rel=0.06)
 
 
-@given(st.integers(min_value=0, max_value=10**12))
+@given(st.integers(min_value=MIB, max_value=10**12))
 def test_plain_numbers_are_exact(number: int) -> None:
     assert parse_bytes(str(number)) == parse_count(str(number)) == parse_duration(str(number)) == number
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "said"),
+    [
+        (parse_bytes, "24", "memory size '24' is 24 bytes; did you mean 24GiB?"),
+        (parse_bytes, "16KB", "memory size '16KB' is 16,000 bytes; did you mean 16GiB?"),
+        (parse_bytes, "1.5", "did you mean 1.5GiB?"),
+        (parse_bytes, "9" * 400, "is not understood"),
+        (parse_bytes, "9e99TiB", "is beyond 1e+18"),
+        (parse_duration, "1", "duration '1' has no unit; did you mean 1h, 1m or 1s?"),
+        (parse_duration, "9" * 400 + "h", "is not understood"),
+        (parse_count, "9" * 5000, "is not understood"),
+    ],
+)
+def test_sizes_that_nobody_means_are_refused_with_what_was_meant(parse: object, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(text)  # type: ignore[operator]
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_small_sizes_with_their_unit_and_none_at_all_are_what_they_say() -> None:
+    assert (parse_bytes("0"), parse_bytes("1MiB"), parse_duration("1s"), parse_duration("0")) == (0, MIB, 1.0, 0.0)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from autotune.errors import ConfigError, suggest
+from autotune.errors import ConfigError, shown, suggest
 from autotune.kernels import registry
 from autotune.terminal import visible
 
@@ -21,6 +21,12 @@ AUTOCAST = ("bfloat16", "float16")
 Allocator = Literal["default", "expandable_segments"]
 Schedule = Literal["cosine", "wsd", "constant"]
 Optimizer = Literal["adamw", "adamw_unfused", "adamw_8bit", "muon"]
+
+
+# Some hundred times beyond the largest models: whoever writes more has mistyped, and the arithmetic with it is no use.
+_LARGEST_SHAPE = {"n_layer": 10_000, "n_head": 10_000, "n_embd": 2**20, "block_size": 2**27, "vocab_size": 2**27}
+_LARGEST_BATCH = 2**30
+_LARGEST_COUNT = 10**15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +48,8 @@ class Shape:
 
     def __post_init__(self) -> None:
         one_of("model.arch", self.arch, ("gpt2",))
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            at_least(f"model.{name}", getattr(self, name), 1)
+        for name, largest in _LARGEST_SHAPE.items():
+            between(f"model.{name}", getattr(self, name), 1, largest)
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"model.n_embd = {self.n_embd} is not a multiple of model.n_head = {self.n_head}; change one of them"
@@ -126,10 +132,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         plain_texts("training.", vars(self))
-        for name in ("global_batch_size", "max_iters", "eval_interval", "eval_iters", "log_interval",
-                     "checkpoint_interval", "lr_decay_iters"):  # fmt: skip
-            at_least(f"training.{name}", getattr(self, name), 1)
-        for name in ("warmup_iters", "eval_batch_size", "weight_decay", "grad_clip", "min_lr", "seed"):
+        between("training.global_batch_size", self.global_batch_size, 1, _LARGEST_BATCH)
+        between("training.eval_batch_size", self.eval_batch_size, 0, _LARGEST_BATCH)
+        for name in ("max_iters", "eval_interval", "eval_iters", "log_interval", "checkpoint_interval",
+                     "lr_decay_iters"):  # fmt: skip
+            between(f"training.{name}", getattr(self, name), 1, _LARGEST_COUNT)
+        between("training.warmup_iters", self.warmup_iters, 0, _LARGEST_COUNT)
+        between("training.seed", self.seed, 0, 2**63 - 1)
+        for name in ("weight_decay", "grad_clip", "min_lr"):
             at_least(f"training.{name}", getattr(self, name), 0)
         one_of("training.schedule", self.schedule, get_args(Schedule))
         one_of("training.optimizer", self.optimizer, get_args(Optimizer))
@@ -173,16 +183,17 @@ class Plan:
     allocator: Allocator = "default"
 
     def __post_init__(self) -> None:
-        at_least("plan.micro_batch_size", self.micro_batch_size, 1)
-        at_least("plan.loss_chunk_tokens", self.loss_chunk_tokens, 1)
+        between("plan.micro_batch_size", self.micro_batch_size, 1, _LARGEST_BATCH)
+        between("plan.loss_chunk_tokens", self.loss_chunk_tokens, 1, _LARGEST_COUNT)
         one_of("plan.attention", self.attention, registry.names("attention"))
         one_of("plan.loss", self.loss, registry.names("loss"))
-        known = r"none|block|selective|every_([2-9]|[1-9]\d+)|budget_(0|1|0\.\d*[1-9])"  # each in one way only
+        # each in one way only
+        known = r"none|block|selective|every_([2-9]|[1-9][0-9]{1,5})|budget_(0|1|0\.[0-9]{0,8}[1-9])"
         if re.fullmatch(known, self.activation_checkpointing) is None:
             raise ConfigError(
-                f"plan.activation_checkpointing = {self.activation_checkpointing!r} is not known; choose from none, "
-                "block, selective, every_2 (or any larger number), budget_0.5 (any number from 0 to 1, without zeros "
-                "at its end)"
+                f"plan.activation_checkpointing = {shown(self.activation_checkpointing)} is not known; choose from "
+                "none, block, selective, every_2 (or any larger number), budget_0.5 (any number from 0 to 1, without "
+                "zeros at its end)"
             )
         one_of("plan.compile", self.compile, get_args(Compile))
         one_of("plan.dtype", self.dtype, get_args(DType))
@@ -244,7 +255,7 @@ class Candidate:
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise ConfigError(f"{name} = {value!r} is not known; {suggest(str(value), allowed)}")
+        raise ConfigError(f"{name} = {shown(value)} is not known; {suggest(str(value), allowed)}")
 
 
 def plain_texts(table: str, values: Mapping[str, object]) -> None:
@@ -255,11 +266,18 @@ def plain_texts(table: str, values: Mapping[str, object]) -> None:
         if isinstance(value, Mapping):
             plain_texts(f"{table}{name}.", value)
         for text in inside:
-            if isinstance(text, str) and (shown := visible(text)) != text:
-                raise ConfigError(f'{table}{name} = "{shown[:80]}" holds a control character; leave it out')
+            if isinstance(text, str) and (escaped := visible(text)) != text:
+                raise ConfigError(f'{table}{name} = "{escaped[:80]}" holds a control character; leave it out')
 
 
 def at_least(name: str, value: float, smallest: float) -> None:
     """Raise ConfigError unless `value >= smallest`."""
-    if value < smallest:
-        raise ConfigError(f"{name} = {value} is not allowed; the smallest value is {smallest}")
+    if not value >= smallest:
+        raise ConfigError(f"{name} = {shown(value)} is not allowed; the smallest value is {smallest}")
+
+
+def between(name: str, value: float, smallest: float, largest: float) -> None:
+    """Raise ConfigError unless `smallest <= value <= largest`."""
+    at_least(name, value, smallest)
+    if value > largest:
+        raise ConfigError(f"{name} = {shown(value)} is not allowed; the largest value is {largest:,}")

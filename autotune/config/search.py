@@ -1,6 +1,5 @@
 """The settings of one search, as `search.toml` keeps them."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import Literal, get_args
 
 import tomli_w
 
-from autotune.config.candidate import Plan, Recipe, at_least, one_of, plain_texts
-from autotune.config.tables import read_table
+from autotune.config.candidate import Plan, Recipe, between, one_of, plain_texts
+from autotune.config.storage import without_password
+from autotune.config.tables import parse_toml, read_table
 from autotune.config.toml import read_text, without_none, write_atomically
-from autotune.errors import ConfigError
+from autotune.errors import ConfigError, shown
 from autotune.terminal import visible
 
 Objective = Literal["throughput", "loss"]
@@ -60,7 +60,7 @@ class SearchSettings:
     """Of the law when it is moved so; None: its own."""
     workers: int = 1
     storage: str = ""
-    """An Optuna storage URL; empty: study.db in the run directory."""
+    """An Optuna storage URL, of which no password is kept; empty: study.db in the run directory."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,11 +71,12 @@ class SearchSettings:
             raise ConfigError("--storage holds a control character; leave it out")
         if not _is_plain(self.name):
             raise ConfigError(
-                f"--name {self.name[:80]!r} is not the plain name of a directory; give for example my-run, "
+                f"--name {shown(self.name)} is not the plain name of a directory; give for example my-run, "
                 f"up to {_LONGEST_NAME} bytes long"
             )
-        at_least("--workers", self.workers, 1)
-        at_least("--seed", self.seed, 0)
+        object.__setattr__(self, "storage", without_password(self.storage))
+        between("--workers", self.workers, 1, 10**6)
+        between("--seed", self.seed, 0, 2**32 - 1)
         if self.budget_seconds <= 0:
             raise ConfigError(f"--budget {self.budget_seconds:g} leaves no time; give for example 15m or 1h")
         if self.memory_limit_bytes <= 0:
@@ -103,8 +104,4 @@ def write_settings(path: Path, settings: SearchSettings) -> None:
 
 def read_settings(path: Path) -> SearchSettings:
     """Read search.toml. Raises ConfigError."""
-    try:
-        tables = tomllib.loads(read_text(path, "give the directory of a run"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    return read_table(SearchSettings, tables, "search")
+    return read_table(SearchSettings, parse_toml(read_text(path, "give the directory of a run"), str(path)), "search")

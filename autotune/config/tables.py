@@ -1,26 +1,85 @@
 """Dataclasses from plain tables (TOML, JSON) and back; the boundary where types are checked."""
 
+import json
 import math
+import sys
+import tomllib
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from autotune.errors import ConfigError, suggest
+from autotune.errors import SHOWN, ConfigError, one_line, shown, suggest
 
 T = TypeVar("T")
 
 
-def read_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The tables of a TOML text that `where` names in messages. Raises ConfigError."""
+    try:
+        return tomllib.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError that is no TOMLDecodeError
+        raise ConfigError(f"{where} is not valid TOML: {_reason(error)}") from None
+
+
+def parse_json(text: str, where: str, advice: str = "") -> Any:
+    """The value of a JSON text that `where` names in messages, where `advice` says what to do. Raises ConfigError."""
+    try:
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} cannot be read: it is not JSON: {_reason(error)}{_and(advice)}") from None
+
+
+def read_json(path: Path, advice: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises ConfigError, with `advice`, for a file that is missing, damaged or holds
+    something else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist{_and(advice)}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {_reason(error)}{_and(advice)}") from None
+    value = parse_json(text, str(path), advice)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is damaged: it holds {shown(value)}, not an object{_and(advice)}")
+    return value
+
+
+def _finite(word: str) -> float:
+    number = float(word)
+    if not math.isfinite(number):
+        raise ValueError(f"{one_line(word, SHOWN)} is not a finite number")
+    return number
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return "a number has too many digits" if "integer string conversion" in reason else one_line(reason)
+
+
+def _and(advice: str) -> str:
+    return f"; {advice}" if advice else ""
+
+
+LARGEST = 2**63 - 1
+"""Of a whole number in a file: what 64 bits hold, as in TOML."""
+
+
+def read_table(cls: type[T], table: Mapping[str, Any] | None, where: str) -> T:
     """Build the dataclass `cls` from `table`, whose place is called `where` in messages.
 
     Raises ConfigError for an unknown key (with the nearest known one), a missing key, or a value
     of another type than the field's.
     """
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where} = {shown(table)} is not a table")
     for key in table:
         if key not in known:
-            raise ConfigError(f"{where}.{key} is not a known key; {suggest(key, known)}")
+            raise ConfigError(f"{where}.{one_line(str(key), SHOWN)} is not a known key; {suggest(str(key), known)}")
     hints = get_type_hints(cls)
     values = {}
     for name, spec in known.items():
@@ -34,7 +93,7 @@ def read_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 def _checked(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} = {value!r} is not a table; write it as [{where}]")
+            raise ConfigError(f"{where} = {shown(value)} is not a table; write it as [{where}]")
         return read_table(hint, value, where)  # type: ignore[arg-type]
     if hint is Any:
         return value
@@ -45,18 +104,23 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         return _checked(next(a for a in args if a is not type(None)), value, where)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} = {value!r} is not a table")
-        return {str(key): _checked(args[1], item, f"{where}.{key}") for key, item in value.items()}
+            raise ConfigError(f"{where} = {shown(value)} is not a table")
+        return {str(k): _checked(args[1], item, f"{where}.{one_line(str(k), SHOWN)}") for k, item in value.items()}
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where} = {value!r} is not a list; write it in brackets")
+            raise ConfigError(f"{where} = {shown(value)} is not a list; write it in brackets")
         return tuple(_checked(args[0], item, where) for item in value)
     if origin is Literal:
-        return value  # the dataclass itself says what is allowed, with a suggestion
+        if value not in args:
+            allowed = suggest(value if isinstance(value, str) else "", args)
+            raise ConfigError(f"{where} = {shown(value)} is not known; {allowed}")
+        return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < sys.float_info.max else math.inf
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where} = {value} is not a finite number; write one")
+    if hint is int and isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError(f"{where} = {shown(value)} is not allowed; the largest number is {LARGEST}")
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise ConfigError(f"{where} = {value!r} is of type {type(value).__name__}; write a {hint.__name__}")
+        raise ConfigError(f"{where} = {shown(value)} is of type {type(value).__name__}; write a {hint.__name__}")
     return value

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import os
-import tomllib
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any
 import tomli_w
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
-from autotune.config.tables import read_table
-from autotune.errors import ConfigError, suggest
+from autotune.config.tables import parse_toml, read_table
+from autotune.errors import SHOWN, ConfigError, one_line, shown, suggest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +27,18 @@ class CandidateFile:
     """The machine of the measurement."""
 
 
+_FIGURES = r"trial|mfu|predicted_loss|tokens_per_second.*|.*_(seconds|bytes|hits|misses|p50)"
+"""Keys of [measured] that are read as numbers."""
+_LARGEST_FIGURE = 1e30
 _TABLES = ("model", "training", "plan", "measured", "environment")
 
 
 def parse_candidate(text: str, where: str, overrides: tuple[str, ...] = ()) -> CandidateFile:
     """Read a candidate file; `overrides` are `plan.loss=chunked` assignments. Raises ConfigError."""
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where} is not valid TOML: {error}") from None
+    tables = parse_toml(text, where)
     for name, table in tables.items():
         if name not in _TABLES or not isinstance(table, dict):
-            raise ConfigError(f"{where}: [{name}] is not a known table; {suggest(name, _TABLES)}")
+            raise ConfigError(f"{where}: [{one_line(name, SHOWN)}] is not a known table; {suggest(name, _TABLES)}")
     for name in ("model", "plan"):
         if name not in tables:
             raise ConfigError(f"{where} has no table [{name}]; a candidate needs [model], [training] and [plan]")
@@ -50,11 +50,27 @@ def parse_candidate(text: str, where: str, overrides: tuple[str, ...] = ()) -> C
         raise ConfigError("training.shape is not a known key; the shape stands in [model]")
     recipe = read_table(Recipe, {**training, "shape": asdict(shape)}, "training")
     plan = read_table(Plan, tables["plan"], "plan")
-    return CandidateFile(
-        candidate=Candidate(recipe=recipe, plan=plan),
-        measured=tables.get("measured", {}),
-        environment=tables.get("environment", {}),
-    )
+    measured, environment = tables.get("measured", {}), tables.get("environment", {})
+    for name, table in (("measured", measured), ("environment", environment)):
+        for key, value in table.items():
+            figure = name == "measured" and re.fullmatch(_FIGURES, key)
+            if not (_is_number(value) if figure else _is_plain(value)):
+                what, key = "not a number" if figure else "neither text nor a number", one_line(key, SHOWN)
+                raise ConfigError(f"{where}: {name}.{key} = {shown(value)} is {what}; correct it or leave it out")
+    return CandidateFile(candidate=Candidate(recipe=recipe, plan=plan), measured=measured, environment=environment)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST_FIGURE
+
+
+def _is_plain(value: object) -> bool:
+    """What JSON can hold too."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, str | bool) or _is_number(value)
 
 
 def read_candidate(path: Path, overrides: tuple[str, ...] = ()) -> CandidateFile:
@@ -71,18 +87,19 @@ def read_text(path: Path, hint: str) -> str:
         return path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ConfigError(f"{path} cannot be read: {one_line(reason)}") from None
 
 
 def _assign(tables: dict[str, Any], assignment: str) -> None:
     target, equals, value = assignment.partition("=")
     table, dot, key = target.strip().partition(".")
     if not (equals and dot and key) or table not in ("model", "training", "plan"):
-        raise ConfigError(f"--set {assignment!r} is not understood; write for example plan.loss=chunked")
+        raise ConfigError(f"--set {shown(assignment)} is not understood; write for example plan.loss=chunked")
     try:
-        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = parse_toml(f"value = {value.strip()}", "--set")["value"]
+    except ConfigError:
         parsed = value.strip()  # a bare word is a string
     tables.setdefault(table, {})[key] = parsed
 

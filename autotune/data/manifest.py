@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from autotune.config.tables import read_table
-from autotune.errors import ConfigError, DataError
+from autotune.config.tables import read_json, read_table
+from autotune.errors import ConfigError, DataError, shown
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -78,15 +78,16 @@ class Manifest:
 def read_manifest(directory: Path) -> Manifest | None:
     """The directory's manifest, None where it has none. Raises DataError for a damaged or newer one."""
     path = directory / MANIFEST_NAME
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; delete {directory} and prepare again") from error
-    version = table.get("version") if isinstance(table, dict) else None
+    try:
+        table = read_json(path, f"delete {directory} and prepare again")
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+    version = table.get("version")
     if version != MANIFEST_VERSION:
-        raise DataError(f"{path} has version {version!r}, allowed is {MANIFEST_VERSION}; prepare another directory")
+        has = f"{path} has version {shown(version)}"
+        raise DataError(f"{has}, allowed is {MANIFEST_VERSION}; prepare another directory")
     table.pop("totals", None)
     try:
         return read_table(Manifest, table, "manifest")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 
-from autotune.config.tables import read_table
+from autotune.config.tables import read_json, read_table
 from autotune.config.toml import write_atomically
 
 Z95 = NormalDist().inv_cdf(0.975)
@@ -103,5 +103,5 @@ def write_review(path: Path, review: Review) -> None:
 
 
 def read_review(path: Path) -> Review:
-    """Read verdict.json. Raises ConfigError for other keys, OSError or ValueError for no JSON."""
-    return read_table(Review, json.loads(path.read_text()), "verdict")
+    """Read verdict.json. Raises ConfigError."""
+    return read_table(Review, read_json(path), "verdict")

@@ -17,14 +17,14 @@ from functools import partial
 from pathlib import Path
 
 from autotune.environment import compile_cache_dir, worker_environment
-from autotune.errors import ConfigError
+from autotune.errors import ConfigError, one_line
 from autotune.measure.types import MemoryProfile, TrialRequest, TrialResult, from_json, to_json
 
 LOG_BYTES = 16 << 20
 """A worker that prints more is ended."""
 _WORKER = "autotune.measure.worker"
 _LOOK_SECONDS = 0.1
-_TIMED = ('"phase": "warmup"', '"phase": "measure"', '"phase": "done"')
+_TIMED = (b'"phase": "warmup"', b'"phase": "measure"', b'"phase": "done"')
 
 _Process = subprocess.Popen[bytes]
 
@@ -110,9 +110,9 @@ def _run(module: str, request: TrialRequest, directory: Path, log: Path, standby
     result = TrialResult(status="crashed", phase="start")
     if file.exists():
         try:
-            result = from_json(TrialResult, file.read_text())
-        except (ValueError, ConfigError) as error:
-            result = replace(result, message=f"the worker's result cannot be read: {error}")
+            result = from_json(TrialResult, file.read_text(encoding="utf-8"))
+        except (ValueError, OSError, ConfigError) as error:
+            result = replace(result, message=f"the worker's result cannot be read: {one_line(str(error))}")
     seconds = time.monotonic() - started
     told = dict(result.phase_seconds)
     # A worker that was killed has not told how long its last phase took.
@@ -170,7 +170,7 @@ def _wait(worker: _Process, request: TrialRequest, log: Path, standby: Standby |
             return worker.wait(timeout=min(_LOOK_SECONDS, left))
         if log.stat().st_size > LOG_BYTES:
             return None
-        if standby and result.exists() and any(phase in result.read_text() for phase in _TIMED):
+        if standby and result.exists() and any(phase in result.read_bytes() for phase in _TIMED):
             standby.hold(still=True)
             standby = None
     return None

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeVar
 
 from autotune.config.candidate import Candidate
-from autotune.config.tables import read_table
+from autotune.config.tables import parse_json, read_table
 
 Status = Literal[
     "ok",
@@ -194,5 +194,5 @@ def to_json(value: TrialRequest | TrialResult | MemoryProfile) -> str:
 
 
 def from_json(cls: type[T], text: str) -> T:
-    """What `to_json` wrote. Raises ValueError for what is no JSON, ConfigError for other keys or types."""
-    return read_table(cls, json.loads(text), cls.__name__)
+    """What `to_json` wrote. Raises ConfigError."""
+    return read_table(cls, parse_json(text, cls.__name__), cls.__name__)

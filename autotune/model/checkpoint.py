@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autotune.config.candidate import Candidate
-from autotune.config.tables import read_table
-from autotune.errors import CheckpointError, ConfigError
+from autotune.config.tables import read_json, read_table
+from autotune.errors import CheckpointError, ConfigError, one_line, shown
 from autotune.model.gpt import GPT
 from autotune.model.step import TrainStep
 
@@ -58,6 +58,16 @@ class TrainState:
     """Of the last steps, oldest first: what a spike is told from."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Body:
+    """What state.json holds under its sha256."""
+
+    train: TrainState
+    random: Mapping[str, str]
+    scaler: Mapping[str, Any]
+    files: Mapping[str, str]
+
+
 class _DamagedError(CheckpointError):
     """A checkpoint whose content is not what was written. Others, such as a newer format, are no damage."""
 
@@ -78,19 +88,22 @@ class Checkpoint:
         check_finite(weights, self.path / _MODEL)
         try:
             model.load_state_dict(weights)
-        except RuntimeError as error:
+        except (RuntimeError, SafetensorError) as error:
             difference = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"{self.path / _MODEL} is of another model: {difference}") from None
 
     def restore(self, step: TrainStep) -> None:
         """Put weights, optimizer, scaler and random states into `step`, bit for bit."""
         self.load_weights(step.model)
-        _load_optimizer(step, _load(self.path / _OPTIMIZER))
-        if step.scaler.is_enabled() and self.scaler:
-            step.scaler.load_state_dict(self.scaler)
-        torch.set_rng_state(_tensor(self.random["cpu"]))
-        if step.device.type == "cuda" and "cuda" in self.random:
-            torch.cuda.set_rng_state(_tensor(self.random["cuda"]), step.device)
+        try:
+            _load_optimizer(step, _load(self.path / _OPTIMIZER))
+            if step.scaler.is_enabled() and self.scaler:
+                step.scaler.load_state_dict(self.scaler)
+            torch.set_rng_state(_tensor(self.random["cpu"]))
+            if step.device.type == "cuda" and "cuda" in self.random:
+                torch.cuda.set_rng_state(_tensor(self.random["cuda"]), step.device)
+        except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path} is not of this training: {one_line(str(error))}") from None
 
 
 def save_checkpoint(directory: Path, step: TrainStep, state: TrainState) -> Path:
@@ -115,7 +128,7 @@ def save_checkpoint(directory: Path, step: TrainStep, state: TrainState) -> Path
             link.symlink_to(path.name)
             link.replace(best)
         for old in checkpoints(directory)[:-KEPT]:
-            if old.resolve() != best.resolve():
+            if old.resolve() != best.resolve() and not old.is_symlink():
                 shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -132,25 +145,27 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist; give a directory step_… of a training")
     try:
-        content = json.loads((path / _STATE).read_text())
-        written_as, body, digest = content["format"], content.get("body"), content.get("sha256")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        content = read_json(path / _STATE)
+        written_as, body, digest = content.get("format"), content.get("body"), content.get("sha256")
+    except ConfigError as error:
         raise _DamagedError(f"{path / _STATE} is damaged: {error}") from None
+    if not isinstance(written_as, int) or isinstance(written_as, bool):
+        raise _DamagedError(f"{path / _STATE} is damaged: format = {shown(written_as)} is no number")
     if written_as != FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {written_as!r}, this version reads {FORMAT}; "
+            f"{path} has checkpoint format {shown(written_as)}, this version reads {FORMAT}; "
             "use the autotune that wrote it, or a newer one"
         )
     if digest != _digest(body):
         raise _DamagedError(f"{path / _STATE} is damaged: its content does not have its sha256")
-    for name, expected in body["files"].items():
-        if not (path / name).is_file() or _file_digest(path / name) != expected:
-            raise _DamagedError(f"{path / name} is damaged or missing: its sha256 is not that of {_STATE}")
     try:
-        state = read_table(TrainState, body["train"], _STATE)
+        read = read_table(_Body, body, _STATE)
     except ConfigError as error:
         raise CheckpointError(f"{path / _STATE} is not understood: {error}") from None
-    return Checkpoint(path=path, state=state, random=body["random"], scaler=body["scaler"])
+    for name in (_MODEL, _OPTIMIZER):
+        if not (path / name).is_file() or _file_digest(path / name) != read.files.get(name):
+            raise _DamagedError(f"{path / name} is damaged or missing: its sha256 is not that of {_STATE}")
+    return Checkpoint(path=path, state=read.train, random=dict(read.random), scaler=dict(read.scaler))
 
 
 def latest_good(directory: Path) -> tuple[Checkpoint, tuple[str, ...]]:
@@ -171,7 +186,8 @@ def latest_good(directory: Path) -> tuple[Checkpoint, tuple[str, ...]]:
 
 def checkpoints(directory: Path) -> list[Path]:
     """The checkpoints of a directory, damaged or not, oldest first; empty where it does not exist."""
-    return sorted((path for path in directory.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=_iteration)
+    named = [path for path in directory.glob("step_*") if re.fullmatch(r"step_[0-9]+", path.name)]
+    return sorted((path for path in named if path.is_dir()), key=_iteration)
 
 
 def _iteration(path: Path) -> int:
@@ -193,7 +209,10 @@ def set_aside(directory: Path, iteration: int) -> None:
 def clean(directory: Path) -> None:
     """Remove what a process that was killed while writing has left behind."""
     for path in directory.glob(".step_*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

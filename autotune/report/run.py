@@ -1,6 +1,5 @@
 """A run directory, read back: its trials, its best candidate, its machine; and what they say."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +11,10 @@ import pandas as pd
 
 from autotune.config.candidate import Candidate, Plan
 from autotune.config.search import SearchSettings, read_settings
-from autotune.config.tables import read_table
+from autotune.config.tables import read_json, read_table
 from autotune.config.toml import read_candidate
 from autotune.environment import Environment
-from autotune.errors import ConfigError
+from autotune.errors import ConfigError, one_line
 from autotune.measure.records import COLUMNS, OPTIONAL_COLUMNS, PLAN_FIELDS, read_text
 from autotune.measure.review import Review, Speed, read_review
 from autotune.units import format_duration
@@ -92,37 +91,34 @@ def load_run(path: Path) -> Run:
         raise ConfigError(f"{path} is not a directory; give a run, for example results/<run>")
     settings = read_settings(path / "search.toml")
     best = read_candidate(path) if (path / "best.toml").exists() else None
-    machine = _read(path / "environment.json", _read_json)
-    machine.pop("fingerprint", None)  # it follows from the rest
     verdict, summary = path / "verdict.json", path / "train" / "summary.json"
     return Run(
         path=path,
         trials=_read(path / "trials.csv", _read_trials),
         candidate=best.candidate if best else None,
         measured=best.measured if best else {},
-        environment=read_table(Environment, machine, "environment"),
+        environment=_read(path / "environment.json", _read_environment),
         settings=settings,
         review=_read(verdict, read_review) if verdict.exists() else None,
-        training=_read(summary, _read_json) if summary.exists() else {},
+        training=_read(summary, read_json) if summary.exists() else {},
     )
 
 
 def _read(file: Path, reader: Callable[[Path], T]) -> T:
     try:
         return reader(file)
-    except (OSError, ValueError) as error:
-        why = "it does not exist" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+    except (ConfigError, OSError, ValueError, TypeError, OverflowError) as error:  # pandas knows many for a damaged CSV
+        why = "it does not exist" if isinstance(error, FileNotFoundError) else one_line(str(error))
         raise ConfigError(
             f"{file.parent} is not a readable run: {file.name}: {why}; "
             "give the directory of a search, or mend it with `autotune report --rebuild`"
         ) from None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    table = json.loads(file.read_text())
-    if not isinstance(table, dict):
-        raise ValueError("it is not a table")
-    return table
+def _read_environment(file: Path) -> Environment:
+    table = read_json(file)
+    table.pop("fingerprint", None)  # it follows from the rest
+    return read_table(Environment, table, "environment")
 
 
 def _read_trials(file: Path) -> tuple[Row, ...]:
@@ -136,7 +132,14 @@ def _read_trials(file: Path) -> tuple[Row, ...]:
     for name in _TEXT:
         frame[name] = frame[name].map(read_text)
     plain = frame.astype(object).where(frame.notna(), None)
-    return tuple({str(key): value for key, value in row.items()} for row in plain.to_dict("records"))
+    rows = tuple({str(key): value for key, value in row.items()} for row in plain.to_dict("records"))
+    for number, row in enumerate(rows, 2):
+        if row["trial"] is None or (row["objective"] is not None and row["tokens_per_second"] is None):
+            raise ValueError(f"line {number} has no trial, or an objective without tokens/s")
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"line {number}: {name} = {value} is not a finite number")
+    return rows
 
 
 def ranked(run: Run) -> list[Row]:
@@ -232,7 +235,8 @@ def trade_offs(run: Run) -> list[Row]:
         return []
     last = [row for name in {row["candidate_id"] for row in feasible} if (row := _last_word(feasible, name))]
     column, sign = ("predicted_loss", -1) if run.lower_is_better else ("tokens_per_second", 1)
-    return pareto_front(last, peak_view(last), column, sign)
+    view = peak_view(last)
+    return pareto_front([row for row in last if None not in (row[view], row[column])], view, column, sign)
 
 
 def failures(run: Run) -> list[Failure]:

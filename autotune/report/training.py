@@ -1,14 +1,15 @@
 """Trainings, read back from their directories: what was predicted and measured before, and what came of it."""
 
 import csv
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autotune.config.tables import read_json
 from autotune.config.toml import CandidateFile, read_candidate
-from autotune.errors import ConfigError
+from autotune.errors import ConfigError, one_line, shown
 from autotune.report.table import Listing, plain
 from autotune.units import format_bytes, format_count, format_duration
 
@@ -47,23 +48,47 @@ def load_training(path: Path) -> TrainedRun:
     try:
         found = _last_row(log) if log.exists() else {}
         if summary.exists():
-            told = json.loads(summary.read_text())
-            ended = told["iterations"] >= found.get("iteration", 0)  # else of before a --resume that runs now
+            told = _figures(read_json(summary))
+            ended = (told["iteration"] or 0) >= (found.get("iteration") or 0)  # else of before a --resume that runs now
             if ended:
-                found = {name: told.get(name) for name in _FIGURES} | {"iteration": told["iterations"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a readable training: {error}; go on with `autotune train --resume`") from None
+                found = told
+    except (ConfigError, OSError, ValueError, csv.Error) as error:
+        why = one_line(str(error))
+        raise ConfigError(f"{path} is not a readable training: {why}; go on with `autotune train --resume`") from None
     return TrainedRun(path=path, file=read_candidate(path / "recipe.toml"), ended=ended, found=found)
 
 
 def _last_row(log: Path) -> dict[str, float | None]:
-    """The last whole row, and the last validation loss of any row."""
-    rows = list(csv.DictReader(log.read_text().split("\n")[:-1]))  # what follows the last line break is being written
-    if not rows:
-        return {}
-    seen = [row["validation_loss"] for row in rows if row["validation_loss"]]
-    last = rows[-1] | {"validation_loss": seen[-1] if seen else ""}
-    return {name: float(last[name]) if last[name] else None for name in _FIGURES}
+    """The last whole row, and the last validation loss of any row. Raises ValueError for a line that is no row."""
+    lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line break is being written
+    rows, last = list(csv.DictReader(lines)), dict[str, float | None]()
+    for number, row in enumerate(rows, 2):
+        try:
+            if None in row or None in row.values() or not row["iteration"]:  # too many cells, too few, none
+                raise ValueError
+            here = {name: _finite(row[name]) if row[name] else None for name in _FIGURES}
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{log.name}, line {number} is no row of it") from None
+        last = here | {"validation_loss": here["validation_loss"] or last.get("validation_loss")}
+    return last
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+def _figures(summary: Mapping[str, Any]) -> dict[str, float | None]:
+    """Those of summary.json. Raises ConfigError for one that is no number."""
+    figures = {name: summary.get("iterations" if name == "iteration" else name) for name in _FIGURES}
+    for name, value in figures.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30):
+            raise ConfigError(f"summary.json: {name} = {shown(value)} is not a number")
+    if figures["iteration"] is None:
+        raise ConfigError("summary.json: iterations is missing")
+    return figures
 
 
 def training_table(trainings: Sequence[TrainedRun]) -> Listing:

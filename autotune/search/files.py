@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,9 +12,10 @@ from typing import Any
 
 from autotune.config.nanogpt import format_nanogpt
 from autotune.config.search import SearchSettings, write_settings
+from autotune.config.tables import read_json
 from autotune.config.toml import CandidateFile, format_candidate, write_atomically
 from autotune.environment import Environment
-from autotune.errors import ConfigError, InterruptedByUser
+from autotune.errors import SHOWN, ConfigError, InterruptedByUser, one_line, shown
 from autotune.measure.records import TrialRecord, write_csv
 from autotune.search.objective import finish_recipe, loss_at, training_tokens
 from autotune.search.verdict import Verdict, decide
@@ -43,7 +45,7 @@ def _best(state: Verdict, settings: SearchSettings, environment: Environment) ->
         recipe = finish_recipe(recipe, tokens, winner.candidate.plan.micro_batch_size)
     measured = {
         "trial": winner.trial,
-        "status": "not confirmed" if not state.confirmed else "not settled" if state.unsettled else "confirmed",
+        "status": state.status,
         "objective": settings.objective,
         "tokens_per_second": state.speed.tokens_per_second,
         "tokens_per_second_ci95": state.speed.ci95,
@@ -74,18 +76,19 @@ def write_inputs(directory: Path, settings: SearchSettings, environment: Environ
 
 def refuse_another_machine(run_dir: Path, environment: Environment) -> None:
     """Raise ConfigError, saying what differs, unless the run was measured on `environment`."""
-    file = run_dir / "environment.json"
-    try:
-        then = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}; write it anew with `autotune report --rebuild`") from None
+    then = read_json(run_dir / "environment.json", f"mend it with `autotune report --rebuild {run_dir}`")
     now = json.loads(json.dumps(_facts(environment)))  # tuples become lists, as in the file
     if then.pop("fingerprint", None) != now.pop("fingerprint"):
-        changes = [f"{key} {then.get(key)} -> {value}" for key, value in now.items() if then.get(key) != value]
+        changes = [f"{key} {_plain(then.get(key))} -> {_plain(value)}" for key, value in now.items()
+                   if then.get(key) != value]  # fmt: skip
         raise ConfigError(
             f"{run_dir} was measured elsewhere ({', '.join(changes)}), its numbers do not compare; start a new search, "
             "or mix them with --other-machine"
         )
+
+
+def _plain(value: object) -> str:
+    return one_line(value, SHOWN) if isinstance(value, str) else shown(value)
 
 
 @contextlib.contextmanager
@@ -94,8 +97,13 @@ def new_directory(run_dir: Path) -> Iterator[None]:
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         if run_dir.exists() and any(run_dir.iterdir()):
-            raise ConfigError(f"{run_dir} is not empty; go on with `--resume {run_dir}` or give another --name")
-        (run_dir / "logs").mkdir(parents=True)
+            raise FileExistsError
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "logs").mkdir()  # of two searches that come here at once, only one makes it
+    except FileExistsError:
+        raise ConfigError(
+            f"{run_dir} is not empty; go on with `--resume {run_dir}` or give another --name"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{run_dir} cannot be made: {error.strerror}; choose another place") from None
     try:
@@ -108,6 +116,21 @@ def new_directory(run_dir: Path) -> Iterator[None]:
         if not isinstance(error, KeyboardInterrupt):  # only pilots take so long that somebody would
             raise
         raise InterruptedByUser("interrupted before the first trial; nothing is kept, start the search again") from None
+
+
+def claim_name(parent: Path, name: str) -> str:
+    """`name`, or the first of `name-2`, `name-3`, ... of which `parent` has no directory; makes an empty one, so that
+    no other search takes it."""
+    for number in itertools.count(1):
+        free = name if number == 1 else f"{name}-{number}"
+        try:
+            (parent / free).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"{parent / free} cannot be made: {error.strerror}; choose another place") from None
+        return free
+    raise AssertionError("a number is always free")
 
 
 @contextlib.contextmanager

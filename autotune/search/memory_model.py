@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from autotune.config.candidate import AUTOCAST, Candidate, Plan, Shape
-from autotune.config.tables import read_table
+from autotune.config.candidate import AUTOCAST, Candidate, Plan, Shape, one_of
+from autotune.config.tables import read_json, read_table
 from autotune.config.toml import write_atomically
 from autotune.environment import Environment
 from autotune.errors import ConfigError
@@ -376,7 +376,7 @@ def _largest(known: Coefficients, found: Sequence[Moment]) -> tuple[float, float
                 total += term.size * term.mean
                 variance += (term.size * term.sigma) ** 2
         variance += float(sizes @ covariance @ sizes)
-        best = max(best, (total, math.sqrt(variance)))
+        best = max(best, (total, math.sqrt(max(variance, 0.0))))  # rounding of a tiny one
     return best
 
 
@@ -406,9 +406,21 @@ def save(model: MemoryModel, path: Path) -> None:
     write_atomically(path, json.dumps(asdict(model), indent=1) + "\n")
 
 
+_LARGEST_FIGURE = 1e18
+"""In a file: products of three of them are finite."""
+
+
 def load(path: Path) -> MemoryModel:
     """Raises ConfigError for a file that is missing or not a memory model."""
-    try:
-        return read_table(MemoryModel, json.loads(path.read_text()), path.name)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is no memory model: {error}; a search writes memory_model.json") from None
+    advice = "give a run, or the memory_model.json that a search writes"
+    model = read_table(MemoryModel, read_json(path, advice), path.name)
+    one_of(f"{path.name}.device", model.device, ("cpu", "cuda"))
+    for name, known in (("allocated", model.allocated), ("beyond", model.beyond)):
+        count, figures = len(known.names), (*known.means, *known.covariance)
+        if (len(known.means), len(known.covariance)) != (count, count**2) or len(set(known.names)) != count:
+            raise ConfigError(f"{path} is damaged: {name} has not one mean and one row of covariance a name; {advice}")
+        if any(abs(figure) > _LARGEST_FIGURE for figure in figures):
+            raise ConfigError(f"{path} is damaged: {name} has a figure beyond {_LARGEST_FIGURE:.0e}; {advice}")
+    if any(abs(peak) > _LARGEST_FIGURE for peak in model.measured.values()):
+        raise ConfigError(f"{path} is damaged: measured has a peak beyond {_LARGEST_FIGURE:.0e}; {advice}")
+    return model

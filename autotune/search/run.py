@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 from autotune.config.candidate import Candidate
 from autotune.config.search import SearchSettings, read_settings
-from autotune.config.tables import read_table
 from autotune.environment import Environment
 from autotune.errors import ConfigError, InterruptedByUser, NoFeasibleError
 from autotune.measure.records import Role, TrialRecord, write_csv
 from autotune.measure.review import write_review
 from autotune.measure.runner import run_trial
 from autotune.measure.types import TrialRequest, TrialResult
-from autotune.search import files
+from autotune.search import files, storage
 from autotune.search import study as studies
 from autotune.search.budget import Allowance, Budget, allow, begin, final_seconds, measure_seconds, next_allowance
 from autotune.search.calibrate import calibrate_law
@@ -42,8 +41,6 @@ PASSED_OVER = 4
 
 HOPELESS = 0.7
 """A trial slower than this part of what it needs to be the best so far is not timed to the end."""
-
-_SETTINGS, _ENVIRONMENT, _SPENT, _NOTES = "settings", "environment", "spent_seconds", "notes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +81,7 @@ class _Run:
     """What to say before the search's own notes."""
 
 
+@storage.storage_errors()
 def search(
     settings: SearchSettings,
     run_dir: Path,
@@ -94,11 +92,13 @@ def search(
     clock: Callable[[], float] = time.monotonic,
     started: float | None = None,
     calibrate_loss: bool = False,
+    storage_url: str = "",
 ) -> Verdict:
     """Search within the settings' budget and leave a run in `run_dir`, which must be new.
 
     `measure` runs one trial: a worker process, or a table of recorded answers. `clock` counts seconds; the budget
     runs since `started` by it, if that is given. `calibrate_loss` trains two pilots first, see `calibrate_law`.
+    `storage_url`: with the password, which settings do not hold.
     Raises ConfigError, NoFeasibleError when nothing fits, InterruptedByUser after Ctrl-C.
     """
     budget = begin(settings.budget_seconds, started, clock)
@@ -107,9 +107,11 @@ def search(
         if calibrate_loss:
             settings, line = calibrate_law(settings, run_dir, budget, measure)
             told = (line,)
-        study = studies.create_study(run_dir, settings)
-        study.set_user_attr(_SETTINGS, asdict(settings))
-        study.set_user_attr(_ENVIRONMENT, asdict(environment))
+        if not settings.storage and (note := storage.lock_note(run_dir / "study.db")):
+            told += (note,)
+        study = studies.create_study(run_dir, settings, storage=storage_url, patience=storage.within(budget))
+        study.set_user_attr(studies.SETTINGS, asdict(settings))
+        study.set_user_attr(studies.ENVIRONMENT, asdict(environment))
         files.write_inputs(run_dir, settings, environment)
         write_csv(run_dir / "trials.csv", [])
     with files.locked(run_dir):
@@ -119,6 +121,7 @@ def search(
         ))  # fmt: skip
 
 
+@storage.storage_errors()
 def resume(
     run_dir: Path,
     environment: Environment,
@@ -141,9 +144,11 @@ def resume(
     if same_machine:
         files.refuse_another_machine(run_dir, environment)
     with files.locked(run_dir):
-        study = studies.load_study(run_dir, settings)
-        studies.close_stale(study)
-        spent = float(study.user_attrs.get(_SPENT, 0.0))
+        asked = settings.budget_seconds if budget_seconds is None else budget_seconds
+        study = studies.load_study(run_dir, settings, storage.within(begin(asked, started, clock)))
+        studies.close_stale(study, run_dir / studies.UNTOLD, settings.memory_limit_bytes)
+        found, spent = studies.records(study), studies.spent_seconds(study)
+        write_csv(run_dir / "trials.csv", found)  # what was in flight is in it from now on
         seconds = budget_seconds if budget_seconds is not None else settings.budget_seconds - spent
         space = studies.as_begun(study, build_space(settings, environment))
         if seconds <= 0:
@@ -152,28 +157,39 @@ def resume(
         return _go(_Run(
             settings=settings, directory=run_dir, environment=environment, space=space,
             study=study, budget=begin(seconds, started, clock), spent_before=spent,
-            measure=measure, notify=notify, found=studies.records(study),
+            measure=measure, notify=notify, found=found,
         ))  # fmt: skip
 
 
+@storage.storage_errors()
 def rebuild(run_dir: Path) -> Verdict | None:
     """Write every file of a run anew from its study, and return the state of its search.
     Raises ConfigError where there is no study."""
-    known = run_dir / "search.toml"
-    study = studies.load_study(run_dir, read_settings(known) if known.exists() else None)
-    settings = read_table(SearchSettings, study.user_attrs[_SETTINGS], "search")
-    environment = read_table(Environment, study.user_attrs[_ENVIRONMENT], "environment")
+    study = studies.load_study(run_dir, _known_settings(run_dir))
+    settings, environment = studies.settings_of(study), studies.environment_of(study)
     files.write_inputs(run_dir, settings, environment)
     found = studies.records(study)
-    files.publish(run_dir, settings, environment, found)
+    studies.mark_verdict(study, files.publish(run_dir, settings, environment, found))
     return _conclude(run_dir, settings, build_space(settings, environment), study, found)
+
+
+def _known_settings(run_dir: Path) -> SearchSettings | None:
+    """Of search.toml; None where it is lost or spoiled and the run's own study.db can say the same."""
+    try:
+        return read_settings(run_dir / "search.toml")
+    except ConfigError:
+        if (run_dir / "study.db").exists():
+            return None
+        if (run_dir / "search.toml").exists():
+            raise
+        return None
 
 
 def _conclude(
     directory: Path, settings: SearchSettings, space: Space, study: "optuna.Study", found: list[TrialRecord]
 ) -> Verdict | None:
     """The verdict with its notes; writes verdict.json."""
-    notes, spent = tuple(study.user_attrs.get(_NOTES, ())), float(study.user_attrs.get(_SPENT, 0.0))
+    notes, spent = studies.notes_of(study), studies.spent_seconds(study)
     state = decide(found, settings)
     write_review(directory / "verdict.json", review(settings, space, study, found, state, notes, spent))
     return state and replace(state, notes=(*notes, *state.notes))
@@ -188,7 +204,7 @@ def _go(run: _Run) -> Verdict:
             if len(run.found) == before:
                 break
     except KeyboardInterrupt:
-        studies.close_stale(run.study)
+        studies.close_stale(run.study, run.directory / studies.UNTOLD, run.settings.memory_limit_bytes)
         run.found[:] = studies.records(run.study)
         _end(run, ["the search was interrupted"])
         raise InterruptedByUser(
@@ -203,7 +219,7 @@ def _go(run: _Run) -> Verdict:
 
 def _end(run: _Run, notes: list[str]) -> Verdict | None:
     _publish(run)
-    run.study.set_user_attr(_NOTES, [*run.told, *notes])
+    run.study.set_user_attr(studies.NOTES, [*run.told, *notes])
     return _conclude(run.directory, run.settings, run.space, run.study, run.found)
 
 
@@ -296,7 +312,7 @@ def _measure(run: _Run, role: Role, candidate: Candidate, allowance: Allowance) 
         predicted_peak_bytes=prediction.peak_device_bytes,
         predicted_loss=None if speed is None else loss_at(settings, candidate, speed),
     )
-    studies.finish(run.study, trial, record, settings.memory_limit_bytes)
+    studies.finish(run.study, trial, record, settings.memory_limit_bytes, run.directory / studies.UNTOLD)
     run.found.append(record)
     state = _publish(run)
     run.notify(replace(event, elapsed_seconds=budget.elapsed(), record=record, verdict=state))
@@ -341,9 +357,11 @@ def _passed_over(run: _Run, prediction: Prediction, trials: int) -> TrialResult 
 
 
 def _publish(run: _Run) -> Verdict | None:
-    run.study.set_user_attr(_SPENT, run.spent_before + run.budget.elapsed())
-    studies.sync(run.directory)
-    return files.publish(run.directory, run.settings, run.environment, run.found)
+    run.study.set_user_attr(studies.SPENT, run.spent_before + run.budget.elapsed())
+    state = files.publish(run.directory, run.settings, run.environment, run.found)
+    studies.mark_verdict(run.study, state)
+    storage.sync(run.directory)
+    return state
 
 
 def _nothing_fits(run: _Run) -> str:

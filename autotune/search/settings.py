@@ -1,5 +1,6 @@
 """From the words on the command line to settings in which nothing is left open."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from autotune.data.batches import open_batches
 from autotune.data.sources import how_to_prepare
 from autotune.data.vocabulary import check_ids, data_vocabulary
 from autotune.environment import Environment
-from autotune.errors import ConfigError
+from autotune.errors import ConfigError, shown
 from autotune.search.objective import find_law
 from autotune.search.space import build_space, describe_space
 from autotune.units import MIB, format_bytes, format_count, format_duration, parse_bytes, parse_count, parse_duration
@@ -65,6 +66,12 @@ def resolve(
     for flag, word, value in (("--train-time", train_time, seconds), ("--train-tokens", train_tokens, tokens)):
         if value == 0:
             raise ConfigError(f"{flag} {word} leaves nothing to train; give for example 24h or 10B")
+    if tokens is not None and tokens < recipe.tokens_per_step:
+        meant = re.sub(r"[^0-9.]", "", train_tokens)
+        raise ConfigError(
+            f"--train-tokens {train_tokens} is less than one optimizer step "
+            f"({recipe.tokens_per_step:,} tokens); did you mean {meant}B?"
+        )
     given = seconds is not None or tokens is not None
     if not given and not from_file:
         seconds = _TRAIN_SECONDS[environment.device.partition(":")[0]]
@@ -99,7 +106,7 @@ def _choices(words: str) -> tuple[str, tuple[str, ...]]:
     """`compile=off,block` as a name and its values."""
     name, equals, values = words.partition("=")
     if not equals or not all(values.split(",")):
-        raise ConfigError(f"--choices {words!r} is not understood; write for example compile=off,block")
+        raise ConfigError(f"--choices {shown(words)} is not understood; write for example compile=off,block")
     return name.strip(), tuple(value.strip() for value in values.split(","))
 
 
@@ -163,8 +170,8 @@ def _dataset(
 def parse_shape(text: str, default: Shape) -> Shape:
     """`12x12x768` (layers x heads x width), or `12x12x768x1024` with the block size. Raises ConfigError."""
     words = text.lower().split("x")
-    if len(words) not in (3, 4) or not all(word.isdecimal() for word in words):
-        raise ConfigError(f"--model {text!r} is not understood; write layers x heads x width, for example 12x12x768")
+    if len(words) not in (3, 4) or not all(re.fullmatch(r"[0-9]{1,12}", word) for word in words):
+        raise ConfigError(f"--model {shown(text)} is not understood; write layers x heads x width, say 12x12x768")
     n_layer, n_head, n_embd, *block = map(int, words)
     return replace(default, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=(*block, default.block_size)[0])
 

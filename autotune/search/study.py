@@ -7,27 +7,36 @@ PRUNED, with its violation as a constraint. TPE then ranks it below all feasible
 violation first (optuna 5, `_split_trials`), which leads towards memory that fits while nothing does yet.
 """
 
+import contextlib
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autotune.config.candidate import Candidate
 from autotune.config.search import SearchSettings
-from autotune.config.tables import read_table
-from autotune.errors import ConfigError
+from autotune.config.tables import parse_json, read_json, read_table
+from autotune.config.toml import write_atomically
+from autotune.environment import Environment
+from autotune.errors import ConfigError, one_line, shown
 from autotune.measure.records import Role, TrialRecord
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.search.objective import maximised
 from autotune.search.space import Space, Value, ordered, values_of
+from autotune.search.storage import Patience, in_a_minute, open_storage
+from autotune.search.verdict import Verdict
 
 if TYPE_CHECKING:  # importing optuna takes a quarter of a second; only a search pays it
     import optuna
 
 _MARK = "autotune"
+SETTINGS, ENVIRONMENT, SPENT, NOTES = "settings", "environment", "spent_seconds", "notes"
+_VERDICT = "verdict"
 _REQUEST, _ROLE, _NUMBER, _RECORD = "request", "role", "trial", "record"
+
+UNTOLD = "untold.json"
+"""Beside the study: the record of a trial that has ended, until the study has it."""
 
 _FAILED = 10.0
 """Violation of a trial that failed for another reason than memory: worse than any overshoot seen."""
@@ -35,15 +44,36 @@ _INTERRUPTED = 0.01
 """An interrupted trial says next to nothing of its candidate."""
 
 
-def create_study(run_dir: Path, settings: SearchSettings) -> "optuna.Study":
-    """A new study. Raises ConfigError for a storage that does not open, or a name that is taken."""
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """User attributes of a study."""
+
+    spent_seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Untold:
+    """What the file `untold.json` holds."""
+
+    number: int
+    """Optuna's."""
+    record: TrialRecord
+
+
+def create_study(
+    run_dir: Path, settings: SearchSettings, *, storage: str = "", patience: Patience = in_a_minute
+) -> "optuna.Study":
+    """A new study, in the settings' storage; `storage` is its URL with the password, which settings do not hold.
+    Raises ConfigError for a storage that does not open, or a name that is taken."""
     import optuna
 
-    storage, sampler = _open(run_dir, settings.storage), optuna.samplers.RandomSampler()  # asked for nothing
+    opened = open_storage(run_dir, storage or settings.storage, patience)
+    sampler = optuna.samplers.RandomSampler()  # asked for nothing
     directions = optuna.study.StudyDirection
     direction = directions.MAXIMIZE if maximised(settings) else directions.MINIMIZE
     try:
-        study = optuna.create_study(storage=storage, study_name=settings.name, direction=direction, sampler=sampler)
+        study = optuna.create_study(storage=opened, study_name=settings.name, direction=direction, sampler=sampler)
     except optuna.exceptions.DuplicatedStudyError:
         message = f"the storage has a study {settings.name!r} already; go on with --resume or give another --name"
         raise ConfigError(message) from None
@@ -51,7 +81,9 @@ def create_study(run_dir: Path, settings: SearchSettings) -> "optuna.Study":
     return study
 
 
-def load_study(run_dir: Path, settings: SearchSettings | None) -> "optuna.Study":
+def load_study(
+    run_dir: Path, settings: SearchSettings | None, patience: Patience = in_a_minute
+) -> "optuna.Study":
     """The study of an earlier search; where its settings are lost, the only one of the run directory.
     Raises ConfigError for a storage that does not open or is not ours."""
     import optuna
@@ -59,52 +91,17 @@ def load_study(run_dir: Path, settings: SearchSettings | None) -> "optuna.Study"
     name, url = (settings.name, settings.storage) if settings else ("", "")
     if not url and not (run_dir / "study.db").exists():
         raise ConfigError(f"{run_dir} has no study.db; give the directory of a run")
-    storage = _open(run_dir, url)
+    storage = open_storage(run_dir, url, patience)
     names = optuna.get_all_study_names(storage)
     if not name and len(names) == 1:
         name = names[0]
     if name not in names:
-        raise ConfigError(f"the storage has no study {name!r}; it has: {', '.join(sorted(names)) or 'none'}")
+        there = one_line(", ".join(sorted(names))) or "none"
+        raise ConfigError(f"the storage has no study {shown(name)}; it has: {there}")
     study = optuna.load_study(study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler())
     if _MARK not in study.user_attrs:
-        raise ConfigError(f"the study {name!r} is not one of autotune's; give another --storage or --name")
+        raise ConfigError(f"the study {shown(name)} is not one of autotune's; give another --storage or --name")
     return study
-
-
-def _open(run_dir: Path, url: str) -> "optuna.storages.BaseStorage":
-    """The storage of that URL; where it is empty, the SQLite file of the run directory."""
-    import optuna
-    import sqlalchemy
-    import sqlalchemy.event
-    import sqlalchemy.exc
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = url or sqlalchemy.URL.create("sqlite", database=str((run_dir / "study.db").resolve())).render_as_string()
-    try:
-        engine = sqlalchemy.create_engine(url)
-        tables = sqlalchemy.inspect(engine).get_table_names()
-        engine.dispose()
-        if tables and "studies" not in tables:  # Optuna would add its own tables to somebody's database
-            raise ConfigError(f"--storage {url!r} holds something else ({tables[0]}); give a database of its own")
-        storage = optuna.storages.RDBStorage(url)
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
-        message = f"--storage {url!r} cannot be opened: {first}; give for example sqlite:///studies.db"
-        raise ConfigError(message) from None
-    if storage.engine.dialect.name == "sqlite":
-        # Some thirty commits a trial, 5 to 10 ms each where they wait for the disk. Without waiting nothing is
-        # lost when a process is killed; `sync` after each trial is for the machine itself.
-        sqlalchemy.event.listen(storage.engine, "connect", lambda new, _: new.execute("PRAGMA synchronous = OFF"))
-        storage.engine.dispose()  # connections that were made before
-    return storage
-
-
-def sync(run_dir: Path) -> None:
-    """Wait until the run's own study.db, if it has one, is on the disk."""
-    file = run_dir / "study.db"
-    if file.exists():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
 
 
 def records(study: "optuna.Study") -> list[TrialRecord]:
@@ -114,14 +111,41 @@ def records(study: "optuna.Study") -> list[TrialRecord]:
 
 
 def _record(trial: "optuna.trial.FrozenTrial") -> TrialRecord | None:
-    attributes = trial.user_attrs
+    attributes, where = trial.user_attrs, f"the study's trial {trial.number}"
     if _RECORD in attributes:
-        return read_table(TrialRecord, json.loads(attributes[_RECORD]), "record")
+        return read_table(TrialRecord, _parsed(attributes[_RECORD], where), f"{where}: record")
     if _REQUEST not in attributes or not trial.state.is_finished():
         return None
-    request = read_table(TrialRequest, json.loads(attributes[_REQUEST]), "request")
+    request = read_table(TrialRequest, _parsed(attributes[_REQUEST], where), f"{where}: request")
     killed = TrialResult(status="interrupted", phase="start", message="the search ended during this trial")
-    return TrialRecord(trial=attributes[_NUMBER], role=attributes[_ROLE], candidate=request.candidate, result=killed)
+    table = {"trial": attributes.get(_NUMBER), "role": attributes.get(_ROLE), "candidate": asdict(request.candidate)}
+    return read_table(TrialRecord, {**table, "result": asdict(killed)}, where)
+
+
+def _parsed(attribute: object, where: str) -> Any:
+    if not isinstance(attribute, str):
+        raise ConfigError(f"{where} is damaged: {shown(attribute)} is not a record of autotune's")
+    return parse_json(attribute, where)
+
+
+def settings_of(study: "optuna.Study") -> SearchSettings:
+    """What the search was asked, as the study keeps it. Raises ConfigError for a damaged study."""
+    return read_table(SearchSettings, study.user_attrs.get(SETTINGS), "the study's settings")
+
+
+def environment_of(study: "optuna.Study") -> Environment:
+    """Of which machine the study is. Raises ConfigError for a damaged study."""
+    return read_table(Environment, study.user_attrs.get(ENVIRONMENT), "the study's environment")
+
+
+def spent_seconds(study: "optuna.Study") -> float:
+    """Wall clock of the search so far. Raises ConfigError for a damaged study."""
+    return read_table(_State, {"spent_seconds": study.user_attrs.get(SPENT, 0.0)}, "the study").spent_seconds
+
+
+def notes_of(study: "optuna.Study") -> tuple[str, ...]:
+    """What could not be done. Raises ConfigError for a damaged study."""
+    return read_table(_State, {"notes": study.user_attrs.get(NOTES, ())}, "the study").notes
 
 
 def as_begun(study: "optuna.Study", space: Space) -> Space:
@@ -161,10 +185,46 @@ def suggest(trial: "optuna.Trial", space: Space) -> dict[str, Value]:
     return values
 
 
-def finish(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int) -> None:
-    """Keep the record, then tell the study."""
+def finish(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int, untold: Path) -> None:
+    """Tell the study. Until it has the record, the file `untold` keeps it."""
+    kept = json.dumps({"number": trial.number, "record": asdict(record)}, allow_nan=False)
+    with contextlib.suppress(OSError):  # a full disk: the study may have room still, and says it if not
+        write_atomically(untold, kept + "\n")
+    _tell_all(study, trial, record, limit_bytes)
+    untold.unlink(missing_ok=True)
+
+
+def _tell_all(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int) -> None:
     trial.set_user_attr(_RECORD, json.dumps(asdict(record), allow_nan=False))
     tell(study, trial, record, limit_bytes)
+
+
+def _take_in(study: "optuna.Study", untold: Path, limit_bytes: int) -> None:
+    """Tell the study what it was not told when the search ended. Raises ConfigError for a damaged file."""
+    import optuna
+
+    if not untold.exists():
+        return
+    kept = read_table(_Untold, read_json(untold, "delete it to go on without that trial"), untold.name)
+    for frozen in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        if frozen.number == kept.number and frozen.user_attrs.get(_NUMBER) == kept.record.trial:
+            _tell_all(study, optuna.trial.Trial(study, frozen._trial_id), kept.record, limit_bytes)
+    untold.unlink()
+
+
+def mark_verdict(study: "optuna.Study", state: Verdict | None) -> None:
+    """Write who leads into the study's user attribute `verdict`: Optuna's own `best_trial` knows only the objective,
+    neither confirmations nor ties. (A trial that has ended takes no attributes any more.)"""
+    number = {trial.user_attrs.get(_NUMBER): trial.number for trial in study.get_trials(deepcopy=False)}
+    verdict = state and {
+        "trial": state.winner.trial,
+        "number": number.get(state.winner.trial),  # Optuna's, by which its dashboards count
+        "status": state.status,
+        "objective": state.winner.objective,
+        "candidate_id": state.winner.candidate.id,
+    }
+    if study.user_attrs.get(_VERDICT) != verdict:
+        study.set_user_attr(_VERDICT, verdict)
 
 
 def tell(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int) -> None:
@@ -191,19 +251,20 @@ def violation(result: TrialResult, limit_bytes: int) -> float:
     return _FAILED
 
 
-def close_stale(study: "optuna.Study") -> None:
-    """End the trials that a killed search left running or waiting. A measurement that was in flight counts
-    as interrupted from then on."""
+def close_stale(study: "optuna.Study", untold: Path, limit_bytes: int) -> None:
+    """End the trials that a killed search left running or waiting, first of all the one whose record lies in `untold`.
+    A measurement that was in flight counts as interrupted from then on."""
     import optuna
 
+    _take_in(study, untold, limit_bytes)
     states = optuna.trial.TrialState
     while study.get_trials(deepcopy=False, states=(states.WAITING,)):
         study.tell(study.ask(), state=states.FAIL)
     for frozen in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-        kept = frozen.user_attrs.get(_RECORD)  # killed between keeping the record and telling it
-        objective = json.loads(kept)["objective"] if kept else None
-        if objective is not None:
-            study.tell(frozen.number, objective)
+        # killed between keeping the record and telling it
+        record = _record(frozen) if _RECORD in frozen.user_attrs else None
+        if record is not None and record.objective is not None:
+            study.tell(frozen.number, record.objective)
         else:  # without its request it may lack values too, and Optuna reads only those that all its trials have
             study.tell(frozen.number, state=states.PRUNED if _REQUEST in frozen.user_attrs else states.FAIL)
 

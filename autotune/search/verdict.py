@@ -44,6 +44,11 @@ class Verdict:
     notes: tuple[str, ...] = ()
     """What could not be done, and which measurements contradict each other; one line each."""
 
+    @property
+    def status(self) -> str:
+        """As best.toml and the study have it."""
+        return "not confirmed" if not self.confirmed else "not settled" if self.unsettled else "confirmed"
+
 
 def searched(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Feasible trials that are no confirmations."""

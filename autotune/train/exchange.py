@@ -17,7 +17,7 @@ from torch import Tensor
 from autotune.config.candidate import Candidate, one_of
 from autotune.config.nanogpt import DEFAULTS, nanogpt_values
 from autotune.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, rank_files
-from autotune.errors import CheckpointError, ConfigError
+from autotune.errors import CheckpointError, ConfigError, one_line
 from autotune.model.checkpoint import Checkpoint, check_finite, save_tensors
 from autotune.model.gpt import GPT
 from autotune.model.step import build
@@ -146,8 +146,10 @@ def load_initial(path: Path, model: GPT) -> tuple[str, ...]:
     """
     try:
         weights, heads, notes = read_weights(path)
-    except (OSError, RuntimeError, ValueError, SafetensorError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (CheckpointError, ConfigError):
+        raise
+    except Exception as error:  # of a file of any content, torch's reader can raise anything
+        reason = one_line(str(error)) or f"it is empty or damaged ({type(error).__name__})"
         raise CheckpointError(f"{path} cannot be read: {reason}; give another --init-from") from None
     check_finite(weights, path)
     if (shape := model.shape).n_head != (heads or shape.n_head):

@@ -1,6 +1,5 @@
 """train_log.csv: the curve of a training, without gaps or duplicates however often it was resumed."""
 
-import csv
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,28 @@ class LogRow:
     """Wall clock so far, over all resumptions."""
 
 
-def keep_rows(log: Path, iteration: int) -> None:
-    """Make the log, or drop what was logged after `iteration` and the half row that a killed process has left."""
-    lines = log.read_text().splitlines(keepends=True)[1:] if log.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and int(line.partition(",")[0]) <= iteration]
-    write_atomically(log, ",".join(field.name for field in fields(LogRow)) + "\n", *kept)
+_NAMES = tuple(field.name for field in fields(LogRow))
+
+
+def keep_rows(log: Path, iteration: int) -> int:
+    """Make the log, or drop what was logged after `iteration` and the half row that a killed process has left.
+    Returns how many other lines were no rows and are dropped too."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    *lines, _half = text.split("\n")
+    rows = [(line, _row(line)) for line in lines[1:]]
+    kept = [f"{line}\n" for line, row in rows if row is not None and (row["iteration"] or 0) <= iteration]
+    write_atomically(log, ",".join(_NAMES) + "\n", *kept)
+    return sum(row is None for _, row in rows)
+
+
+def _row(line: str) -> dict[str, float | None] | None:
+    """Numbers by column, None for an empty cell; None for a line that is no row."""
+    cells = line.split(",")
+    try:
+        row = {name: float(cell) if cell else None for name, cell in zip(_NAMES, cells, strict=True)}
+    except ValueError:
+        return None
+    return row if row["iteration"] is not None else None
 
 
 def append_row(log: Path, row: LogRow) -> None:
@@ -48,6 +64,6 @@ def append_row(log: Path, row: LogRow) -> None:
 
 
 def read_rows(log: Path) -> list[dict[str, Any]]:
-    """The rows: numbers by column, None for an empty cell."""
-    with log.open(newline="") as file:
-        return [{name: float(cell) if cell else None for name, cell in row.items()} for row in csv.DictReader(file)]
+    """The rows: numbers by column, None for an empty cell. What is no row is left out: `keep_rows` has said so."""
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")[1:-1]
+    return [row for line in lines if (row := _row(line)) is not None]

@@ -2,6 +2,7 @@
 
 import gc
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -35,6 +36,8 @@ from autotune.train.trainer import locked
 
 SETBACKS = 3
 """How often a process goes back to a checkpoint before it gives up."""
+SAME_SIGNAL_SECONDS = 5.0
+"""A signal that follows another one so soon means the same: a closed terminal is told twice."""
 _GO_ON, _TIME_OVER, _ASKED = range(3)
 
 
@@ -87,7 +90,8 @@ class Training:
         self.first = state.iteration
         self.adopt(state)
         self.setbacks = 0
-        self.asked = False  # by a signal, to stop
+        self.asked_at: float | None = None  # when a signal asked to stop
+        self.saving = False
         self.values: list[tuple[float, float, float]] = []  # loss, gradient norm, rate of the steps last looked at
         self.best_loss, self.best_iteration = state.best_validation_loss, state.best_iteration
         self.ahead: torch.cuda.Event | None = None
@@ -118,15 +122,23 @@ class Training:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Within the block, Ctrl-C and SIGTERM ask to stop. KeyboardInterrupt where nothing is unsaved (while the
-        first step compiles, say), and at the second one."""
+        """Within the block, Ctrl-C, SIGTERM and a terminal that is closed ask to stop. KeyboardInterrupt where nothing
+        is unsaved (while the first step compiles, say), and at a second one after a while, unless that is spent in
+        writing the checkpoint."""
 
         def ask(_number: int, _frame: FrameType | None) -> None:
-            if self.asked or self.iteration <= self.state.iteration:
+            now = time.monotonic()
+            if self.asked_at is None and (self.saving or self.iteration > self.state.iteration):
+                self.asked_at = now
+            elif not self.saving and (self.asked_at is None or now - self.asked_at > SAME_SIGNAL_SECONDS):
                 raise KeyboardInterrupt
-            self.asked = True
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [
+            number
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup asks
+        ]
+        before = {number: signal.signal(number, ask) for number in numbers}
         try:
             yield
         finally:
@@ -202,7 +214,7 @@ class Training:
         """_TIME_OVER, _ASKED or _GO_ON, the same in all processes."""
         limit = self.settings.max_seconds
         over = limit is not None and self.record.here >= limit
-        return self.group.largest(_ASKED if self.asked else _TIME_OVER if over else _GO_ON)
+        return self.group.largest(_ASKED if self.asked_at is not None else _TIME_OVER if over else _GO_ON)
 
     def _boundary(self, stage: Stage) -> int:
         """The iteration up to which nothing but steps is to be done."""
@@ -282,12 +294,13 @@ class Training:
             skipped_batches=self.skipped,
             recent_losses=tuple(self.recent),
         )
+        self.saving = True
         self.record.save()
         if self.group.first:
             with self.record.measured("checkpoint"):
                 save_checkpoint(self.checkpoints, self.step, state)
         self.group.largest(0)  # torchrun ends all processes as soon as one leaves: none does before it is written
-        self.state = state
+        self.state, self.saving = state, False
 
     def _interrupted(self) -> InterruptedByUser:
         kept, recipe = checkpoints(self.checkpoints), self.settings.out / RECIPE

@@ -66,7 +66,9 @@ def joined(group: Processes) -> Iterator[None]:
     import torch.distributed
 
     if not group.first:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # one that waits for a first one that has failed must end
+        for number in (signal.SIGTERM, signal.SIGHUP):  # one that waits for a first one that has failed must end
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
     cards = torch.cuda.is_available()
     if cards:
         torch.cuda.set_device(group.local_rank)

@@ -47,7 +47,8 @@ class Record:
         self.trackers: list[Track] = []
         if group.first:
             self.trackers = open_trackers(step.candidate, settings.out, state.iteration, stack)
-            keep_rows(self.log, state.iteration)
+            if strange := keep_rows(self.log, state.iteration):
+                progress.note(f"warning: {self.log} had {strange} lines that are no rows; they are dropped")
 
     @property
     def here(self) -> float:

@@ -11,7 +11,7 @@ from autotune.config.candidate import Plan, at_least
 from autotune.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, decode, encode
 from autotune.data.vocabulary import META, data_vocabulary, read_meta
 from autotune.errors import CheckpointError, ConfigError
-from autotune.model.checkpoint import Checkpoint, latest_good, read_checkpoint
+from autotune.model.checkpoint import Checkpoint, checkpoints, latest_good, read_checkpoint
 from autotune.model.gpt import GPT
 from autotune.model.step import build
 from autotune.train.settings import CHECKPOINTS
@@ -107,7 +107,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if (path / "state.json").exists():
         return read_checkpoint(path)
     for directory in (path, path / CHECKPOINTS, path / "train" / CHECKPOINTS):
-        if any(directory.glob("step_*")):
+        if checkpoints(directory):
             return latest_good(directory)[0]
     raise CheckpointError(f"{path} holds no checkpoint; give a run, a training directory or a checkpoint step_…")
 

@@ -22,7 +22,7 @@ from autotune.train.track import check_trackers
 def train(settings: TrainSettings) -> TrainSummary | None:
     """Train `settings.file` in `settings.out` until its max_iters, --max-tokens or --max-time.
 
-    Call it from the main thread: Ctrl-C and SIGTERM save a checkpoint and raise InterruptedByUser. Progress and
+    Call it from the main thread: Ctrl-C, SIGTERM and SIGHUP save a checkpoint and raise InterruptedByUser. Progress and
     notes go to stderr. Under torchrun all processes train one model; only the first writes, prints and answers,
     the others return None. Raises ConfigError, UnsupportedError or DataError for what cannot be trained,
     CheckpointError where --resume finds nothing whole or another training, or where a checkpoint cannot be

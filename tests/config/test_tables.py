@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.config.candidate import Plan, Recipe, Shape
-from autotune.config.tables import read_table
+from autotune.config.tables import LARGEST, read_table
 from autotune.errors import ConfigError
 
 
@@ -29,14 +29,15 @@ class Outer:
     on: bool = False
 
 
-inners = st.builds(Inner, count=st.integers(), name=st.text())
+integers = st.integers(-LARGEST, LARGEST)
+inners = st.builds(Inner, count=integers, name=st.text())
 outers = st.builds(
     Outer,
     inner=inners,
     by_name=st.dictionaries(st.text(), inners, max_size=3),
     share=st.floats(allow_nan=False, allow_infinity=False),
-    limit=st.none() | st.integers(),
-    pair=st.lists(st.integers(), max_size=3).map(tuple),
+    limit=st.none() | integers,
+    pair=st.lists(integers, max_size=3).map(tuple),
     on=st.booleans(),
 )
 
@@ -75,12 +76,12 @@ def test_a_whole_number_serves_as_a_float_and_none_as_unknown() -> None:
 @pytest.mark.parametrize(
     ("cls", "table", "said"),
     [
-        (Plan, {"compile": "ful"}, "plan.compile = 'ful' is not known; did you mean 'full'?"),
+        (Plan, {"compile": "ful"}, "x.compile = 'ful' is not known; did you mean 'full'?"),
         (Plan, {"micro_batch_size": 0}, "plan.micro_batch_size = 0 is not allowed; the smallest value is 1"),
         (Plan, {"activation_checkpointing": "every_1"}, "plan.activation_checkpointing = 'every_1' is not"),
         (Plan, {"activation_checkpointing": "budget_1.5"}, "budget_0.5 (any number from 0 to 1"),
-        (Plan, {"activation_checkpointing": "budget_0.50"}, "without zeros at its end"),
-        (Recipe, {"optimizer": "mun"}, "training.optimizer = 'mun' is not known; did you mean 'muon'?"),
+        (Plan, {"activation_checkpointing": "budget_0.50"}, "zeros at its end"),
+        (Recipe, {"optimizer": "mun"}, "x.optimizer = 'mun' is not known; did you mean 'muon'?"),
         (Shape, {"n_embd": 100, "n_head": 12}, "model.n_embd = 100 is not a multiple of model.n_head = 12"),
         (Shape, {"dropout": 1.0}, "model.dropout = 1.0 is not allowed"),
     ],

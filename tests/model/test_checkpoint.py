@@ -1,5 +1,6 @@
 """A checkpoint is whole or it is not there, and what comes back is what went in."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -173,3 +174,58 @@ def test_what_a_killed_writer_left_is_cleaned(tmp_path: Path) -> None:
     assert checkpoints(tmp_path) == [path]
     clean(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000010"]
+
+
+def body_of(path: Path) -> dict[str, object]:
+    return json.loads((path / "state.json").read_text())["body"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"5", b"null", b'"text"', b"{}", b"[" * 100_000, b"9" * 5000, b"\xff\x00", b'{"format": []}',
+     b'{"format": true}', b'{"format": 1}', b'{"format": 1, "body": [], "sha256": {}}'],
+)  # fmt: skip
+def test_a_state_of_any_content_is_damage(content: bytes, tmp_path: Path) -> None:
+    step = stepped(1)
+    save_checkpoint(tmp_path, step, state(10))
+    newest = save_checkpoint(tmp_path, step, state(20))
+    (newest / "state.json").write_bytes(content)
+    found, (note,) = latest_good(tmp_path)
+    assert found.state.iteration == 10
+    assert len(note) < 400
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"train": 3}, {"files": []}, {"files": {"../x": "y"}}, {"random": {"cpu": 5}}, {"scaler": None}, {"more": 1},
+     {"train": {"iteration": "x"}}],
+)  # fmt: skip
+def test_a_state_of_another_form_under_its_own_sha256_is_one_line(change: dict[str, object], tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, stepped(1), state(10))
+    body = body_of(path) | change
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (path / "state.json").write_text(json.dumps({"format": 1, "sha256": digest, "body": body}))
+    with pytest.raises(CheckpointError, match=r"state\.json") as caught:
+        read_checkpoint(path)
+    assert len(str(caught.value)) < 400
+
+
+def test_random_states_that_are_none_are_told(tmp_path: Path) -> None:
+    step = stepped(1)
+    path = save_checkpoint(tmp_path, step, state(10))
+    for random in ({}, {"cpu": "AAAA"}, {"cpu": "no base64!"}):
+        found = replace(read_checkpoint(path), random=random)
+        with pytest.raises(CheckpointError, match="is not of this training"):
+            found.restore(step)
+
+
+def test_a_file_with_a_checkpoints_name_is_no_checkpoint(tmp_path: Path) -> None:
+    step = stepped(1)
+    (tmp_path / "step_00000005").write_text("mine")
+    (tmp_path / "step_00000030").write_text("mine")
+    for iteration in (10, 20, 30, 40):
+        save_checkpoint(tmp_path, step, state(iteration))
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000030", "step_00000040"]
+    assert latest_good(tmp_path)[0].state.iteration == 40
+    set_aside(tmp_path, 40)
+    assert (tmp_path / "step_00000005").read_text() == "mine"

@@ -66,3 +66,21 @@ def test_a_damaged_one_is_told(tmp_path: Path) -> None:
     (out / "summary.json").write_text("{")
     with pytest.raises(ConfigError, match="mine is not a readable training"):
         load_training(out)
+
+
+@pytest.mark.parametrize(
+    "line", ["garbage", "a,b,c", "x,,,,,,,,,,,", "10,1,1,1,1,1,1,1,1,1,1,inf", "10,1", "\0", "," * 30]
+)
+def test_a_line_of_garbage_in_the_log_is_named(line: str, tmp_path: Path) -> None:
+    out = write_training(tmp_path / "mine")
+    (out / "train_log.csv").write_text(HEADER + ROWS.replace("\n20,", f"\n{line}\n20,"))
+    with pytest.raises(ConfigError, match=r"train_log\.csv, line 3 is no row of it"):
+        load_training(out)
+
+
+@pytest.mark.parametrize("value", ["x", None, [], {}, True, 10**400])
+def test_a_summary_of_another_kind_is_told(value: object, tmp_path: Path) -> None:
+    out = write_training(tmp_path / "mine", SUMMARY | {"iterations": value})
+    with pytest.raises(ConfigError, match=r"summary\.json") as caught:
+        load_training(out)
+    assert len(str(caught.value)) < 400

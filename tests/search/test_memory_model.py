@@ -167,5 +167,5 @@ def test_a_model_survives_its_file(tmp_path: Path) -> None:
     model = calibrate("cpu", [(c, truth(c, 1.1)) for c in candidates(5)])
     save(model, tmp_path / "memory_model.json")
     assert load(tmp_path / "memory_model.json") == model
-    with pytest.raises(ConfigError, match=r"no memory model"):
+    with pytest.raises(ConfigError, match=r"give a run, or the memory_model\.json that a search writes"):
         load(tmp_path / "missing.json")

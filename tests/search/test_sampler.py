@@ -46,7 +46,7 @@ def searched(asked: SearchSettings, trials: int, sampler: Sampler, answers: Answ
         speed = result.tokens_per_second if result.status == "ok" else None
         objective = score(asked, candidate, speed) if speed else None
         record = TrialRecord(trial=number, role="search", candidate=candidate, result=result, objective=objective)
-        studies.finish(study, trial, record, asked.memory_limit_bytes)
+        studies.tell(study, trial, record, asked.memory_limit_bytes)
         known[candidate.id] = record
     return list(known.values())
 

@@ -100,7 +100,7 @@ def test_a_file_that_is_not_settings(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         read_settings(tmp_path / "search.toml")
     (tmp_path / "search.toml").write_text("= broken")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is not valid TOML"):
         read_settings(tmp_path / "search.toml")
 
 

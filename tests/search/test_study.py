@@ -37,8 +37,13 @@ def measured(study: optuna.Study, number: int) -> TrialRecord:
     candidate = random.Random(number).choice(pool)
     trial = studies.begin(study, SPACE, number, "search", request_of(candidate))
     record = record_of(number, candidate)
-    studies.finish(study, trial, record, LIMIT)
+    studies.finish(study, trial, record, LIMIT, untold(study))
     return record
+
+
+def untold(study: optuna.Study) -> Path:
+    """Beside study.db."""
+    return Path(study._storage._backend.engine.url.database).with_name(studies.UNTOLD)
 
 
 def record_of(number: int, candidate: Candidate) -> TrialRecord:
@@ -130,7 +135,7 @@ def test_stale_trials_are_closed_and_what_was_in_flight_is_interrupted(tmp_path:
 
     again = studies.load_study(tmp_path, SETTINGS)
     assert studies.records(again) == [first]
-    studies.close_stale(again)
+    studies.close_stale(again, tmp_path / studies.UNTOLD, LIMIT)
     states = {trial.state for trial in again.trials}
     assert not states & {optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING}
     interrupted = studies.records(again)[1]

@@ -341,3 +341,20 @@ def test_files_have_the_mode_that_the_user_asks_for(umask: int, mode: int, tmp_p
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 7
     assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: mode for path in files}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0", b"PK\x03\x04", b"\x80\x02.", b"(", b"{}", b"\x80\x05K\x01.", b"cos\nsystem\n.", b"N."]
+)
+def test_a_pt_file_of_any_content_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "ckpt.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt (cannot be read: |is damaged|holds Python objects)") as caught:
+        load_initial(tmp_path / "ckpt.pt", new_step(SHAPE).model)
+    assert len(str(caught.value)) < 500
+    assert str(caught.value).isprintable()
+
+
+def test_a_table_that_holds_no_tensors_is_told(tmp_path: Path) -> None:
+    torch.save({"model": {"transformer.wte.weight": 5}}, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match=r"wte\.weight is int, weights are floating-point"):
+        load_initial(tmp_path / "ckpt.pt", new_step(SHAPE).model)

@@ -38,7 +38,7 @@ def test_sigkill_changes_nothing(recipe: Recipe, whole: Whole, tmp_path: Path) -
     assert summary.validation_loss == whole[1].validation_loss
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_leaves_with_130(number: int, recipe: Recipe, tmp_path: Path) -> None:
     out, rare = tmp_path / "train", replace(recipe, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
     process = start(rare, out)
@@ -179,3 +179,48 @@ def test_a_finished_training_is_left_alone(recipe: Recipe, whole: Whole) -> None
 def test_two_processes_do_not_share_a_directory(recipe: Recipe, tmp_path: Path) -> None:
     with locked(tmp_path / "train"), pytest.raises(ConfigError, match="another process trains in"):
         train(settings(recipe, tmp_path / "train"))
+
+
+def test_signals_during_the_saving_and_right_after_the_first_do_not_cost_the_checkpoint(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    """As a closed ssh sends them: one from the kernel, one from the shell, and a service manager's SIGTERM."""
+    out, rare = tmp_path / "train", replace(recipe, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
+    process = start(rare, out)
+    wait_for_rows(out, 5)
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    (kept,) = checkpoints(out / "checkpoints")
+    assert read_checkpoint(kept).state.iteration == len(curve(out)) >= 5
+
+
+IGNORING = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_nohup_holds_in_training(recipe: Recipe, tmp_path: Path) -> None:
+    out, rare = tmp_path / "train", replace(recipe, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
+    process = start(rare, out, launcher=("-c", IGNORING))
+    wait_for_rows(out, 3)
+    process.send_signal(signal.SIGHUP)
+    wait_for_rows(out, len(curve(out)) + 5)  # it goes on
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+
+
+def test_garbage_in_the_log_is_dropped_with_a_warning_on_resume(
+    recipe: Recipe, whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "train"
+    train(settings(replace(recipe, max_iters=20), out))
+    log = out / "train_log.csv"
+    log.write_text(log.read_text().replace("\n5,", "\ngarbage\n5,"))
+    train(settings(recipe, out, resume=True))
+    assert_same(out, whole)
+    assert "had 1 lines that are no rows; they are dropped" in capsys.readouterr().err

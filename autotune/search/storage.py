@@ -1,0 +1,200 @@
+"""The database of a study, opened so that other programs may use it too.
+
+SQLite lets one program write at a time. Its write-ahead log (WAL) keeps readers out of the writer's way; for what still
+locks the file, each statement is repeated until the other program is done. https://www.sqlite.org/wal.html
+"""
+
+import contextlib
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from autotune.config.storage import PASSWORD_VARIABLE, connect_url, scrub, secrets_in, without_password
+from autotune.errors import AutotuneError, ConfigError, one_line, shown
+from autotune.search.budget import Budget
+from autotune.units import format_duration
+
+if TYPE_CHECKING:  # importing optuna takes a quarter of a second; only a search pays it
+    import optuna
+    import sqlalchemy
+
+T = TypeVar("T")
+Patience = Callable[[], float]
+"""Seconds from now for which a lock is waited for."""
+
+LEAST_PATIENCE_SECONDS = 60.0
+_TRY_SECONDS = 0.1
+"""One try of SQLite's own: a signal is heeded between two of them."""
+_LONGEST_PAUSE_SECONDS = 0.5
+_SAY_AFTER_SECONDS = 5.0
+
+_NETWORK = {
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs", "orangefs",
+    "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3fs", "fuse.gcsfuse", "fuse.rclone",
+}  # fmt: skip
+"""File systems that other machines share, where the log's shared memory does not work."""
+
+
+def within(budget: Budget) -> Patience:
+    """Waiting counts in the budget, but what was measured is worth a minute after it."""
+    return lambda: max(LEAST_PATIENCE_SECONDS, budget.remaining())
+
+
+def in_a_minute() -> float:
+    return LEAST_PATIENCE_SECONDS
+
+
+def open_storage(run_dir: Path, url: str, patience: Patience) -> "optuna.storages.BaseStorage":
+    """The storage of that URL; where it is empty, the SQLite file of the run directory. Raises ConfigError for what
+    does not open or holds something else."""
+    import optuna
+    import sqlalchemy
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    where = connect_url(url) if url else sqlalchemy.URL.create("sqlite", database=str((run_dir / "study.db").resolve()))
+    name = f"--storage {shown(without_password(url))}" if url else str(run_dir / "study.db")
+    arguments: dict[str, Any] = {}
+    if where.get_backend_name() == "sqlite":
+        arguments["connect_args"] = {"timeout": _TRY_SECONDS, "factory": partial(_Connection, patience)}
+    try:
+        engine = sqlalchemy.create_engine(where, **arguments)
+        tables = sqlalchemy.inspect(engine).get_table_names()
+        engine.dispose()
+        if tables and "studies" not in tables:  # Optuna would add its own tables to somebody's database
+            raise ConfigError(f"{name} holds something else ({one_line(tables[0])}); give a database of its own")
+        storage = optuna.storages.RDBStorage(where.render_as_string(hide_password=False), engine_kwargs=arguments)
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
+        secrets = secrets_in([url]) | {str(where.password or "")} - {""}
+        advice = "give for example sqlite:///studies.db" if url else "another program may be using it, or it is damaged"
+        if url and where.username and not where.password:
+            advice = f"its password may be given in {PASSWORD_VARIABLE}, PGPASSWORD or ~/.pgpass"
+        raise ConfigError(f"{name} cannot be opened: {scrub(_reason(error), secrets)}; {advice}") from None
+    if where.get_backend_name() == "sqlite":
+        _prepare_sqlite(storage.engine)
+    return storage
+
+
+def _prepare_sqlite(engine: "sqlalchemy.Engine") -> None:
+    import sqlalchemy.event
+
+    @sqlalchemy.event.listens_for(engine, "connect")
+    def _cheap_commits(new: sqlite3.Connection, _: object) -> None:
+        # Some thirty commits a trial, 5 to 10 ms each where they wait for the disk. With the log only its transfer
+        # into the database waits; without it, nothing does. A killed process loses nothing either way; `sync` after
+        # each trial is for the machine itself.
+        (mode,) = new.execute("PRAGMA journal_mode").fetchone()
+        new.execute(f"PRAGMA synchronous = {'NORMAL' if mode == 'wal' else 'OFF'}")
+
+    engine.dispose()  # connections that were made before
+    if network_file_system(Path(engine.url.database or "")) is None:
+        # The mode is the file's own and stays; somebody who reads an old study.db just now keeps it as it is.
+        with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(
+            sqlite3.connect(engine.url.database or "", timeout=_TRY_SECONDS, uri=False)
+        ) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+
+
+def network_file_system(file: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
+    """Its name, where the file lies on one; None elsewhere, and where the system does not say."""
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
+        return None
+    kinds: dict[Path, str] = {}
+    for line in lines:  # 36 35 98:0 /root /mount options shared:1 - type source options
+        before, _, after = line.partition(" - ")
+        kinds[Path(before.split()[4].replace("\\040", " "))] = after.split()[0]
+    kind = next((kinds[parent] for parent in file.resolve().parents if parent in kinds), "")
+    return kind if kind in _NETWORK else None
+
+
+def lock_note(file: Path) -> str:
+    """What to say of a study.db at this place; empty where there is nothing."""
+    kind = network_file_system(file)
+    return (kind and (
+        f"{file} lies on a network file system ({kind}), where a program that reads it holds the search up; "
+        "give a local --storage to avoid that"
+    )) or ""
+
+
+def sync(run_dir: Path) -> None:
+    """Wait until the run's own study.db, if it has one, is on the disk."""
+    for name in ("study.db", "study.db-wal"):
+        with contextlib.suppress(FileNotFoundError), (run_dir / name).open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+@contextlib.contextmanager
+def storage_errors() -> Iterator[None]:
+    """Within it, or in a function decorated with it: a database that fails is one line, and what to do."""
+    import optuna
+    import sqlalchemy.exc
+
+    try:
+        yield
+    except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError) as error:
+        raise AutotuneError(
+            f"the study cannot be read or written: {_reason(error)}; what was measured is kept, "
+            "go on with `autotune search --resume RUN` once it is free"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the database said, without SQL."""
+    while (inner := getattr(error, "orig", None) or error.__cause__) is not None:
+        error = inner
+    return one_line(str(error)) or type(error).__name__
+
+
+class _Cursor(sqlite3.Cursor):
+    connection: "_Connection"
+
+    def execute(self, *arguments: Any) -> "_Cursor":
+        _patiently(lambda: super(_Cursor, self).execute(*arguments), self.connection.patience)
+        return self
+
+    def executemany(self, *arguments: Any) -> "_Cursor":
+        _patiently(lambda: super(_Cursor, self).executemany(*arguments), self.connection.patience)
+        return self
+
+
+class _Connection(sqlite3.Connection):
+    """Repeats what another program's lock turns away. SQLite leaves the transaction as it was then."""
+
+    def __init__(self, patience: Patience, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.patience = patience
+
+    def cursor(self, factory: Any = _Cursor) -> Any:
+        return super().cursor(factory)
+
+    def commit(self) -> None:
+        _patiently(super().commit, self.patience)
+
+
+def _patiently(work: Callable[[], T], patience: Patience) -> T:
+    """The result of `work`, tried again while the database is locked. Raises what it raises when patience ends."""
+    began, allowed, pause, said = time.monotonic(), None, 0.01, False
+    while True:
+        try:
+            return work()
+        except sqlite3.OperationalError as error:
+            # A snapshot that is out of date stays so: only a new transaction helps.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or error.sqlite_errorname == "SQLITE_BUSY_SNAPSHOT":
+                raise
+            allowed, waited = patience() if allowed is None else allowed, time.monotonic() - began
+            if waited >= allowed:
+                raise
+            if waited > _SAY_AFTER_SECONDS and not said:
+                said = True
+                print(
+                    f"note: another program has locked the study; waiting for it, up to {format_duration(allowed)}",
+                    file=sys.stderr,
+                )
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
