@@ -143,17 +143,16 @@ def search(
 
     Everything lands in results/NAME: trials.csv to review, best.toml to train, report.html."""
     started = time.monotonic()  # the budget holds everything, also what the next lines take
-    from autotune.environment import probe
+    from autotune.environment import busy_machine, probe
     from autotune.search import run, settings
 
+    remarks = (busy,) if (busy := busy_machine()) else ()
     here = probe(device)
     if resume is not None:
         _refuse_beside_resume(context)
         seconds = parse_duration(budget) if budget else None
-        _watch(
-            resume,
-            partial(run.resume, resume, here, budget_seconds=seconds, same_machine=not other_machine, started=started),
-        )
+        go_on = partial(run.resume, resume, here, budget_seconds=seconds, same_machine=not other_machine)
+        _watch(resume, partial(go_on, started=started, remarks=remarks), remarks)
         return
     if other_machine:
         raise ConfigError("--other-machine is for a search that goes on; give --resume RUN with it")
@@ -179,7 +178,8 @@ def search(
         print(settings.describe_settings(asked, here))
         return
     directory = Path("results", asked.name)
-    _watch(directory, partial(run.search, asked, directory, here, started=started, calibrate_loss=calibrate_loss))
+    begin = partial(run.search, asked, directory, here, started=started, calibrate_loss=calibrate_loss)
+    _watch(directory, partial(begin, remarks=remarks), remarks)
 
 
 _OF_RESUME = ("resume", "budget", "device", "other_machine")
@@ -192,8 +192,10 @@ def _refuse_beside_resume(context: typer.Context) -> None:
         raise ConfigError(f"--resume goes on with the run's own settings; leave out {', '.join(given)}")
 
 
-def _watch(directory: Path, go: "Callable[..., object]") -> None:
+def _watch(directory: Path, go: "Callable[..., object]", remarks: tuple[str, ...]) -> None:
     """Run a search under the eyes of the user, then show its report, also of one in which nothing fits."""
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr)
     from autotune.measure.runner import trials_in_a_row
     from autotune.search import progress
 

@@ -11,13 +11,14 @@ import pytest
 import autotune
 
 PACKAGE = Path(autotune.__file__).parent
-_COMMON = {"errors", "units", "environment", "config"}
+_COMMON = {"errors", "units", "cgroup", "environment", "config"}
 _MEASURE = {*_COMMON, "measure", "model", "data", "kernels"}
 ALLOWED = {
     "errors": set[str](),
     "units": {"errors"},
     "config": {"errors", "units", "config", "kernels"},
-    "environment": {"errors", "units", "config"},
+    "cgroup": set[str](),
+    "environment": {"errors", "units", "cgroup", "config"},
     "kernels": {"kernels"},
     "data": {*_COMMON, "data", "kernels"},
     "model": {*_COMMON, "model", "kernels"},

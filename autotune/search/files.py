@@ -5,14 +5,14 @@ import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from autotune.config.nanogpt import format_nanogpt
 from autotune.config.search import SearchSettings, write_settings
 from autotune.config.toml import CandidateFile, format_candidate, write_atomically
-from autotune.environment import Environment
+from autotune.environment import Environment, differences
 from autotune.errors import ConfigError, InterruptedByUser
 from autotune.measure.records import TrialRecord, write_csv
 from autotune.search.objective import finish_recipe, training_tokens
@@ -77,9 +77,10 @@ def refuse_another_machine(run_dir: Path, environment: Environment) -> None:
         then = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read: {error}; write it anew with `autotune report --rebuild`") from None
-    now = json.loads(json.dumps(_facts(environment)))  # tuples become lists, as in the file
-    if then.pop("fingerprint", None) != now.pop("fingerprint"):
-        changes = [f"{key} {then.get(key)} -> {value}" for key, value in now.items() if then.get(key) != value]
+    if then.get("fingerprint") != environment.fingerprint:
+        changes = differences(then, environment)
+        if unknown := [field.name for field in fields(environment) if field.name not in then]:
+            changes.append(f"{', '.join(unknown)} not recorded there")
         raise ConfigError(
             f"{run_dir} was measured elsewhere ({', '.join(changes)}), its numbers do not compare; start a new search, "
             "or mix them with --other-machine"
