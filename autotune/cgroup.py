@@ -43,8 +43,8 @@ class ControlGroups:
         A container without a name space of its own reads the host's path, of which it sees only the last folder,
         mounted as the root: folders that do not exist are left out."""
         for line in _read(self.membership).splitlines():
-            _, names, path = (*line.split(":", 2), "", "")[:3]
-            if controller not in names.split(","):
+            names, _, path = line.partition(":")[2].partition(":")
+            if not path or controller not in names.split(","):
                 continue
             top = self.root / controller
             if not top.exists():  # mounted together with others, as `cpu,cpuacct`

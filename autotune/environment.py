@@ -175,6 +175,8 @@ def differences(there: Mapping[str, Any], here: Environment) -> list[str]:
         if before != value:
             lines.append(f"{key} {_value(before)} there, {_value(value)} here")
     earlier = there.get("variables", {} if complete else after)
+    if not isinstance(earlier, Mapping):
+        earlier = {}
     for name in sorted({*earlier, *after}):
         if earlier.get(name) != after.get(name):
             lines.append(f"{name} {_value(earlier.get(name))} there, {_value(after.get(name))} here")
@@ -182,7 +184,7 @@ def differences(there: Mapping[str, Any], here: Environment) -> list[str]:
 
 
 def _value(value: object) -> str:
-    return "not set" if value is None else repr(value)
+    return "not set" if value is None else repr(value)[:80]
 
 
 def busy_machine() -> str:
