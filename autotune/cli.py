@@ -194,14 +194,12 @@ def _refuse_beside_resume(context: typer.Context) -> None:
 
 def _watch(directory: Path, go: "Callable[..., object]", remarks: tuple[str, ...]) -> None:
     """Run a search under the eyes of the user, then show its report, also of one in which nothing fits."""
-    for remark in remarks:
-        print(f"warning: {remark}", file=sys.stderr)
     from autotune.measure.runner import trials_in_a_row
     from autotune.search import progress
 
     show = partial(_report, [directory], html=True, json=False, top=10)
     try:
-        with progress.show_progress() as notify, trials_in_a_row() as measure:
+        with progress.show_progress(remarks) as notify, trials_in_a_row() as measure:
             go(notify=notify, measure=measure)
     except NoFeasibleError:
         show()
