@@ -172,18 +172,17 @@ def search(
 
     Everything lands in results/NAME: trials.csv to review, best.toml to train, report.html."""
     started = time.monotonic()  # the budget holds everything, also what the next lines take
-    from autotune.environment import probe
+    from autotune.environment import busy_machine, probe
     from autotune.search import files, run, settings
     from autotune.train.track import tracker_notes
 
+    remarks = (busy,) if (busy := busy_machine()) else ()
     here = probe(device)
     if resume is not None:
         _refuse_beside_resume(context)
         seconds = parse_duration(budget) if budget else None
-        _watch(
-            resume,
-            partial(run.resume, resume, here, budget_seconds=seconds, same_machine=not other_machine, started=started),
-        )
+        go_on = partial(run.resume, resume, here, budget_seconds=seconds, same_machine=not other_machine)
+        _watch(resume, partial(go_on, started=started, remarks=remarks), remarks)
         return
     if other_machine:
         raise ConfigError("--other-machine is for a search that goes on; give --resume RUN with it")
@@ -214,12 +213,8 @@ def search(
     if not name:
         asked = replace(asked, name=files.claim_name(Path("results"), asked.name))
     directory = Path("results", asked.name)
-    _watch(
-        directory,
-        partial(
-            run.search, asked, directory, here, started=started, calibrate_loss=calibrate_loss, storage_url=storage
-        ),
-    )
+    begin = partial(run.search, asked, directory, here, started=started, calibrate_loss=calibrate_loss)
+    _watch(directory, partial(begin, storage_url=storage, remarks=remarks), remarks)
 
 
 _OF_RESUME = ("resume", "budget", "device", "other_machine")
@@ -232,7 +227,7 @@ def _refuse_beside_resume(context: typer.Context) -> None:
         raise ConfigError(f"--resume goes on with the run's own settings; leave out {', '.join(given)}")
 
 
-def _watch(directory: Path, go: "Callable[..., object]") -> None:
+def _watch(directory: Path, go: "Callable[..., object]", remarks: tuple[str, ...]) -> None:
     """Run a search under the eyes of the user, then show its report, also of one in which nothing fits."""
     from autotune.environment import compile_cache_dir
     from autotune.measure.runner import trials_in_a_row
@@ -241,7 +236,7 @@ def _watch(directory: Path, go: "Callable[..., object]") -> None:
     places.make_cache(compile_cache_dir())
     show = partial(_report, [directory], html=True, json=False, top=10)
     try:
-        with progress.show_progress() as notify, trials_in_a_row() as measure:
+        with progress.show_progress(remarks) as notify, trials_in_a_row() as measure:
             go(notify=notify, measure=measure)
     except NoFeasibleError:
         show()

@@ -12,12 +12,16 @@ import platform
 import struct
 import subprocess
 import sys
+import sysconfig
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import autotune
 from autotune import places
+from autotune.cgroup import ControlGroups
 from autotune.config.candidate import plain_texts
 from autotune.config.tables import read_table
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
@@ -32,6 +36,34 @@ _PEAK_TFLOPS = (
     ("RTX 5090", 209.5), ("RTX 5080", 112.6), ("RTX 4090", 165.2), ("RTX 4080", 97.5), ("RTX 4070 Ti", 80.2),
     ("RTX 4070", 58.3), ("RTX 3090 Ti", 80.0), ("RTX 3090", 71.2), ("RTX 3080", 59.5), ("RTX 3060", 25.6),
 )  # fmt: skip
+
+_STEERING = (
+    "TORCH", "PYTORCH_", "INDUCTOR_", "AOT_", "ATEN_", "C10_", "TRITON_",  # torch and its compilers
+    "OMP_", "GOMP_", "KMP_", "MKL_", "DNNL_", "ONEDNN_", "OPENBLAS_", "BLIS_",  # threads, products on the CPU
+    "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_TF32_", "CUTLASS_",  # CUDA
+    "MALLOC_", "TCMALLOC_", "MIMALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD",  # allocators
+    "CXX",  # the compiler of generated code
+)  # fmt: skip
+"""How the names of variables begin that can change what a step does, or how fast it does it."""
+_NOT_STEERING = (
+    "_DIR", "_HOME", "_PATH", "_PATHS", "_VERSION", "_URL", "_HOST", "_PORT", "_LOGS", "_LOG_LEVEL", "_VERBOSE",
+    "_TRACE", "_JOB_ID", "_DISPLAY_ENV", "_VISIBLE_DEVICES", "_DEVICE_ORDER",
+)  # fmt: skip
+"""How the names of those end that only say where something lies or what is printed. Addresses may hold a password."""
+_OF_TORCHRUN = ("TORCHELASTIC_", "TORCH_NCCL_")
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+
+SPIN = "10000"
+"""GOMP_SPINCOUNT for processes of ours. GNU's OpenMP, which torch's wheels bring, lets a thread that waits for the
+others spin for 300,000 turns (some 3 ms) before it sleeps; where another program wants the core, that one waits for
+the spinning to end, at every barrier. Tokens/s of the quickstart's winner on two cores, alone and beside two busy
+processes: default 13,100 and 525; OMP_WAIT_POLICY=passive 11,200 and 7,200; this value 12,850 and 4,700
+(tests/benchmarks/test_spin.py). The OpenMP of Intel and LLVM, in some conda builds, does not read it."""
+_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+"""Variables that say how threads wait: where the user has set one, ours is not."""
+EXPANDABLE = "expandable_segments:True"
+_BUSY = 0.7
+"""Load average from which on another program is at work, at the least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +87,16 @@ class Environment:
     platform: str
     peak_flops: float | None = None
     """Dense bfloat16 FLOP/s of the data sheet; None where unknown (and MFU with it)."""
+    threads: int | None = None
+    """Of torch's own operators; None in files that are older than this field."""
+    cores: str = ""
+    """Numbers of the cores this process may use: `0-3,8`."""
+    cpu_quota: float | None = None
+    """Cores' worth of time that the control group grants; None: no less than the cores."""
+    power_limit_watts: float | None = None
+    """Of the card, where NVML tells."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables that can change a measurement, as they are set in processes of ours."""
 
     def __post_init__(self) -> None:
         plain_texts("environment.", vars(self))
@@ -87,6 +129,10 @@ def describe(device: str = "auto") -> Environment:
         autotune=autotune.__version__,
         cpu_count=len(os.sched_getaffinity(0)),
         platform=platform.system() + " " + platform.machine(),
+        threads=torch.get_num_threads(),
+        cores=_ranges(sorted(os.sched_getaffinity(0))),
+        cpu_quota=ControlGroups().cpu_quota(),
+        variables=steering_variables(os.environ),
     )
     return here if where.type == "cpu" else _with_card(here, where.index or 0)
 
@@ -105,14 +151,64 @@ def _with_card(here: Environment, index: int) -> Environment:
         device_memory_bytes=properties.total_memory,
         capability=(properties.major, properties.minor),
         driver=_driver_version(),
+        power_limit_watts=_power_limit(str(properties.uuid)),
         cuda=torch.version.cuda or "",
         peak_flops=next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS if part in properties.name), None),
     )
 
 
+def steering_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Those that can change a measurement, without those that a plan sets by itself."""
+    return {
+        name: visible(value[:200])
+        for name, value in sorted(variables.items())
+        if name.startswith(_STEERING)
+        and not name.startswith(_OF_TORCHRUN)
+        and not name.endswith(_NOT_STEERING)
+        and not any(word in name for word in _SECRET)
+        and (name, value) != ("PYTORCH_ALLOC_CONF", EXPANDABLE)
+    }
+
+
+def differences(there: Mapping[str, Any], here: Environment) -> list[str]:
+    """What differs between a recorded environment and this one, in words. What an older version did not record is
+    not compared."""
+    now = json.loads(json.dumps(asdict(here)))  # tuples as lists, as JSON and TOML have them
+    after, complete = now.pop("variables"), "threads" in there  # TOML leaves out what is None
+    lines = []
+    for key, value in now.items():
+        before = there.get(key, None if complete else value)
+        if before != value:
+            lines.append(f"{key} {_value(before)} there, {_value(value)} here")
+    earlier = there.get("variables", {} if complete else after)
+    if not isinstance(earlier, Mapping):
+        earlier = {}
+    for name in sorted({*earlier, *after}):
+        if earlier.get(name) != after.get(name):
+            lines.append(f"{name} {_value(earlier.get(name))} there, {_value(after.get(name))} here")
+    return lines
+
+
+def _value(value: object) -> str:
+    return "not set" if value is None else repr(value)[:80]
+
+
+def busy_machine() -> str:
+    """One line where other programs keep this machine busy, else empty. Ask before anything of ours runs: it counts."""
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    if load < max(_BUSY, cores / 8):
+        return ""
+    return f"the machine is busy: load average {load:.1f} on {cores} cores; speeds will be too low and noisy"
+
+
+def child_command(module: str, *words: str) -> list[str]:
+    """Runs a module of ours in a process that dies with this one and imports nothing from the working folder."""
+    return [sys.executable, "-P", "-m", "autotune.measure.child", str(os.getpid()), module, *words]
+
+
 def probe(device: str = "auto") -> Environment:
     """`describe`, from a fresh process. Raises what `describe` raises."""
-    command = [sys.executable, "-m", "autotune.environment", device]
+    command = child_command("autotune.environment", device)
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=worker_environment())
     lines = run.stdout.strip().splitlines()
     if run.returncode == 0 and lines:
@@ -122,18 +218,34 @@ def probe(device: str = "auto") -> Environment:
 
 
 def worker_environment(cache_dir: Path | None = None, allocator: str = "default") -> dict[str, str]:
-    """Environment variables of a worker process: this checkout importable, a compile cache that outlives
-    the process, the allocator's settings in place before torch loads."""
+    """Environment variables of a worker process: this checkout importable, a compile cache that outlives the process,
+    the allocator's settings and a bounded spin in place before torch loads. Nothing that it starts, compilers
+    included, imports modules from the working folder."""
     variables = dict(os.environ)
     places.settle(variables)
-    checkout = str(Path(autotune.__file__).parent.parent)
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [checkout, variables.get("PYTHONPATH")]))
+    path = _import_path(variables.pop("PYTHONPATH", ""))
+    if path:
+        variables["PYTHONPATH"] = os.pathsep.join(path)
+    variables["PYTHONSAFEPATH"] = "1"
     variables["PYTHONUNBUFFERED"] = "1"
+    if not any(variables.get(name) for name in _WAITING):
+        variables["GOMP_SPINCOUNT"] = SPIN
     if cache_dir is not None:
         variables["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir)
     if allocator == "expandable_segments":
-        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        variables["PYTORCH_ALLOC_CONF"] = EXPANDABLE
     return variables
+
+
+def _import_path(users: str) -> list[str]:
+    """This checkout, where it is not installed, and the user's folders without the working one, which an empty
+    entry means too."""
+    checkout = Path(autotune.__file__).parent.parent
+    # what PYTHONPATH names stands before the standard library, so no folder of installed packages must be in it
+    installed = checkout in (Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib")))
+    working = Path.cwd()
+    kept = [entry for entry in users.split(os.pathsep) if entry and Path(entry).resolve() not in (working, checkout)]
+    return kept if installed else [str(checkout), *kept]
 
 
 def compile_cache_dir() -> Path:
@@ -176,11 +288,19 @@ def _cpu_name() -> str:
 def _available_memory() -> int:
     """Main memory, or the control group's share of it."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:  # no control groups, or their first version
-        return total
-    return total if limit == "max" else min(total, int(limit))
+    limit = ControlGroups().memory_limit_bytes()
+    return total if limit is None else min(total, limit)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 8] -> `0-2,8`."""
+    words = []
+    for number in numbers:
+        if number - 1 not in numbers:
+            first = number
+        if number + 1 not in numbers:
+            words.append(str(first) if first == number else f"{first}-{number}")
+    return ",".join(words)
 
 
 def _driver_version() -> str:
@@ -191,6 +311,17 @@ def _driver_version() -> str:
         return str(pynvml.nvmlSystemGetDriverVersion())
     except pynvml.NVMLError:  # a card without NVML (some virtual machines): the version stays unknown
         return ""
+
+
+def _power_limit(uuid: str) -> float | None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        card = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        return float(pynvml.nvmlDeviceGetEnforcedPowerLimit(card)) / 1000  # milliwatts
+    except pynvml.NVMLError:  # no NVML, or a card (a MIG slice, some virtual machines) that does not tell
+        return None
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ class Kernel:
     largest_head: int = 1 << 16
     chunked: bool = False
     """A loss that reads the plan's `loss_chunk_tokens`."""
+    runs: str = ""
+    """Part of an operator's name that is seen whenever this kernel runs, compiled or not; empty: it has none."""
     searched: tuple[str, ...] = ("cpu", "cuda")
     """Devices on which a search tries it: not where another row was better in speed and memory (`scripts/bench -k
     kernels`). A plan may name it everywhere."""
@@ -80,6 +82,7 @@ KERNELS = (
         name="sdpa_flash",
         path="attention_sdpa:flash",
         summary="FlashAttention 2 through torch",
+        runs="_scaled_dot_product_flash_attention",
         dtypes=HALF,
         capability=(8, 0),
         head_multiple=8,
@@ -90,6 +93,7 @@ KERNELS = (
         name="sdpa_cudnn",
         path="attention_sdpa:cudnn",
         summary="cuDNN's fused attention through torch",
+        runs="_scaled_dot_product_cudnn_attention",
         dtypes=HALF,
         capability=(8, 0),
         head_multiple=8,
@@ -100,6 +104,7 @@ KERNELS = (
         name="sdpa_efficient",
         path="attention_sdpa:efficient",
         summary="memory-efficient attention through torch",
+        runs="_scaled_dot_product_efficient_attention",
         capability=(5, 0),
         head_multiple=8,
     ),
@@ -131,6 +136,7 @@ KERNELS = (
         name="chunked",
         path="loss_chunked:cross_entropy",
         summary="logits chunk by chunk, gradients computed in the forward",
+        runs="autotune::chunked_cross_entropy",
         chunked=True,
     ),
     Kernel(
@@ -138,6 +144,7 @@ KERNELS = (
         name="chunked_triton",
         path="loss_chunked_triton:cross_entropy",
         summary="chunked, with softmax, loss and gradient in one Triton kernel",
+        runs="autotune::chunked_cross_entropy",
         capability=(7, 0),
         package="triton",
         chunked=True,
@@ -147,6 +154,7 @@ KERNELS = (
         name="torch_linear_cross_entropy",
         path="loss_torch_linear:cross_entropy",
         summary="torch's chunked linear_cross_entropy; its training loss is rounded to the plan's dtype",
+        runs="_linear_cross_entropy",
         torch=(2, 13),
         chunked=True,
         searched=("cuda",),

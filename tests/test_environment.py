@@ -1,21 +1,29 @@
 """The machine described, its fingerprint, and the variables that a worker gets."""
 
 import _ctypes
+import json
 import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from recorded_run import ENVIRONMENT
 
 from autotune.environment import (
     _PEAK_TFLOPS,
+    SPIN,
+    Environment,
+    busy_machine,
+    child_command,
     compile_cache_dir,
     describe,
+    differences,
     drop_torn_libraries,
     probe,
+    steering_variables,
     worker_environment,
 )
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
@@ -63,7 +71,10 @@ def test_a_torch_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_every_field_counts_for_the_fingerprint() -> None:
-    changes = {"torch": "2.11.0", "device_name": "Other", "driver": "1", "cpu_count": 3, "peak_flops": 1e12}
+    changes = {
+        "torch": "2.11.0", "device_name": "Other", "driver": "1", "cpu_count": 3, "peak_flops": 1e12, "threads": 1,
+        "cores": "2-3", "cpu_quota": 1.5, "power_limit_watts": 300.0, "variables": {"OMP_NUM_THREADS": "1"},
+    }  # fmt: skip
     prints = {replace(ENVIRONMENT, **{name: value}).fingerprint for name, value in changes.items()}  # type: ignore[arg-type]
     assert len(prints | {ENVIRONMENT.fingerprint}) == len(changes) + 1
     assert replace(ENVIRONMENT).fingerprint == ENVIRONMENT.fingerprint
@@ -74,6 +85,145 @@ def test_a_longer_name_stands_before_the_shorter_one_that_it_contains() -> None:
     names = [part for part, _ in _PEAK_TFLOPS]
     hidden = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if a in b]
     assert hidden == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "field", "expected"),
+    [
+        ("OMP_NUM_THREADS", "1", "threads", 1),
+        ("OMP_NUM_THREADS", "1", "variables", {"OMP_NUM_THREADS": "1"}),
+        ("ATEN_CPU_CAPABILITY", "default", "variables", {"ATEN_CPU_CAPABILITY": "default"}),
+    ],
+)
+def test_what_speed_depends_on_is_described(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, field: str, expected: object
+) -> None:
+    before = probe("cpu")
+    monkeypatch.setenv(name, value)
+    here = probe("cpu")
+    found = getattr(here, field)
+    assert (expected.items() <= found.items()) if isinstance(expected, dict) else found == expected
+    assert here.fingerprint != before.fingerprint
+
+
+def test_the_cores_that_are_allowed_are_described() -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    code = (
+        f"import os; os.sched_setaffinity(0, [{allowed[-1]}]); from autotune.environment import probe; "
+        "here = probe('cpu'); print(here.cores, here.cpu_count, here.threads)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(allowed[-1]), "1", "1"]
+
+
+def test_variables_that_are_recorded() -> None:
+    kept = {
+        "TORCHINDUCTOR_MAX_AUTOTUNE": "1", "PYTORCH_CUDA_ALLOC_CONF": "x", "ATEN_CPU_CAPABILITY": "default",
+        "OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "1", "KMP_AFFINITY": "none", "MKL_CBWR": "AVX2",
+        "ONEDNN_DEFAULT_FPMATH_MODE": "BF16", "NVIDIA_TF32_OVERRIDE": "0", "CUDA_LAUNCH_BLOCKING": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":0:0", "TRITON_INTERPRET": "1", "MALLOC_ARENA_MAX": "1",
+        "LD_PRELOAD": "libjemalloc.so", "CXX": "clang++",
+    }  # fmt: skip
+    others = {
+        "HOME": "/root", "PATH": "/bin", "AWS_SECRET_ACCESS_KEY": "x", "WANDB_API_KEY": "x", "TORCH_TOKEN": "x",
+        "TORCHINDUCTOR_CACHE_DIR": "/", "TORCHINDUCTOR_REDIS_URL": "redis://:password@host",
+        "CUDA_VISIBLE_DEVICES": "1", "TORCHELASTIC_RUN_ID": "x", "TORCH_LOGS": "+dynamo",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    }  # fmt: skip
+    assert steering_variables({**kept, **others}) == kept
+    assert steering_variables({"LD_PRELOAD": "x" * 1000}) == {"LD_PRELOAD": "x" * 200}
+
+
+def recorded(environment: Environment) -> dict[str, Any]:
+    """As a file has it."""
+    read: dict[str, Any] = json.loads(json.dumps(asdict(environment)))
+    return read
+
+
+def test_differences_are_short() -> None:
+    many = {f"TORCHINDUCTOR_{number}": "1" for number in range(50)}
+    here = replace(ENVIRONMENT, threads=4, variables={**many, "OMP_NUM_THREADS": "4"})
+    there = recorded(replace(here, threads=2, cpu_quota=1.5, variables={**many, "MKL_CBWR": "AVX2"}))
+    expected = [
+        "threads 2 there, 4 here",
+        "cpu_quota 1.5 there, not set here",
+        "MKL_CBWR 'AVX2' there, not set here",
+        "OMP_NUM_THREADS not set there, '4' here",
+    ]
+    assert differences(there, here) == expected
+    assert differences(recorded(here), here) == []
+
+
+def test_an_older_record_is_compared_in_what_it_has() -> None:
+    here = replace(ENVIRONMENT, threads=4, cores="0-3", variables={"OMP_NUM_THREADS": "4"})
+    older = {name: value for name, value in recorded(ENVIRONMENT).items() if name in ("device_name", "torch")}
+    assert differences(older, here) == []
+    assert differences({**older, "torch": "2.11"}, here) == ["torch '2.11' there, '2.13.0' here"]
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "said"),
+    [
+        (0.3, 2, ""),
+        (2.12, 2, "the machine is busy: load average 2.1 on 2 cores; speeds will be too low and noisy"),
+        (0.8, 1, "the machine is busy: load average 0.8 on 1 cores; speeds will be too low and noisy"),
+        (3.0, 64, ""),
+        (9.0, 64, "the machine is busy: load average 9.0 on 64 cores; speeds will be too low and noisy"),
+    ],
+)
+def test_a_busy_machine(monkeypatch: pytest.MonkeyPatch, load: float, cores: int, said: str) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert busy_machine() == said
+
+
+@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"])
+def test_the_users_way_of_waiting_holds(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for other in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(other, raising=False)
+    assert worker_environment()["GOMP_SPINCOUNT"] == SPIN
+    monkeypatch.setenv(name, "7")
+    assert worker_environment()[name] == "7"
+    assert worker_environment().get("GOMP_SPINCOUNT") == ("7" if name == "GOMP_SPINCOUNT" else None)
+
+
+def test_openmp_takes_the_bounded_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GNU's OpenMP says what it uses when it loads, with torch."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
+    command = child_command("autotune.environment", "cpu")
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=worker_environment())
+    assert f"GOMP_SPINCOUNT = '{SPIN}'" in run.stderr
+
+
+def test_nothing_is_imported_from_the_working_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(["", ".", "elsewhere", str(tmp_path), str(tmp_path / "elsewhere")])
+    )
+    variables = worker_environment()
+    assert variables["PYTHONPATH"].split(os.pathsep)[-2:] == ["elsewhere", str(tmp_path / "elsewhere")]
+    code = "import sys; print('\\n'.join(map(str, sys.path)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=variables)
+    assert not {"", ".", str(tmp_path)} & set(run.stdout.splitlines())
+    assert str(tmp_path / "elsewhere") in run.stdout.splitlines()
+
+
+def test_a_child_whose_parent_is_gone_does_nothing(tmp_path: Path) -> None:
+    """A parent that dies before its child has asked for a death signal: the child sees another parent."""
+    (tmp_path / "mark.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    variables = {**worker_environment(), "PYTHONPATH": f"{Path(__file__).parents[1]}{os.pathsep}{tmp_path}"}
+    command = child_command("mark")
+    assert subprocess.run(command, env=variables, check=False).returncode == 0
+    assert (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    orphan = ["sh", "-c", '(sleep 0.3; exec "$@") &', "sh", *command]
+    subprocess.run(orphan, env=variables, check=True)  # returns at once
+    strange = [str(os.getppid()) if word == str(os.getpid()) else word for word in command]
+    assert subprocess.run(strange, env=variables, check=False).returncode == 1
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_a_worker_gets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

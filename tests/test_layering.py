@@ -11,7 +11,7 @@ import pytest
 import autotune
 
 PACKAGE = Path(autotune.__file__).parent
-_COMMON = {"errors", "places", "terminal", "units", "environment", "config"}
+_COMMON = {"errors", "places", "terminal", "units", "cgroup", "environment", "config"}
 _MEASURE = {*_COMMON, "measure", "model", "data", "kernels"}
 ALLOWED = {
     "errors": set[str](),
@@ -19,7 +19,8 @@ ALLOWED = {
     "terminal": {"errors"},
     "units": {"errors"},
     "config": {"errors", "terminal", "units", "config", "kernels"},
-    "environment": {"errors", "places", "terminal", "units", "config"},
+    "cgroup": set[str](),
+    "environment": {"errors", "places", "terminal", "units", "cgroup", "config"},
     "kernels": {"kernels"},
     "data": {*_COMMON, "data", "kernels"},
     "model": {*_COMMON, "model", "kernels"},

@@ -1,6 +1,8 @@
 """Entry of every worker process: dies with its parent, loads torch ahead of its request, then runs its module.
 
-python -m autotune.measure.child autotune.measure.worker [standby] < request.json
+python -P -m autotune.measure.child PARENT autotune.measure.worker [standby] < request.json
+
+`autotune.environment.child_command` makes this command; PARENT is the process id of who starts it.
 """
 
 import ctypes
@@ -11,16 +13,18 @@ import signal
 import sys
 
 
-def die_with_parent() -> None:
+def die_with(parent: int) -> None:
     """A search that is killed must not leave a worker behind which slows the next one down (man 2 prctl)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call, which therefore does nothing
+            os._exit(1)
 
 
 if __name__ == "__main__":
-    die_with_parent()  # before torch loads, which takes seconds
-    _, module, *rest = sys.argv
+    _, parent, module, *rest = sys.argv
+    die_with(int(parent))  # before torch loads, which takes seconds
     sys.argv = [module, *rest]
     if rest == ["standby"]:
         # What torch.compile would load in the first step: twice as much as torch itself. Starts no process and

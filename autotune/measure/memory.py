@@ -6,6 +6,7 @@ allocator, summed up from the profiler's memory events, and the resident size fr
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class MemoryMeter:
         from there; CUDA's allocator knows by itself."""
         self.device, self._live_bytes = device, live_bytes
         self._views: dict[str, MemoryView] = {}
+        self.ran: Counter[str] = Counter()
+        """How often each operator ran in the first `steady` stage."""
         self._card = _Card.open(device) if device.type == "cuda" else None
 
     @property
@@ -47,7 +50,8 @@ class MemoryMeter:
         """Measure the peaks of the block. A stage that is entered again keeps its largest values.
 
         On the CPU the block must free what it allocates, or leave it counted by `live_bytes`."""
-        return self._cuda_stage(name) if self.device.type == "cuda" else self._cpu_stage(name)
+        stage = self._cuda_stage(name) if self.device.type == "cuda" else self._cpu_stage(name)
+        return self._heard(stage) if name == "steady" and self.device.type == "cuda" and not self.ran else stage
 
     def views(self) -> Mapping[str, MemoryView]:
         return dict(self._views)
@@ -74,12 +78,20 @@ class MemoryMeter:
             ))  # fmt: skip
 
     @contextmanager
+    def _heard(self, stage: AbstractContextManager[None]) -> Iterator[None]:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded, stage:
+            yield
+        self.ran = Counter(event.name() for event in _events(recorded))
+
+    @contextmanager
     def _cpu_stage(self, name: Stage) -> Iterator[None]:
         before = self._live_bytes()
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
             yield
         grown = max(accumulate(_allocations(recorded)), default=0)
+        if name == "steady" and not self.ran:
+            self.ran = Counter(event.name() for event in _events(recorded))
         self._keep(name, MemoryView(allocated_bytes=before + max(0, grown), device_bytes=_resident_peak_bytes()))
 
     def _keep(self, name: Stage, new: MemoryView) -> None:
@@ -97,12 +109,16 @@ def _known(combine: Callable[[list[int]], int], values: list[int | None]) -> int
     return combine(known) if known else None
 
 
-def _allocations(recorded: profile) -> list[int]:
-    """Bytes of every allocation (+) and release (-) on the CPU, in order of time."""
+def _events(recorded: profile) -> list[Any]:
     assert recorded.profiler is not None
     results: Any = recorded.profiler.kineto_results
+    return list(results.events())
+
+
+def _allocations(recorded: profile) -> list[int]:
+    """Bytes of every allocation (+) and release (-) on the CPU, in order of time."""
     cpu = torch._C._autograd.DeviceType.CPU
-    events = [event for event in results.events() if event.name() == "[memory]" and event.device_type() == cpu]
+    events = [event for event in _events(recorded) if event.name() == "[memory]" and event.device_type() == cpu]
     return [event.nbytes() for event in sorted(events, key=lambda event: int(event.start_ns()))]
 
 

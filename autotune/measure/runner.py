@@ -6,7 +6,6 @@ Where trials follow each other, the next worker loads torch while the present on
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,8 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from autotune.environment import compile_cache_dir, worker_environment
+from autotune.cgroup import ControlGroups
+from autotune.environment import child_command, compile_cache_dir, worker_environment
 from autotune.errors import ConfigError, one_line
 from autotune.measure.types import MemoryProfile, TrialRequest, TrialResult, from_json, to_json
 
@@ -74,15 +74,17 @@ def trials_in_a_row() -> Iterator[Callable[[TrialRequest, Path], TrialResult]]:
         yield partial(run_trial, standby=standby)
 
 
-def run_trial(request: TrialRequest, log: Path, standby: Standby | None = None) -> TrialResult:
+def run_trial(
+    request: TrialRequest, log: Path, standby: Standby | None = None, groups: ControlGroups | None = None
+) -> TrialResult:
     """Measure one candidate in a fresh worker process, the waiting one of `standby` where that suits; its output goes
-    to `log`.
+    to `log`. `groups`: where to look whether the kernel killed it for memory.
 
     Never raises for what the candidate does: OOM, a hang, a crash become the result's status.
     KeyboardInterrupt kills the worker's group and is raised again.
     """
     with tempfile.TemporaryDirectory(prefix="autotune-trial-") as directory:
-        return _run(_WORKER, request, Path(directory), log, standby)
+        return _run(_WORKER, request, Path(directory), log, standby, groups or ControlGroups())
 
 
 def run_profile(request: TrialRequest, directory: Path, log: Path) -> tuple[TrialResult, MemoryProfile | None]:
@@ -97,15 +99,17 @@ def run_profile(request: TrialRequest, directory: Path, log: Path) -> tuple[Tria
             (directory / name).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{directory} cannot be written: {error.strerror}; choose another with --out") from None
-    result = _run("autotune.measure.profile", request, directory, log)
+    result = _run("autotune.measure.profile", request, directory, log, None, ControlGroups())
     found = directory / "profile.json"
     return result, from_json(MemoryProfile, found.read_text()) if result.status == "ok" else None
 
 
-def _run(module: str, request: TrialRequest, directory: Path, log: Path, standby: Standby | None = None) -> TrialResult:
+def _run(
+    module: str, request: TrialRequest, directory: Path, log: Path, standby: Standby | None, groups: ControlGroups
+) -> TrialResult:
     """What became of a worker whose files go to `directory`."""
     started_at, started = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    file = directory / "result.json"
+    file, kills = directory / "result.json", groups.oom_kills()
     returncode = _run_worker(module, replace(request, result_path=str(file)), log, standby)
     result = TrialResult(status="crashed", phase="start")
     if file.exists():
@@ -125,6 +129,10 @@ def _run(module: str, request: TrialRequest, directory: Path, log: Path, standby
     if returncode is None:
         message = f"not done after {request.timeout_seconds:.0f} s, in phase {result.phase}; see {log.name}"
         return replace(result, status="timeout", message=message)
+    if result.status == "crashed" and kills is not None and (groups.oom_kills() or 0) > kills:
+        # the worker itself, or a process that it needs: a compiler, for example
+        message = f"the kernel killed it for memory in phase {result.phase} (oom_kill); see {log.name}"
+        return replace(result, status="oom", message=message)
     if result.status == "crashed" and not result.message:
         message = f"{_death(returncode)} in phase {result.phase}: {_last_line(log)}; see {log.name}"
         return replace(result, message=message)
@@ -153,7 +161,7 @@ def _run_worker(module: str, request: TrialRequest, log: Path, standby: Standby 
 def _start(module: str, log: Path, allocator: str, *words: str) -> _Process:
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "autotune.measure.child", module, *words],
+            child_command(module, *words),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -191,5 +199,4 @@ def _death(returncode: int) -> str:
     if returncode >= 0:
         return f"worker ended with exit code {returncode}"
     name = signal.Signals(-returncode).name
-    hint = " (the system kills so when main memory runs out)" if name == "SIGKILL" else ""
-    return f"worker killed by {name}{hint}"
+    return f"worker killed by {name}"

@@ -7,7 +7,6 @@ result.json is replaced at every phase, so a killed worker has left word of wher
 
 import math
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -25,7 +24,9 @@ from autotune.config.toml import write_atomically
 from autotune.data.batches import micro_batches, open_batches, synthetic_batch
 from autotune.environment import describe
 from autotune.errors import AutotuneError, UnsupportedError
+from autotune.measure.limit import limit_data
 from autotune.measure.memory import MemoryMeter
+from autotune.measure.ran import check_ran
 from autotune.measure.timing import MIN_SAMPLES, TARGET, Stopwatch, Timing, summarise, warm_up
 from autotune.measure.types import Status, TrialRequest, TrialResult, from_json, to_json
 from autotune.model.checkpoint import TrainState, save_checkpoint
@@ -121,6 +122,7 @@ def compile_step(step: TrainStep, batches: list[MicroBatch], report: Report, met
     with meter.stage("steady"):
         loss, _ = step.step(batches, step.candidate.recipe.learning_rate)
     report.enter(memory=meter.views())
+    check_ran(step.candidate.plan, meter.ran, step.device)
     return loss.item() / sum(share for _, _, share in batches)
 
 
@@ -131,7 +133,7 @@ def limit_memory(request: TrialRequest, device: torch.device, meter: MemoryMeter
     if limit is None:
         return
     if device.type == "cpu":
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        limit_data(limit)
         return
     torch.zeros(1, device=device)  # the context exists from here on
     free, total = torch.cuda.mem_get_info(device)

@@ -229,6 +229,7 @@ def _compiled(model: GPT, candidate: Candidate) -> Callable[..., Tensor]:
         # past torch's limit of 8, one more version of a code would silently run uncompiled, in far more memory
         dynamo_config.recompile_limit = RECOMPILE_LIMIT
         dynamo_config.fail_on_recompile_limit_hit = True
+        dynamo_config.suppress_errors = False  # TORCHDYNAMO_SUPPRESS_ERRORS: what fails to compile would run uncompiled
     compiler: Callable[..., Any] = partial(torch.compile, dynamic=False)
     if plan.loss == "auto_chunker":
         from autotune.kernels.loss_auto_chunker import compile_in_chunks

@@ -15,7 +15,7 @@ from typing import Literal
 
 from autotune import places
 from autotune.data import tokenizer
-from autotune.environment import Environment, compile_cache_dir, probe
+from autotune.environment import Environment, busy_machine, compile_cache_dir, probe
 from autotune.errors import AutotuneError, ConfigError, DataError
 from autotune.kernels import registry
 from autotune.report.table import Listing, plain
@@ -54,7 +54,8 @@ def _useful(name: str, found: str | None, otherwise: str) -> Check:
 
 def examine() -> tuple[Check, ...]:
     """Look at everything that a search needs or can use."""
-    return (_needed("Python", platform.python_version(), ""), *_torch(), *_host(), *_packages())
+    quiet = _useful("quiet machine", None if (busy := busy_machine()) else "no other program keeps it busy", busy)
+    return (_needed("Python", platform.python_version(), ""), quiet, *_torch(), *_host(), *_packages())
 
 
 def can_search(checks: Sequence[Check]) -> bool:

@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from autotune.config.candidate import Candidate, Shape
 from autotune.config.search import SearchSettings
 from autotune.config.toml import CandidateFile, format_candidate, write_atomically
-from autotune.environment import compile_cache_dir, worker_environment
+from autotune.environment import child_command, compile_cache_dir, worker_environment
 from autotune.errors import AutotuneError, ConfigError
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.search.budget import Budget
@@ -32,7 +31,7 @@ def train_pilot(file: Path, device: str, seconds: float) -> Mapping[str, Any]:
     """By `autotune train`, in a process that dies with this one. Raises AutotuneError."""
     out = file.with_suffix("")
     words = ["train", str(file), "--out", str(out), "--device", device, "--max-time", f"{0.9 * seconds:.0f}s"]
-    command = [sys.executable, "-m", "autotune.measure.child", "autotune", *words]
+    command = child_command("autotune", *words)
     log = file.with_suffix(".log")
     with log.open("w") as output:
         try:

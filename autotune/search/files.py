@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from autotune.config.nanogpt import format_nanogpt
 from autotune.config.search import SearchSettings, write_settings
 from autotune.config.tables import read_json
 from autotune.config.toml import CandidateFile, format_candidate, write_atomically
-from autotune.environment import Environment
-from autotune.errors import SHOWN, ConfigError, InterruptedByUser, one_line, shown
+from autotune.environment import Environment, differences
+from autotune.errors import ConfigError, InterruptedByUser
 from autotune.measure.records import TrialRecord, write_csv
 from autotune.search.objective import finish_recipe, loss_at, training_tokens
 from autotune.search.verdict import Verdict, decide
@@ -77,18 +77,14 @@ def write_inputs(directory: Path, settings: SearchSettings, environment: Environ
 def refuse_another_machine(run_dir: Path, environment: Environment) -> None:
     """Raise ConfigError, saying what differs, unless the run was measured on `environment`."""
     then = read_json(run_dir / "environment.json", f"mend it with `autotune report --rebuild {run_dir}`")
-    now = json.loads(json.dumps(_facts(environment)))  # tuples become lists, as in the file
-    if then.pop("fingerprint", None) != now.pop("fingerprint"):
-        changes = [f"{key} {_plain(then.get(key))} -> {_plain(value)}" for key, value in now.items()
-                   if then.get(key) != value]  # fmt: skip
+    if then.get("fingerprint") != environment.fingerprint:
+        changes = differences(then, environment)
+        if unknown := [field.name for field in fields(environment) if field.name not in then]:
+            changes.append(f"{', '.join(unknown)} not recorded there")
         raise ConfigError(
             f"{run_dir} was measured elsewhere ({', '.join(changes)}), its numbers do not compare; start a new search, "
             "or mix them with --other-machine"
         )
-
-
-def _plain(value: object) -> str:
-    return one_line(value, SHOWN) if isinstance(value, str) else shown(value)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from autotune.measure.records import TrialRecord
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def show_progress() -> Iterator[Notify]:
-    """A `notify` for `search`: a budget bar, the current trial and the best so far, or one line a trial."""
+def show_progress(remarks: Sequence[str] = ()) -> Iterator[Notify]:
+    """A `notify` for `search`: a budget bar, the current trial and the best so far, or one line a trial. The remarks
+    come before the first one."""
     if not sys.stderr.isatty():
-        yield print_event
+        yield _after(remarks, print_event)
         return
     from rich.console import Console
     from rich.live import Live
@@ -38,7 +39,18 @@ def show_progress() -> Iterator[Notify]:
             if event.record is not None:
                 live.console.print(visible(_ended(event, event.record)), markup=False, highlight=False)
 
-        yield notify
+        yield _after(remarks, notify)
+
+
+def _after(remarks: Sequence[str], notify: Notify) -> Notify:
+    left = list(remarks)
+
+    def tell(event: Event) -> None:
+        while left:
+            print(f"warning: {left.pop(0)}", file=sys.stderr, flush=True)
+        notify(event)
+
+    return tell
 
 
 def print_event(event: Event) -> None:

@@ -93,25 +93,28 @@ def search(
     started: float | None = None,
     calibrate_loss: bool = False,
     storage_url: str = "",
+    remarks: tuple[str, ...] = (),
 ) -> Verdict:
     """Search within the settings' budget and leave a run in `run_dir`, which must be new.
 
     `measure` runs one trial: a worker process, or a table of recorded answers. `clock` counts seconds; the budget
     runs since `started` by it, if that is given. `calibrate_loss` trains two pilots first, see `calibrate_law`.
     `storage_url`: with the password, which settings do not hold.
+    `remarks`: what is known before the search, for its notes.
     Raises ConfigError, NoFeasibleError when nothing fits, InterruptedByUser after Ctrl-C.
     """
     budget = begin(settings.budget_seconds, started, clock)
-    told: tuple[str, ...] = ()
+    told = remarks
     with files.new_directory(run_dir):
         if calibrate_loss:
             settings, line = calibrate_law(settings, run_dir, budget, measure)
-            told = (line,)
+            told = (*remarks, line)
         if not settings.storage and (note := storage.lock_note(run_dir / "study.db")):
             told += (note,)
         study = studies.create_study(run_dir, settings, storage=storage_url, patience=storage.within(budget))
         study.set_user_attr(studies.SETTINGS, asdict(settings))
         study.set_user_attr(studies.ENVIRONMENT, asdict(environment))
+        study.set_user_attr(studies.REMARKS, told)
         files.write_inputs(run_dir, settings, environment)
         write_csv(run_dir / "trials.csv", [])
     with files.locked(run_dir):
@@ -132,6 +135,7 @@ def resume(
     notify: Notify = lambda event: None,
     clock: Callable[[], float] = time.monotonic,
     started: float | None = None,
+    remarks: tuple[str, ...] = (),
 ) -> Verdict:
     """Go on with the search of `run_dir`. A budget that is given counts from now; otherwise what is left of the
     run's own is used up. What was in flight when the search died is recorded as interrupted.
@@ -154,10 +158,12 @@ def resume(
         if seconds <= 0:
             total = format_duration(settings.budget_seconds)
             raise ConfigError(f"the budget of {run_dir} ({total}) is used up; give more time with --budget")
+        remarks = tuple(dict.fromkeys([*studies.remarks_of(study), *remarks]))  # each once
+        study.set_user_attr(studies.REMARKS, remarks)
         return _go(_Run(
             settings=settings, directory=run_dir, environment=environment, space=space,
             study=study, budget=begin(seconds, started, clock), spent_before=spent,
-            measure=measure, notify=notify, found=found,
+            measure=measure, notify=notify, found=found, told=remarks,
         ))  # fmt: skip
 
 

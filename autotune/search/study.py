@@ -31,7 +31,8 @@ if TYPE_CHECKING:  # importing optuna takes a quarter of a second; only a search
     import optuna
 
 _MARK = "autotune"
-SETTINGS, ENVIRONMENT, SPENT, NOTES = "settings", "environment", "spent_seconds", "notes"
+SETTINGS, ENVIRONMENT, SPENT = "settings", "environment", "spent_seconds"
+NOTES, REMARKS = "notes", "remarks"
 _VERDICT = "verdict"
 _REQUEST, _ROLE, _NUMBER, _RECORD = "request", "role", "trial", "record"
 
@@ -146,6 +147,11 @@ def spent_seconds(study: "optuna.Study") -> float:
 def notes_of(study: "optuna.Study") -> tuple[str, ...]:
     """What could not be done. Raises ConfigError for a damaged study."""
     return read_table(_State, {"notes": study.user_attrs.get(NOTES, ())}, "the study").notes
+
+
+def remarks_of(study: "optuna.Study") -> tuple[str, ...]:
+    """What was known before the search. Raises ConfigError for a damaged study."""
+    return read_table(_State, {"notes": study.user_attrs.get(REMARKS, ())}, "the study").notes
 
 
 def as_begun(study: "optuna.Study", space: Space) -> Space:

@@ -1,12 +1,10 @@
 """The training held against what the search measured."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
-from autotune.environment import Environment
+from autotune.environment import Environment, differences
 from autotune.units import format_bytes
 
 SPEED_TOLERANCE = 0.02
@@ -43,8 +41,4 @@ def compare(measured: Mapping[str, Any], found: Mapping[str, Any], device: str) 
 
 def other_machine(there: Mapping[str, Any], here: Environment) -> str:
     """What differs between the machine of the measurement (`[environment]`) and this one; empty if nothing."""
-    now = json.loads(json.dumps(asdict(here)))  # tuples as lists, as TOML has them
-    different = [
-        f"{key} {there[key]!r} there, {value!r} here" for key, value in now.items() if there.get(key, value) != value
-    ]
-    return "; ".join(different)
+    return "; ".join(differences(there, here)) if there else ""

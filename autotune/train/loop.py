@@ -18,6 +18,7 @@ from autotune.data.batches import open_batches
 from autotune.environment import describe
 from autotune.errors import AutotuneError, InterruptedByUser
 from autotune.measure.memory import MemoryMeter
+from autotune.measure.ran import check_ran
 from autotune.measure.types import Stage, cache_text
 from autotune.measure.worker import COMPILING_STEPS, out_of_memory
 from autotune.model.checkpoint import TrainState, checkpoints, save_checkpoint
@@ -155,6 +156,8 @@ class Training:
                     stop = self._stop()
             if self.iteration == self.first + COMPILING_STEPS and (compiled := compile_cache()):
                 self.progress.note(f"compiled, with {cache_text(*compiled)} from the compile cache")
+            if self.iteration == self.first + COMPILING_STEPS + 1:
+                check_ran(self.step.candidate.plan, self.record.meter.ran, self.device)
             if self._went_bad():
                 continue
             finished = self.iteration >= self.recipe.max_iters

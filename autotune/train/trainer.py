@@ -87,7 +87,7 @@ def _prepare_process(plan: Plan) -> None:
             f"plan.allocator = {plan.allocator!r} must be set before torch loads; "
             f"start this process with {allocator}={variables[allocator]}"
         )
-    for name in (allocator, "TORCHINDUCTOR_CACHE_DIR"):
+    for name in (allocator, "TORCHINDUCTOR_CACHE_DIR", "GOMP_SPINCOUNT", "PYTHONPATH", "PYTHONSAFEPATH"):
         if name in variables:
             os.environ[name] = variables[name]
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler writes lines of its own

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from autotune.cgroup import ControlGroups
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.measure import runner
 from autotune.measure.runner import run_trial, trials_in_a_row
@@ -239,12 +241,74 @@ def test_a_wicked_worker_is_a_crash_and_nothing_stays(
     fake = tmp_path / "python"
     fake.write_text(f"#!{sys.executable}\nimport os, subprocess, sys\n{code}\n")
     fake.chmod(0o755)
-    monkeypatch.setattr(runner.sys, "executable", str(fake))
+    monkeypatch.setattr(sys, "executable", str(fake))
     result = run_trial(REQUEST, tmp_path / "log")
     assert result.status == "crashed"
     assert expected in result.message
     assert (tmp_path / "log").stat().st_size <= runner.LOG_BYTES
     eventually(lambda: workers("sleep 1000") == [])
+
+
+@pytest.mark.parametrize(("kills", "status"), [(4, "oom"), (3, "crashed")])
+def test_what_the_kernel_kills_for_memory_is_oom(
+    kills: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "self").write_text("0::/\n")
+    events = tmp_path / "memory.events"
+    events.write_text("oom_kill 3\n")
+    fake = tmp_path / "python"
+    dies = f"open({str(events)!r}, 'w').write('oom_kill {kills}')\nos.kill(os.getpid(), 9)"
+    fake.write_text(f"#!{sys.executable}\nimport os\n{dies}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    groups = ControlGroups(root=tmp_path, membership=tmp_path / "self")
+    result = run_trial(REQUEST, tmp_path / "log", groups=groups)
+    assert result.status == status
+    assert ("the kernel killed it for memory in phase start" in result.message) == (status == "oom")
+
+
+@pytest.mark.parametrize("compile", ["full", "block"])
+@pytest.mark.parametrize("name", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_a_plan_that_is_not_compiled_as_it_says_is_unsupported(
+    name: str, compile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "1")
+    result = run_trial(with_plan(compile=compile), tmp_path / "log")
+    assert result.status == "unsupported"
+    assert result.message == f"plan.compile = '{compile}', but Inductor compiled nothing; unset {name}"
+    assert result.tokens_per_second is None
+
+
+def test_a_profile_is_not_of_another_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    result, found = runner.run_profile(with_plan(compile="full"), tmp_path / "out", tmp_path / "log")
+    assert (result.status, found) == ("unsupported", None)
+
+
+def test_the_limit_is_the_candidates_and_not_its_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled in a folder full of names that Python's own library has, too."""
+    for name in ("profile", "random", "queue", "torch", "autotune"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working folder')")
+    compiler, limits = tmp_path / "bin" / "g++", tmp_path / "limits"
+    compiler.parent.mkdir()
+    compiler.write_text(f'#!/bin/sh\nulimit -S -d >> {limits}\nexec {shutil.which("g++")} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))  # else nothing needs to be compiled
+    monkeypatch.chdir(tmp_path)
+    small = replace(SHAPE, n_layer=1, vocab_size=256)
+    candidate = replace(with_plan(compile="block", loss="full").candidate, recipe=replace(RECIPE, shape=small))
+    result = run_trial(replace(REQUEST, candidate=candidate, memory_limit_bytes=3 << 30), tmp_path / "log")
+    assert result.status == "ok", result.message
+    assert set(limits.read_text().split()) == {"unlimited"}
+
+
+def test_the_limit_holds_for_the_candidate(tmp_path: Path) -> None:
+    large = replace(SHAPE, vocab_size=400_000, n_embd=512)
+    candidate = replace(REQUEST.candidate, recipe=replace(RECIPE, shape=large))
+    result = run_trial(replace(REQUEST, candidate=candidate, memory_limit_bytes=700 << 20), tmp_path / "log")
+    assert (result.status, result.phase) == ("oom", "build")
+    assert result.wanted_bytes == 4 * 400_000 * 512
 
 
 def test_requests_and_results_survive_json(measured: TrialResult) -> None:

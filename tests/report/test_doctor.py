@@ -1,5 +1,6 @@
 """What is here and why something is not: on this machine, and on machines made up for the test."""
 
+import os
 import re
 import tomllib
 from dataclasses import replace
@@ -29,6 +30,15 @@ def test_a_complete_machine_can_search(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.can_search(checks), [check for check in checks if check.state == "missing"]
     assert state(checks)["CUDA device"] == "absent"
     assert all(check.found for check in checks)
+
+
+@pytest.mark.parametrize(("load", "found"), [(0.1, "ok"), (1e4, "absent")])
+def test_a_busy_machine_is_a_note(monkeypatch: pytest.MonkeyPatch, load: float, found: str) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    checks = on(monkeypatch)
+    assert state(checks)["quiet machine"] == found
+    assert doctor.can_search(checks)
+    assert any("load average 10000.0 on" in check.found for check in checks) == (found == "absent")
 
 
 @pytest.mark.parametrize(

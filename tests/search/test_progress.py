@@ -4,7 +4,7 @@ import pytest
 from fake_machine import CUDA, Machine, settings
 from rich.console import Console
 
-from autotune.search.progress import _picture, print_event, show_progress
+from autotune.search.progress import _picture, show_progress
 from autotune.search.run import Event, search
 
 
@@ -17,13 +17,14 @@ def events(tmp_path: Path, **words: object) -> list[Event]:
 
 def test_plain_lines_go_to_stderr_one_a_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen = events(tmp_path)
-    with show_progress() as notify:  # no terminal here
-        assert notify is print_event
+    with show_progress(["the machine is busy"]) as notify:  # no terminal here
+        assert capsys.readouterr().err == ""  # a search that cannot begin has one line only: its error
         for event in seen:
             notify(event)
     output = capsys.readouterr()
     assert output.out == ""
-    lines = output.err.splitlines()
+    first, *lines = output.err.splitlines()
+    assert first == "warning: the machine is busy"
     assert len(lines) == sum(event.record is not None for event in seen)
     assert lines[0].startswith("[5.0s/1m00s] trial   0 baseline 373,217 tokens/s, 9.39 GiB: 12x12x768 block 1024")
     assert lines[0].endswith("<- best")

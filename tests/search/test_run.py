@@ -275,9 +275,43 @@ def test_another_machine_may_not_go_on(tmp_path: Path) -> None:
     machine = Machine()
     go(tmp_path / "run", machine)
     other = replace(CUDA, torch="2.11.0", device_name="Other Card")
-    with pytest.raises(ConfigError, match=r"device_name Paper Card -> Other Card, torch 2\.13\.0 -> 2\.11\.0"):
+    with pytest.raises(ConfigError, match=r"'Paper Card' there, 'Other Card' here, torch '2\.13\.0' there, '2\.11\.0'"):
         go_on(tmp_path / "run", machine, other, budget_seconds=60.0)
     go_on(tmp_path / "run", machine, other, budget_seconds=60.0, same_machine=False)
+
+
+def test_other_threads_are_another_machine(tmp_path: Path) -> None:
+    machine, here = Machine(), replace(CUDA, threads=2, variables={"OMP_NUM_THREADS": "2", "MKL_CBWR": "AVX2"})
+    search(settings(), tmp_path / "run", here, measure=machine.measure, clock=machine.clock)
+    other = replace(here, threads=1, variables={"MKL_CBWR": "AVX2"})
+    with pytest.raises(ConfigError, match=r"threads 2 there, 1 here, OMP_NUM_THREADS '2' there, not set here\)"):
+        go_on(tmp_path / "run", machine, other, budget_seconds=60.0)
+    go_on(tmp_path / "run", machine, here, budget_seconds=60.0)
+
+
+def test_an_older_run_is_refused_in_one_line(tmp_path: Path) -> None:
+    machine, run_dir = Machine(), tmp_path / "run"
+    go(run_dir, machine)
+    file = run_dir / "environment.json"
+    new = ("threads", "cores", "cpu_quota", "power_limit_watts", "variables")
+    file.write_text(
+        json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in new} | {"fingerprint": "x"})
+    )
+    with pytest.raises(ConfigError, match=r"threads, cores, .*variables not recorded there.*--other-machine") as caught:
+        go_on(run_dir, machine, budget_seconds=60.0)
+    assert "\n" not in str(caught.value)
+    go_on(run_dir, machine, budget_seconds=60.0, same_machine=False)
+
+
+def test_remarks_are_among_the_notes_also_of_what_goes_on(tmp_path: Path) -> None:
+    machine, run_dir = Machine(), tmp_path / "run"
+    first = search(
+        settings(), run_dir, CUDA, measure=machine.measure, clock=machine.clock, remarks=("the machine is busy",)
+    )
+    assert first.notes[0] == "the machine is busy"
+    again = go_on(run_dir, machine, budget_seconds=60.0, remarks=("the machine is busy", "and again"))
+    assert again.notes[:2] == ("the machine is busy", "and again")
+    assert rebuild(run_dir).notes[:2] == again.notes[:2]  # type: ignore[union-attr]
 
 
 def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """When a difference is worth a warning."""
 
+from dataclasses import asdict, replace
+
 import pytest
 
 from autotune.environment import Environment
@@ -53,4 +55,8 @@ def test_machines() -> None:
     assert other_machine({"device_name": "A", "capability": [9, 0]}, here) == ""
     assert other_machine({"device_name": "B", "torch": "2.12"}, here) == (
         "device_name 'B' there, 'A' here; torch '2.12' there, '2.13' here"
+    )
+    recorded = {**asdict(here), "capability": [9, 0], "threads": 2, "variables": {"OMP_NUM_THREADS": "2"}}
+    assert other_machine(recorded, replace(here, threads=1)) == (
+        "threads 2 there, 1 here; OMP_NUM_THREADS '2' there, not set here"
     )

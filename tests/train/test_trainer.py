@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trainings import PLAN, curve, settings
+from trainings import PLAN, curve, settings, start
 
 from autotune.config.candidate import Candidate, Plan, Recipe
 from autotune.config.toml import CandidateFile, read_candidate
 from autotune.data.shards import write_shard
-from autotune.errors import AutotuneError, CheckpointError, ConfigError, DataError
+from autotune.environment import SPIN
+from autotune.errors import AutotuneError, CheckpointError, ConfigError, DataError, UnsupportedError
 from autotune.model.checkpoint import checkpoints
 from autotune.model.optim import learning_rate
 from autotune.train.settings import TrainSettings, TrainSummary, locate, summary_text
@@ -151,6 +152,29 @@ def test_an_unwritable_directory(recipe: Recipe, tmp_path: Path) -> None:
         train(settings(recipe, tmp_path / "file" / "train"))
     with pytest.raises(ConfigError, match=r"--out /sys/train cannot be written"):  # read-only for root, too
         train(settings(recipe, Path("/sys/train")))
+
+
+def test_a_plan_that_is_not_compiled_as_it_says_is_refused(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    message = r"plan\.compile = 'full', but Inductor compiled nothing; unset TORCHDYNAMO_DISABLE"
+    with pytest.raises(UnsupportedError, match=message):
+        train(settings(recipe, tmp_path / "train", replace(PLAN, compile="full")))
+    assert checkpoints(tmp_path / "train" / "checkpoints") == []
+
+
+def test_threads_of_the_command_wait_as_those_of_trials(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GNU's OpenMP says what it uses when it loads, with torch: the variable was there in time."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
+    process = start(replace(recipe, max_iters=1), tmp_path / "train")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert f"GOMP_SPINCOUNT = '{SPIN}'" in said
 
 
 def test_the_allocator_must_be_set_before_torch(recipe: Recipe, tmp_path: Path) -> None:
