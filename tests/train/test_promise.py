@@ -21,8 +21,9 @@ PLANS = {
 
 @pytest.mark.parametrize("name", PLANS)
 def test_fifty_steps_with_evaluation_and_checkpoint_peak_as_measured(
-    name: str, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as this process: each thread has buffers of its own
     shape = Shape(n_layer=2, n_head=2, n_embd=64, block_size=64)
     trained = replace(
         recipe, shape=shape, global_batch_size=8, max_iters=50, lr_decay_iters=50, eval_interval=25, log_interval=10
