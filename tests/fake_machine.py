@@ -72,7 +72,7 @@ class Machine:
         self.requests.append(request)
         name = ("final:" if request.final else "") + request.candidate.id
         result = self.results.get(name, answer(request))
-        whole_steps = 6 * (result.step_seconds_p50 or 0.0) if request.final else 0.0
+        whole_steps = 6 * (result.step_seconds_p50 or 0.0) if request.whole_steps else 0.0
         seconds = self.trial_seconds + whole_steps
         if name in self.hanging or seconds > request.timeout_seconds:
             self.now += request.timeout_seconds

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -18,6 +17,8 @@ from pathlib import Path
 
 from autotune.environment import compile_cache_dir, worker_environment
 from autotune.errors import ConfigError
+from autotune.measure.blame import start_remedy
+from autotune.measure.scratch import trial_folder
 from autotune.measure.types import MemoryProfile, TrialRequest, TrialResult, from_json, to_json
 
 LOG_BYTES = 16 << 20
@@ -81,8 +82,8 @@ def run_trial(request: TrialRequest, log: Path, standby: Standby | None = None) 
     Never raises for what the candidate does: OOM, a hang, a crash become the result's status.
     KeyboardInterrupt kills the worker's group and is raised again.
     """
-    with tempfile.TemporaryDirectory(prefix="autotune-trial-") as directory:
-        return _run(_WORKER, request, Path(directory), log, standby)
+    with trial_folder() as directory:
+        return _run(_WORKER, request, directory, log, standby)
 
 
 def run_profile(request: TrialRequest, directory: Path, log: Path) -> tuple[TrialResult, MemoryProfile | None]:
@@ -127,7 +128,8 @@ def _run(module: str, request: TrialRequest, directory: Path, log: Path, standby
         return replace(result, status="timeout", message=message)
     if result.status == "crashed" and not result.message:
         message = f"{_death(returncode)} in phase {result.phase}: {_last_line(log)}; see {log.name}"
-        return replace(result, message=message)
+        remedy = start_remedy(_last_line(log)) if result.phase == "start" else ""
+        return replace(result, status="unsupported" if remedy else "crashed", message=message, remedy=remedy)
     return result
 
 

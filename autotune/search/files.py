@@ -15,6 +15,7 @@ from autotune.config.toml import CandidateFile, format_candidate, write_atomical
 from autotune.environment import Environment
 from autotune.errors import ConfigError, InterruptedByUser
 from autotune.measure.records import TrialRecord, write_csv
+from autotune.measure.scratch import alive
 from autotune.search.objective import finish_recipe, training_tokens
 from autotune.search.verdict import Verdict, decide
 
@@ -103,6 +104,17 @@ def new_directory(run_dir: Path) -> Iterator[None]:
     except KeyboardInterrupt:  # only pilots take so long that somebody would
         shutil.rmtree(run_dir)
         raise InterruptedByUser("interrupted before the first trial; nothing is kept, start the search again") from None
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what a killed search has left half-written: for the holder of the run's lock. Temporary files have the
+    number of their process in their names, and one of those may be a report or a training at work."""
+    for folder in (run_dir, run_dir / "logs", run_dir / "plots"):
+        for file in folder.glob(".*.tmp"):
+            number = file.name.split(".")[-2]
+            if not (number.isdecimal() and alive(int(number))):
+                file.unlink(missing_ok=True)
+    (run_dir / "logs" / ".standby.log").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

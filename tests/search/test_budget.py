@@ -32,11 +32,11 @@ def record(trial: int, objective: float, seconds: float = 10.0, role: Role = "se
 def test_the_first_trial_may_take_half_of_a_long_search_and_all_of_a_short_one() -> None:
     long = next_allowance(budget(3600), [], SETTINGS)
     assert long is not None
-    assert long.seconds == (0.75 * 3600 - CLOSING_SECONDS) / 2
+    assert long.seconds == (3600 - CLOSING_SECONDS) / 2
     assert not long.ends_budget
     short = next_allowance(budget(60), [], SETTINGS)
     assert short is not None
-    assert short.seconds == 0.75 * 60 - CLOSING_SECONDS
+    assert short.seconds == 60 - CLOSING_SECONDS
     assert short.ends_budget
 
 
