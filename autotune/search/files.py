@@ -29,10 +29,16 @@ def publish(
     if state is None:
         return None
     best = _best(state, settings, environment)
-    write_atomically(directory / "best.toml", format_candidate(best))
+    _write_if_new(directory / "best.toml", format_candidate(best))
     heading = f"Found by autotune: trial {state.winner.trial} of {settings.name}, on {environment.device_name}."
-    write_atomically(directory / "best_nanogpt.py", format_nanogpt(best.candidate, heading, settings.device))
+    _write_if_new(directory / "best_nanogpt.py", format_nanogpt(best.candidate, heading, settings.device))
     return state
+
+
+def _write_if_new(path: Path, text: str) -> None:
+    """Most trials change nothing here, and waiting for the disk takes longer than reading."""
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_atomically(path, text)
 
 
 def _best(state: Verdict, settings: SearchSettings, environment: Environment) -> CandidateFile:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +29,14 @@ from autotune.errors import ConfigError
 from autotune.measure.types import TrialResult
 
 Array = NDArray[np.float64]
+T = TypeVar("T")
 
 NOISE = 0.015
 """Relative scatter of a measured peak around the structure's formula, one standard deviation."""
-ROUNDS = 40
-"""Each round asks again which moment is the largest; it settles within a few."""
+ROUNDS = 12
+"""Each round asks again which moment is the largest; it settles within a few, or stays between two that are as large."""
+CALIBRATED = 256
+"""Measured trials that move the coefficients: the latest half of so many, and as many from all before."""
 _REMEMBERED = 4096
 """Candidates whose moments are kept: those of all trials are needed after each trial."""
 
@@ -296,16 +300,26 @@ def calibrate(
     device: str, trials: Iterable[tuple[Candidate, TrialResult]], environment: Environment | None = None
 ) -> MemoryModel:
     """The priors moved to what `trials` measured; those without a measured peak are left out."""
-    data = [(c, r, float(peak)) for c, r in trials if (peak := r.peak("allocated_bytes")) and r.status in _MEASURED]
+    every = [(c, r, float(peak)) for c, r in trials if r.status in _MEASURED and (peak := r.peak("allocated_bytes"))]
+    data = _bounded(every)
     more = [(c, peak, whole - peak) for c, r, peak in data if (whole := r.peak("device_bytes")) is not None]
     return MemoryModel(
         device=device,
         fingerprint=environment.fingerprint if environment else "",
         allocated=_regression([(moments(c, device), peak, NOISE * peak) for c, _, peak in data]),
         beyond=_regression([([beyond(c, device)], rest, _beyond_noise(c, device, peak)) for c, peak, rest in more]),
-        trials=len(data),
-        measured={f"{family(c)}@{c.plan.micro_batch_size}": peak for c, _, peak in data},
+        trials=len(every),
+        measured={f"{family(c)}@{c.plan.micro_batch_size}": peak for c, _, peak in every},
     )
+
+
+def _bounded(every: list[T]) -> list[T]:
+    """At most CALIBRATED of them, so that calibrating does not take longer and longer."""
+    if len(every) <= CALIBRATED:
+        return every
+    before, latest = every[: -CALIBRATED // 2], every[-CALIBRATED // 2 :]
+    wanted = min(len(before), CALIBRATED // 2)
+    return [before[i * len(before) // wanted] for i in range(wanted)] + latest
 
 
 def _regression(data: Sequence[tuple[Sequence[Moment], float, float]]) -> Coefficients:

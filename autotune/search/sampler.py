@@ -47,7 +47,7 @@ _EXPECTED: dict[tuple[str, str], tuple[float, float]] = {
 _HALF_SPEED_TOKENS = {"cpu": 64.0, "cuda": 2048.0}
 """A micro batch of so many tokens reaches half the speed of a large one."""
 
-FITTED = 128
+FITTED = 96
 """Trials that the process is fitted to; the time that it takes grows with the cube of this."""
 
 _DOUBT = 0.01
@@ -142,11 +142,18 @@ def _pool(
         return _whole(space, kind)
     rng = random.Random(settings.seed + len(known))
     drawn = [{name: rng.choice(choices) for name, choices in space.choices.items()} for _ in range(_DRAWN)]
+    pool = [candidate_at(space, values) for values in drawn]
     for record in best_first(list(known.values()), maximised(settings))[:_LEADERS]:
-        here = values_of(space, record.candidate)
-        drawn += [{**here, name: choice} for name, choices in space.choices.items() for choice in choices]
-    found = list({c.id: c for values in drawn for c in [candidate_at(space, values)]}.values())
+        pool += _neighbours(space, record.candidate)
+    found = list({candidate.id: candidate for candidate in pool}.values())
     return found, _encode(found, tuple(space.choices), kind)
+
+
+@functools.lru_cache(maxsize=2 * _LEADERS)
+def _neighbours(space: Space, candidate: Candidate) -> list[Candidate]:
+    """What differs from it in one knob, and itself."""
+    here = values_of(space, candidate)
+    return [candidate_at(space, {**here, name: c}) for name, choices in space.choices.items() for c in choices]
 
 
 @functools.lru_cache(maxsize=1)
@@ -162,8 +169,8 @@ def _unanswered(pool: Sequence[Candidate], known: Mapping[str, TrialRecord]) -> 
     tables = {kernels: np.array([_amounts(record.candidate) for record in own]) for kernels, own in full.items()}
 
     def answered(candidate: Candidate) -> bool:
-        if candidate.id in known:
-            return True
+        if not tables or candidate.id in known:
+            return candidate.id in known
         table = tables.get(_kernels(candidate))
         return table is not None and bool((table <= _amounts(candidate)).all(1).any())
 
