@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from autotune.errors import AutotuneError
+
 BEAT_SECONDS = 0.5
 _PREFIX = ".spent."
 _WIDTH = 48
@@ -37,8 +39,11 @@ class Part:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
         self._beats.join()
-        with contextlib.suppress(OSError):
-            self._file.unlink(missing_ok=True)
+        if error is None or isinstance(error, AutotuneError):  # the study has been told
+            with contextlib.suppress(OSError):
+                self._file.unlink(missing_ok=True)
+        else:
+            self._write()
 
     def follows(self, run_dir: Path, recorded: float) -> float:
         """Seconds that all earlier parts took: what the study has `recorded` of them, and what their files add. Only
