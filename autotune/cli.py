@@ -282,7 +282,7 @@ def trial(
 
     candidate = read_candidate(toml, tuple(assignments or ())).candidate
     request = TrialRequest(candidate=candidate, device=probe(device).device, result_path="")
-    log = Path(tempfile.mkdtemp(prefix="autotune-trial-"), "trial.log")
+    log = Path(tempfile.mkdtemp(prefix="autotune-log-"), "trial.log")
     print(f"measuring on {request.device}, the worker's output goes to {log}", file=sys.stderr)
     result = run_trial(request, log)
     if json:

@@ -80,7 +80,8 @@ class Machine:
             return replace(late, trial_seconds=request.timeout_seconds)
         self.now += seconds
         phases = {"start": 0.1 * seconds, "compile": 0.6 * seconds, "measure": 0.3 * seconds}
-        return replace(result, trial_seconds=seconds, phase_seconds=phases)
+        timed = ("whole" if request.whole_steps else "composed") if result.status == "ok" else None
+        return replace(result, trial_seconds=seconds, phase_seconds=phases, steps=timed)
 
 
 def answer(request: TrialRequest) -> TrialResult:

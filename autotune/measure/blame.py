@@ -29,7 +29,9 @@ def remedy(error: BaseException, cache_dir: str) -> str:
 def start_remedy(last_line: str) -> str:
     """The same of a worker that ended before it had read its request, from the last line it printed: nothing of the
     candidate was touched."""
-    if not re.match(r"(\w+\.)*(OSError|\w*(Permission|FileNotFound|NotADirectory|Import|ModuleNotFound)Error): ", last_line):
+    if not re.match(
+        r"(\w+\.)*(OSError|\w*(Permission|FileNotFound|NotADirectory|Import|ModuleNotFound)Error): ", last_line
+    ):
         return ""
     return f"a worker cannot start on this machine: {last_line}; see `autotune doctor`"
 

@@ -115,11 +115,14 @@ def verdict(run: Run) -> list[str]:
     lines = [f"trials: {len(run.trials)}, of which {ended} ran to their end"]
     best, baseline = best_trial(run), baseline_trial(run)
     if best is None and run.candidate is None:
-        lines.append("No candidate is feasible: give more memory, a longer budget or a smaller model.")
+        what = (run.review and run.review.remedy) or "give more memory, a longer budget or a smaller model."
+        lines.append(f"No candidate is feasible: {what}")
     elif best is None:
         lines.append("best.toml is of none of these trials: mend the run with `autotune report --rebuild`.")
     else:
         confirmed = ", confirmed" if best["role"] == "final" else ", not confirmed in a second process"
+        if best["role"] == "final" and run.measured.get("steps") == "composed":
+            confirmed += " by composed steps"  # whole ones did not fit in the time left
         cached = cache_text(run.measured.get("compile_cache_hits"), run.measured.get("compile_cache_misses"))
         found = f", {cached} from the compile cache" if cached else ""
         lines.append(f"best: trial {best['trial']}{confirmed}: {_measured(run, best)}{found}")

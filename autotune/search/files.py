@@ -55,6 +55,7 @@ def _best(state: Verdict, settings: SearchSettings, environment: Environment) ->
         "tokens_per_second": result.tokens_per_second,
         "tokens_per_second_ci95": result.tokens_per_second_ci95,
         "step_seconds_p50": result.step_seconds_p50,
+        "steps": result.steps,
         "mfu": result.mfu,
         "peak_allocated_bytes": result.peak("allocated_bytes"),
         "peak_reserved_bytes": result.peak("reserved_bytes"),

@@ -166,7 +166,7 @@ def _covariance(weights: Array, pairs: Array, alike: Array) -> Array:
     knobs, m = len(alike), alike.shape[1]
     flat = alike.reshape(knobs, -1)
     single, squares = weights @ flat, weights**2 @ flat**2
-    return _combined(single, squares, pairs[:, None], knobs).reshape(len(weights), m, m)
+    return np.asarray(_combined(single, squares, pairs[:, None], knobs)).reshape(len(weights), m, m)
 
 
 def _combined(single: Any, squares: Any, pairs: Any, knobs: int) -> Any:

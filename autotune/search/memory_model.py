@@ -34,7 +34,7 @@ T = TypeVar("T")
 NOISE = 0.015
 """Relative scatter of a measured peak around the structure's formula, one standard deviation."""
 ROUNDS = 12
-"""Each round asks again which moment is the largest; it settles within a few, or stays between two that are as large."""
+"""Each round asks again which moment is the largest; it settles within a few, or stays between two of one size."""
 CALIBRATED = 256
 """Measured trials that move the coefficients: the latest half of so many, and as many from all before."""
 _REMEMBERED = 4096
@@ -338,7 +338,8 @@ def _regression(data: Sequence[tuple[Sequence[Moment], float, float]]) -> Coeffi
 
     def largest(means: Array) -> NDArray[np.intp]:
         """Of each candidate the moment that is then the largest: sorted by candidate, then by bytes, the last one."""
-        return np.lexsort((exact + sizes @ means, owner))[np.append(np.diff(owner) > 0, True)]
+        order: NDArray[np.intp] = np.lexsort((exact + sizes @ means, owner))
+        return np.compress(np.append(np.diff(owner) > 0, True), order)
 
     means: Array = prior
     for _ in range(ROUNDS):

@@ -86,7 +86,8 @@ def propose(
     left = _unanswered(everything, known)
     if not left.size:
         return None
-    pool, knobs, expected = [everything[i] for i in left], encoded.knobs[left], encoded.expected[left]
+    pool: list[Candidate] = [everything[i] for i in left]
+    knobs, expected = encoded.knobs[left], encoded.expected[left]
     words = _words(space.choices, pool[0])
     at, told = gp.pool(knobs), [records[i] for i in _telling(records, settings)]
     measured = _encode([record.candidate for record in told], tuple(space.choices), kind)

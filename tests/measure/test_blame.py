@@ -28,7 +28,10 @@ def os_error(number: int, path: str | None = None) -> OSError:
 MACHINES = {
     "no compiler": (InvalidCxxCompiler(), "install g++"),
     "no compiler for Triton": (RuntimeError("Failed to find C compiler. Please specify via CC"), "install g++"),
-    "no headers of Python": (CppCompileError(["g++"], "x.cpp:1:10: fatal error: Python.h: No such file"), "python3-dev"),
+    "no headers of Python": (
+        CppCompileError(["g++"], "x.cpp:1:10: fatal error: Python.h: No such file"),
+        "python3-dev",
+    ),
     "no headers for clang": (CppCompileError(["clang"], "fatal error: 'omp.h' file not found"), "has omp.h"),
     "noexec": (OSError(f"{CACHE}/a.so: failed to map segment from shared object"), "mounted noexec"),
     "noexec module": (ImportError(f"{CACHE}/a.so: failed to map segment from shared object"), "AUTOTUNE_CACHE_DIR"),
