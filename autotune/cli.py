@@ -3,6 +3,7 @@
 Results go to stdout, progress to stderr. Exit codes stand in `autotune.errors`; 2 is wrong usage.
 """
 
+import importlib
 import json as json_module
 import math
 import os
@@ -48,12 +49,14 @@ Device = Annotated[str, typer.Option(help="cpu, cuda:0, or auto: the first CUDA 
 
 def main() -> None:
     """Entry of the console script."""
+    from autotune.search.timekeeping import process_started
+
     terminal.open_streams()
     interrupt = _Interrupt()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks, and a shell for what runs in its background
             signal.signal(number, interrupt)
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:], process_started()))
 
 
 class _Interrupt:
@@ -71,11 +74,14 @@ class _Interrupt:
             raise KeyboardInterrupt
 
 
-def run(arguments: list[str]) -> int:
-    """Run one command; its exit code. What goes wrong is one line on stderr, with --debug a traceback too."""
+def run(arguments: list[str], started: float | None = None) -> int:
+    """Run one command; its exit code. What goes wrong is one line on stderr, with --debug a traceback too. `started`:
+    when the process began, by `time.monotonic`; None: now."""
+    started = time.monotonic() if started is None else started
     try:
         # --debug is understood wherever it stands: it is added after the fact.
-        code = app([a for a in arguments if a != "--debug"], prog_name="autotune", standalone_mode=False)
+        words = [a for a in arguments if a != "--debug"]
+        code = app(words, prog_name="autotune", standalone_mode=False, obj=started)
         sys.stdout.flush()
         if code == InterruptedByUser.exit_code:  # typer's silent answer to Ctrl-C
             raise KeyboardInterrupt
@@ -171,23 +177,25 @@ def search(
     """Try real candidates within a budget.
 
     Everything lands in results/NAME: trials.csv to review, best.toml to train, report.html."""
-    started = time.monotonic()  # the budget holds everything, also what the next lines take
+    started: float = context.obj  # the budget holds everything, also what the next lines take
+    _load_numpy()
     from autotune.environment import busy_machine, probe
     from autotune.search import files, run, settings
     from autotune.train.track import tracker_notes
 
     remarks = (busy,) if (busy := busy_machine()) else ()
-    here = probe(device)
     if resume is not None:
         _refuse_beside_resume(context)
         seconds = parse_duration(budget) if budget else None
+        here = partial(probe, device)  # once the time is being written down
         go_on = partial(run.resume, resume, here, budget_seconds=seconds, same_machine=not other_machine)
         _watch(resume, partial(go_on, started=started, remarks=remarks), remarks)
         return
     if other_machine:
         raise ConfigError("--other-machine is for a search that goes on; give --resume RUN with it")
+    found = probe(device)
     asked = settings.resolve(
-        here,
+        found,
         budget=budget or "1h",
         objective=objective,
         memory_limit=memory_limit,
@@ -208,13 +216,22 @@ def search(
     for note in (*asked.notes, *tracker_notes(asked.recipe)):
         terminal.say(f"note: {note}")
     if dry_run:
-        terminal.write_lines(settings.describe_settings(asked, here))
+        terminal.write_lines(settings.describe_settings(asked, found))
         return
     if not name:
         asked = replace(asked, name=files.claim_name(Path("results"), asked.name))
     directory = Path("results", asked.name)
-    begin = partial(run.search, asked, directory, here, started=started, calibrate_loss=calibrate_loss)
+    begin = partial(run.search, asked, directory, found, started=started, calibrate_loss=calibrate_loss)
     _watch(directory, partial(begin, storage_url=storage, remarks=remarks), remarks)
+
+
+def _load_numpy() -> None:
+    """With one thread, unless the user has chosen: between two trials a second one would only be waited for, long where
+    the machine is busy. Only OpenBLAS reads it, as it loads; children must not inherit it."""
+    if "OPENBLAS_NUM_THREADS" not in os.environ:
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
+        importlib.import_module("numpy")
+        del os.environ["OPENBLAS_NUM_THREADS"]
 
 
 _OF_RESUME = ("resume", "budget", "device", "other_machine")
@@ -304,7 +321,7 @@ def trial(
     request = TrialRequest(candidate=candidate, device=probe(device).device, result_path="")
     if candidate.plan.compile != "off":
         places.make_cache(compile_cache_dir())
-    log = Path(tempfile.mkdtemp(prefix="autotune-trial-"), "trial.log")
+    log = Path(tempfile.mkdtemp(prefix="autotune-log-"), "trial.log")
     terminal.say(f"measuring on {request.device}, the worker's output goes to {log}")
     result = run_trial(request, log)
     if json:

@@ -37,6 +37,10 @@ class UnsupportedError(AutotuneError):
     """This machine cannot run what was asked for; the message is the reason."""
 
 
+class MachineError(AutotuneError):
+    """This machine lacks what every trial needs; the message says what to do."""
+
+
 class NoFeasibleError(AutotuneError):
     """A search ended without one candidate that fits."""
 

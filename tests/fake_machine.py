@@ -72,7 +72,7 @@ class Machine:
         self.requests.append(request)
         name = ("final:" if request.final else "") + request.candidate.id
         result = self.results.get(name, answer(request))
-        whole_steps = 6 * (result.step_seconds_p50 or 0.0) if request.final else 0.0
+        whole_steps = 6 * (result.step_seconds_p50 or 0.0) if request.whole_steps else 0.0
         seconds = self.trial_seconds + whole_steps
         if name in self.hanging or seconds > request.timeout_seconds:
             self.now += request.timeout_seconds
@@ -80,7 +80,8 @@ class Machine:
             return replace(late, trial_seconds=request.timeout_seconds)
         self.now += seconds
         phases = {"start": 0.1 * seconds, "compile": 0.6 * seconds, "measure": 0.3 * seconds}
-        return replace(result, trial_seconds=seconds, phase_seconds=phases)
+        timed = ("whole" if request.whole_steps else "composed") if result.status == "ok" else None
+        return replace(result, trial_seconds=seconds, phase_seconds=phases, steps=timed)
 
 
 def answer(request: TrialRequest) -> TrialResult:

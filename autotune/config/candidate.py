@@ -3,6 +3,7 @@
 A recipe decides what is learned. A plan changes speed and memory only.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -240,7 +241,7 @@ class Candidate:
         """Micro steps per optimizer step; the last one is padded where the division leaves a rest."""
         return -(-self.recipe.global_batch_size // self.plan.micro_batch_size)
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """Equal for candidates that execute the same step: 10 hexadecimal digits."""
         executed = {

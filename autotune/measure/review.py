@@ -73,6 +73,10 @@ class Review:
     """By which losses are predicted, with its band and source; empty for `throughput`."""
     notes: tuple[str, ...] = ()
     """What could not be done."""
+    budget_wanted: str = ""
+    """Where nothing is feasible and more time would help: the --budget to go on with."""
+    remedy: str = ""
+    """Where nothing is feasible and more time would not help: what else to do."""
     spent_seconds: float = 0.0
     """Wall clock of the search, all its parts."""
     trials: int = 0

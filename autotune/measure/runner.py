@@ -6,7 +6,6 @@ Where trials follow each other, the next worker loads torch while the present on
 import os
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -18,6 +17,8 @@ from pathlib import Path
 from autotune.cgroup import ControlGroups
 from autotune.environment import child_command, compile_cache_dir, worker_environment
 from autotune.errors import ConfigError, one_line
+from autotune.measure.blame import start_remedy
+from autotune.measure.scratch import remove_leftovers, trial_folder
 from autotune.measure.types import MemoryProfile, TrialRequest, TrialResult, from_json, to_json
 
 LOG_BYTES = 16 << 20
@@ -69,7 +70,8 @@ class Standby:
 
 @contextmanager
 def trials_in_a_row() -> Iterator[Callable[[TrialRequest, Path], TrialResult]]:
-    """`run_trial` with a standby worker, which is gone at the end."""
+    """`run_trial` with a standby worker, which is gone at the end. What killed searches have left goes first."""
+    remove_leftovers()
     with closing(Standby()) as standby:
         yield partial(run_trial, standby=standby)
 
@@ -83,8 +85,8 @@ def run_trial(
     Never raises for what the candidate does: OOM, a hang, a crash become the result's status.
     KeyboardInterrupt kills the worker's group and is raised again.
     """
-    with tempfile.TemporaryDirectory(prefix="autotune-trial-") as directory:
-        return _run(_WORKER, request, Path(directory), log, standby, groups or ControlGroups())
+    with trial_folder() as directory:
+        return _run(_WORKER, request, directory, log, standby, groups or ControlGroups())
 
 
 def run_profile(request: TrialRequest, directory: Path, log: Path) -> tuple[TrialResult, MemoryProfile | None]:
@@ -135,7 +137,8 @@ def _run(
         return replace(result, status="oom", message=message)
     if result.status == "crashed" and not result.message:
         message = f"{_death(returncode)} in phase {result.phase}: {_last_line(log)}; see {log.name}"
-        return replace(result, message=message)
+        remedy = start_remedy(_last_line(log)) if result.phase == "start" else ""
+        return replace(result, status="unsupported" if remedy else "crashed", message=message, remedy=remedy)
     return result
 
 

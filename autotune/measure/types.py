@@ -21,6 +21,7 @@ Status = Literal[
 ]
 Phase = Literal["start", "build", "verify", "compile", "warmup", "measure", "done"]
 Stage = Literal["first_step", "steady", "evaluation", "checkpoint"]
+Steps = Literal["whole", "composed"]
 T = TypeVar("T")
 
 
@@ -56,7 +57,14 @@ class TrialRequest:
     stop_below_tokens_per_second: float | None = None
     """Timing ends as soon as it is clear that the candidate is slower than this: it cannot win any more."""
     final: bool = False
-    """A finalist: whole optimizer steps are timed, evaluation and a checkpoint included in the peaks."""
+    """A finalist: evaluation and a checkpoint are included in the peaks."""
+    steps: Steps | None = None
+    """Optimizer steps are timed whole, or composed from micro steps and the optimizer's part. None: whole for a
+    finalist, composed for all others."""
+
+    @property
+    def whole_steps(self) -> bool:
+        return self.final if self.steps is None else self.steps == "whole"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +83,8 @@ class TrialResult:
     """Fraction of the device's dense peak; None where that is unknown."""
     step_seconds_p50: float | None = None
     """One optimizer step: accumulation x micro step + optimizer step."""
+    steps: Steps | None = None
+    """Whether that was timed as a whole, or composed from its parts; None: nothing was timed."""
     micro_step_seconds_p50: float | None = None
     optimizer_seconds_p50: float | None = None
     memory: Mapping[str, MemoryView] = field(default_factory=dict)
@@ -99,6 +109,8 @@ class TrialResult:
     """Where `trial_seconds` went, by phase; `start` is the process's start and end."""
     started_at: str = ""
     """ISO 8601, UTC."""
+    remedy: str = ""
+    """What to do about a failure that belongs to the machine, not to the candidate: every trial would fail so."""
 
     def peak(self, view: str) -> int | None:
         """Largest `allocated_bytes`, `reserved_bytes` or `device_bytes` over all stages."""

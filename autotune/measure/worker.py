@@ -6,6 +6,7 @@ result.json is replaced at every phase, so a killed worker has left word of wher
 """
 
 import math
+import os
 import re
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from autotune.config.toml import write_atomically
 from autotune.data.batches import micro_batches, open_batches, synthetic_batch
 from autotune.environment import describe
 from autotune.errors import AutotuneError, UnsupportedError
+from autotune.measure.blame import remedy
 from autotune.measure.limit import limit_data
 from autotune.measure.memory import MemoryMeter
 from autotune.measure.ran import check_ran
@@ -85,7 +87,7 @@ def run(request: TrialRequest, report: Report) -> None:
     report.meter = meter = MemoryMeter(device, lambda: live_bytes(step, batches))  # before a context exists
     limit_memory(request, device, meter)
     step = build(candidate, device)
-    batches = resident_batches(candidate, device, whole_step=request.final)
+    batches = resident_batches(candidate, device, whole_step=request.whole_steps)
     report.enter(
         phase="verify",
         build_seconds=time.perf_counter() - started,
@@ -97,7 +99,7 @@ def run(request: TrialRequest, report: Report) -> None:
     stop_if_over_limit(request, report.result)
     measured = time_steps(step, batches, request, report)
     if request.final:
-        rehearse(step, batches, meter)
+        rehearse(step, batches, meter, report.path.parent)
     report.enter(phase="done", status="ok", memory=meter.views(), **throughput(measured, request))
     stop_if_over_limit(request, report.result)
 
@@ -244,9 +246,8 @@ def time_steps(step: TrainStep, batches: list[MicroBatch], request: TrialRequest
 
 
 def step_seconds(timings: Timings, request: TrialRequest) -> tuple[float, float]:
-    """Of a whole optimizer step, timed whole (a finalist's) or composed from its parts, and the half width of its
-    interval."""
-    if request.final:
+    """Of a whole optimizer step, timed whole or composed from its parts, and the half width of its interval."""
+    if request.whole_steps:
         return timings["whole"].median, timings["whole"].ci95
     parts = [(1, timings["first"]), (1, timings["optimizer"])]
     if "later" in timings:
@@ -274,21 +275,23 @@ def throughput(timings: Timings, request: TrialRequest) -> dict[str, object]:
         "tokens_per_second_ci95": tokens_per_second * ci95 / seconds,
         "mfu": tokens_per_second * candidate.shape.flops_per_token / peak_flops if peak_flops else None,
         "step_seconds_p50": seconds,
+        "steps": "whole" if request.whole_steps else "composed",
         "micro_step_seconds_p50": timings.get("later", timings["first"]).median,
         "optimizer_seconds_p50": timings["optimizer"].median,
         "measured_steps": timings["optimizer"].samples,
     }
 
 
-def rehearse(step: TrainStep, batches: list[MicroBatch], meter: MemoryMeter) -> None:
-    """What else a training does with the device's memory: an evaluation and a checkpoint."""
+def rehearse(step: TrainStep, batches: list[MicroBatch], meter: MemoryMeter, folder: Path) -> None:
+    """What else a training does with the device's memory: an evaluation and a checkpoint, in the trial's own folder,
+    which is removed also where this process is killed."""
     torch.compiler.set_stance("default")  # the forward without gradients is compiled here
     tokens, targets, _ = batches[0]
     rows = step.candidate.recipe.eval_batch_size or step.candidate.plan.micro_batch_size
     repeats = -(-rows // tokens.shape[0])
     with meter.stage("evaluation"):
         step.evaluate(tokens.repeat(repeats, 1)[:rows], targets.repeat(repeats, 1)[:rows])
-    with meter.stage("checkpoint"), tempfile.TemporaryDirectory() as directory:
+    with meter.stage("checkpoint"), tempfile.TemporaryDirectory(dir=folder) as directory:
         save_checkpoint(Path(directory), step, TrainState(iteration=0, tokens=0, candidate=step.candidate))
 
 
@@ -309,6 +312,8 @@ def failure(error: BaseException) -> dict[str, object]:
         return {"status": "oom", "message": text.partition(" GPU ")[0], "wanted_bytes": wanted_bytes(str(error))}
     if isinstance(error, TrialEnded):
         return {"status": error.status, "message": text}
+    if what := remedy(error, os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")):
+        return {"status": "unsupported", "message": text, "remedy": what}
     if isinstance(error, AutotuneError):
         return {"status": "unsupported" if isinstance(error, UnsupportedError) else "crashed", "message": text}
     return {"status": "crashed", "message": f"{type(error).__name__}: {text}"}

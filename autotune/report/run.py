@@ -273,7 +273,10 @@ def as_json(run: Run) -> dict[str, Any]:
 
 
 def next_command(run: Run) -> str:
-    """What to do with this run now."""
+    """What to do with this run now; never what has just failed."""
     if run.candidate is None:
-        return f"autotune search --resume {run.path} --budget {format_duration(run.settings.budget_seconds)}"
+        if run.review is None:  # the search did not come to its end: it has time left
+            return f"autotune search --resume {run.path}"
+        longer = run.review.budget_wanted or format_duration(2 * run.settings.budget_seconds)
+        return run.review.remedy or f"autotune search --resume {run.path} --budget {longer}"
     return f"autotune sample {run.path}" if run.training else f"autotune train {run.path}"

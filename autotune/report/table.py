@@ -221,7 +221,8 @@ def verdict(run: Run) -> list[str]:
     lines = [f"trials: {len(run.trials)}, of which {ended} ran to their end"]
     best, baseline = best_trial(run), baseline_trial(run)
     if best is None and run.candidate is None:
-        lines.append("No candidate is feasible: give more memory, a longer budget or a smaller model.")
+        what = (run.review and run.review.remedy) or "give more memory, a longer budget or a smaller model."
+        lines.append(f"No candidate is feasible: {what}")
     elif best is None:
         lines.append("best.toml is of none of these trials: mend the run with `autotune report --rebuild`.")
     else:
@@ -311,10 +312,11 @@ def sections(run: Run) -> dict[str, list[Line]]:
 def _standing(run: Run, best: Row) -> str:
     if best["role"] != "final":
         return ", not confirmed in a second process"
+    composed = " by composed steps" if run.measured.get("steps") == "composed" else ""  # whole ones did not fit
     review = run.review
     if review and review.unsettled:
-        return ", not settled"
-    return f", confirmed by {review.speed.measurements} measurements" if review and review.speed else ", confirmed"
+        return f", measured again{composed}, not settled"
+    return f", confirmed{composed}" + (f" in {review.speed.measurements} processes" if review and review.speed else "")
 
 
 def _measured(run: Run, row: Row, speed: tuple[float | None, float | None]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from autotune.config.search import SearchSettings
 from autotune.measure.records import TrialRecord
+from autotune.measure.types import Steps
 from autotune.search.objective import best_first, maximised
 from autotune.search.verdict import searched, unconfirmed
 
@@ -53,25 +54,30 @@ def measure_seconds(budget: Budget) -> float:
     return min(5.0, max(0.5, budget.seconds / 120))
 
 
-def final_seconds(record: TrialRecord, budget: Budget) -> float:
+def final_seconds(record: TrialRecord, budget: Budget, steps: Steps = "whole") -> float:
     """Expected wall clock of confirming `record`: its trial again (compilation now cached), the timed part
-    twice as long, and at least six whole optimizer steps."""
+    twice as long, and at least six optimizer steps where those are timed whole."""
     again = record.result.trial_seconds or 0.0
-    steps = 6 * (record.result.step_seconds_p50 or 0.0)
-    return 1.1 * again + max(measure_seconds(budget), steps)
+    whole = 6 * (record.result.step_seconds_p50 or 0.0) if steps == "whole" else 0.0
+    return 1.1 * again + max(measure_seconds(budget), whole)
+
+
+def final_steps(record: TrialRecord, budget: Budget) -> Steps:
+    """How a final of `record` is timed: by whole steps, unless only composed ones fit in the time left."""
+    return "whole" if final_seconds(record, budget) <= budget.remaining() else "composed"
 
 
 def reserve(budget: Budget, records: Sequence[TrialRecord], settings: SearchSettings) -> float:
-    """Seconds to keep back for the finalists that are not confirmed yet: at least for one. Nothing where
-    even that one would not fit any more, for then only a faster candidate can be confirmed."""
+    """Seconds to keep back for the finalists that are not confirmed yet: at least for one. Nothing while nothing is
+    feasible, and where even that one would not fit any more: then only a faster candidate can be confirmed."""
     ranked = best_first(searched(records), maximised(settings))
     if not ranked:
-        return 0.25 * budget.seconds
+        return 0.0
     waiting = unconfirmed(records, settings) or ranked[:1]  # should the next trial win, it is a finalist too
-    first = final_seconds(waiting[0], budget)
+    first = final_seconds(waiting[0], budget, final_steps(waiting[0], budget))
     if first > budget.remaining():
         return 0.0
-    wanted = sum(final_seconds(record, budget) for record in waiting)
+    wanted = sum(final_seconds(record, budget, final_steps(record, budget)) for record in waiting)
     return max(min(wanted, _RESERVED_SHARE * budget.seconds), first)
 
 
@@ -89,9 +95,12 @@ def allow(left: float, patience: float) -> Allowance:
     return Allowance(seconds=min(left, patience), ends_budget=left < patience)
 
 
-def next_allowance(budget: Budget, records: Sequence[TrialRecord], settings: SearchSettings) -> Allowance | None:
-    """How long the next search trial may take; None: it could not finish before the reserve."""
-    left = budget.remaining() - reserve(budget, records, settings)
+def next_allowance(
+    budget: Budget, records: Sequence[TrialRecord], settings: SearchSettings, ahead: float = 0.0
+) -> Allowance | None:
+    """How long the next search trial may take; None: it could not finish before the reserve. `ahead`: seconds that
+    pass before it can begin."""
+    left = budget.remaining() - ahead - reserve(budget, records, settings)
     lasted = sorted(record.result.trial_seconds or 0.0 for record in searched(records))
     if left <= 0 or (lasted and left < lasted[len(lasted) // 2]):
         return None

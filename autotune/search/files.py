@@ -17,6 +17,7 @@ from autotune.config.toml import CandidateFile, format_candidate, write_atomical
 from autotune.environment import Environment, differences
 from autotune.errors import ConfigError, InterruptedByUser
 from autotune.measure.records import TrialRecord, write_csv
+from autotune.measure.scratch import alive
 from autotune.search.objective import finish_recipe, loss_at, training_tokens
 from autotune.search.verdict import Verdict, decide
 
@@ -30,11 +31,17 @@ def publish(
     if state is None:
         return None
     best = _best(state, settings, environment)
-    write_atomically(directory / "best.toml", format_candidate(best))
+    _write_if_new(directory / "best.toml", format_candidate(best))
     heading = f"Found by autotune: trial {state.winner.trial} of {settings.name}, on {environment.device_name}."
     text = format_nanogpt(best.candidate, heading, settings.device, dataset=settings.dataset, out_dir=settings.out_dir)
-    write_atomically(directory / "best_nanogpt.py", text)
+    _write_if_new(directory / "best_nanogpt.py", text)
     return state
+
+
+def _write_if_new(path: Path, text: str) -> None:
+    """Most trials change nothing here, and waiting for the disk takes longer than reading."""
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_atomically(path, text)
 
 
 def _best(state: Verdict, settings: SearchSettings, environment: Environment) -> CandidateFile:
@@ -52,6 +59,7 @@ def _best(state: Verdict, settings: SearchSettings, environment: Environment) ->
         "training_tokens_per_second_ci95": state.speed.next_process_ci95,
         "measurements": state.speed.measurements,
         "step_seconds_p50": result.step_seconds_p50,
+        "steps": result.steps,
         "mfu": result.mfu,
         "peak_allocated_bytes": result.peak("allocated_bytes"),
         "peak_reserved_bytes": result.peak("reserved_bytes"),
@@ -127,6 +135,17 @@ def claim_name(parent: Path, name: str) -> str:
             raise ConfigError(f"{parent / free} cannot be made: {error.strerror}; choose another place") from None
         return free
     raise AssertionError("a number is always free")
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what a killed search has left half-written: for the holder of the run's lock. Temporary files have the
+    number of their process in their names, and one of those may be a report or a training at work."""
+    for folder in (run_dir, run_dir / "logs", run_dir / "plots"):
+        for file in folder.glob(".*.tmp"):
+            number = file.name.split(".")[-2]
+            if not (number.isdecimal() and alive(int(number))):
+                file.unlink(missing_ok=True)
+    (run_dir / "logs" / ".standby.log").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -9,11 +9,14 @@ trials of this machine show (Bishop, Pattern Recognition and Machine Learning, 3
 sure it is: the interval is wide before calibration and narrow where much was measured.
 """
 
+import functools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +29,16 @@ from autotune.errors import ConfigError
 from autotune.measure.types import TrialResult
 
 Array = NDArray[np.float64]
+T = TypeVar("T")
 
 NOISE = 0.015
 """Relative scatter of a measured peak around the structure's formula, one standard deviation."""
-ROUNDS = 40
-"""Each round asks anew which moment is the largest; it settles within a few."""
+ROUNDS = 12
+"""Each round asks again which moment is the largest; it settles within a few, or stays between two of one size."""
+CALIBRATED = 256
+"""Measured trials that move the coefficients: the latest half of so many, and as many from all before."""
+_REMEMBERED = 4096
+"""Candidates whose moments are kept: those of all trials are needed after each trial."""
 
 _MEASURED = ("ok", "over_limit")
 _ON_CUDA = {
@@ -89,6 +97,13 @@ class Coefficients:
     covariance: tuple[float, ...] = ()
     """Row by row."""
 
+    @functools.cached_property
+    def arrays(self) -> tuple[Mapping[str, int], Array, Array]:
+        """Place by name, means (names,), covariance (names, names)."""
+        count = len(self.names)
+        index = {name: place for place, name in enumerate(self.names)}
+        return index, np.array(self.means), np.array(self.covariance).reshape(count, count)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryModel:
@@ -106,8 +121,18 @@ class MemoryModel:
     measured: Mapping[str, float] = field(default_factory=dict)
     """Allocated peaks of the calibration, by candidate family and micro batch: for extrapolation."""
 
+    @functools.cached_property
+    def families(self) -> Mapping[str, Mapping[int, float]]:
+        """The same by family, then by micro batch."""
+        found: dict[str, dict[int, float]] = defaultdict(dict)
+        for key, peak in self.measured.items():
+            own, _, size = key.rpartition("@")
+            found[own][int(size)] = peak
+        return found
 
-def moments(candidate: Candidate, device: str) -> list[Moment]:
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def moments(candidate: Candidate, device: str) -> tuple[Moment, ...]:
     """What a step of `candidate` holds at the instants that can be its peak, on a `device` (`cpu` or `cuda`)."""
     shape, plan = candidate.shape, candidate.plan
     kind = ("low" if plan.matrix_dtype in AUTOCAST else "f32", "eager" if plan.compile == "off" else "compiled")
@@ -125,7 +150,7 @@ def moments(candidate: Candidate, device: str) -> list[Moment]:
         twice = Term(size=shape.vocab_size * shape.n_embd, mean=8.0, sigma=1.0)
         found.append(Moment(exact=state, terms={**body, f"head twice/{kind[0]}/{plan.compile}": twice}))
     found.append(Moment(exact=state, terms=end))
-    return found if device == "cpu" else [_on_cuda(moment) for moment in found]
+    return tuple(found if device == "cpu" else map(_on_cuda, found))
 
 
 def _on_cuda(moment: Moment) -> Moment:
@@ -275,43 +300,77 @@ def calibrate(
     device: str, trials: Iterable[tuple[Candidate, TrialResult]], environment: Environment | None = None
 ) -> MemoryModel:
     """The priors moved to what `trials` measured; those without a measured peak are left out."""
-    data = [(c, r, float(peak)) for c, r in trials if (peak := r.peak("allocated_bytes")) and r.status in _MEASURED]
+    every = [(c, r, float(peak)) for c, r in trials if r.status in _MEASURED and (peak := r.peak("allocated_bytes"))]
+    data = _bounded(every)
     more = [(c, peak, whole - peak) for c, r, peak in data if (whole := r.peak("device_bytes")) is not None]
     return MemoryModel(
         device=device,
         fingerprint=environment.fingerprint if environment else "",
         allocated=_regression([(moments(c, device), peak, NOISE * peak) for c, _, peak in data]),
         beyond=_regression([([beyond(c, device)], rest, _beyond_noise(c, device, peak)) for c, peak, rest in more]),
-        trials=len(data),
-        measured={f"{family(c)}@{c.plan.micro_batch_size}": peak for c, _, peak in data},
+        trials=len(every),
+        measured={f"{family(c)}@{c.plan.micro_batch_size}": peak for c, _, peak in every},
     )
+
+
+def _bounded(every: list[T]) -> list[T]:
+    """At most CALIBRATED of them, so that calibrating does not take longer and longer."""
+    if len(every) <= CALIBRATED:
+        return every
+    before, latest = every[: -CALIBRATED // 2], every[-CALIBRATED // 2 :]
+    wanted = min(len(before), CALIBRATED // 2)
+    return [before[i * len(before) // wanted] for i in range(wanted)] + latest
 
 
 def _regression(data: Sequence[tuple[Sequence[Moment], float, float]]) -> Coefficients:
     """Of (a candidate's moments, what was measured of the largest, its standard deviation)."""
     if not data:
         return Coefficients()
-    found = [(row, moment) for row, (own, _, _) in enumerate(data) for moment in own]
-    terms = {name: term for _, moment in found for name, term in moment.terms.items()}
+    found = [moment for own, _, _ in data for moment in own]
+    terms = {name: term for moment in found for name, term in moment.terms.items()}
     names = tuple(sorted(terms))
-    owner = np.array([row for row, _ in found])  # (moments,): the candidate of each
-    sizes = np.array([[m.terms[name].size if name in m.terms else 0.0 for name in names] for _, m in found])
-    exact = np.array([moment.exact for _, moment in found])
+    sizes, exact, _ = _table(found, {name: place for place, name in enumerate(names)})
+    owner = np.repeat(np.arange(len(data)), [len(own) for own, _, _ in data])  # (moments,): the candidate of each
     prior = np.array([terms[name].mean for name in names])
     precision = np.diag([terms[name].sigma ** -2.0 for name in names])
     peaks = np.array([peak for _, peak, _ in data])
     weights = np.array([sigma**-2.0 for _, _, sigma in data])
+
+    def largest(means: Array) -> NDArray[np.intp]:
+        """Of each candidate the moment that is then the largest: sorted by candidate, then by bytes, the last one."""
+        order: NDArray[np.intp] = np.lexsort((exact + sizes @ means, owner))
+        return np.compress(np.append(np.diff(owner) > 0, True), order)
+
     means: Array = prior
     for _ in range(ROUNDS):
-        # of each candidate the moment that is now the largest: sorted by candidate, then by bytes, the last one
-        largest = np.lexsort((exact + sizes @ means, owner))[np.append(np.diff(owner) > 0, True)]
-        rows = sizes[largest]
+        chosen = largest(means)
+        rows = sizes[chosen]
         covariance = np.linalg.inv(precision + rows.T @ (rows * weights[:, None]))
-        update = covariance @ (precision @ prior + rows.T @ (weights * (peaks - exact[largest])))
-        if np.allclose(update, means, rtol=1e-4, atol=1e-6):
+        update = covariance @ (precision @ prior + rows.T @ (weights * (peaks - exact[chosen])))
+        if np.array_equal(largest(update), chosen):
+            means = update
             break
         means = 0.5 * (means + update)  # damped, or two moments of one size would take turns for ever
     return Coefficients(names=names, means=tuple(means.tolist()), covariance=tuple(covariance.ravel().tolist()))
+
+
+def _table(found: Sequence[Moment], index: Mapping[str, int]) -> tuple[Array, Array, Array]:
+    """Of moments: sizes (moments, names) of the terms that `index` knows; bytes that need none of these coefficients
+    (moments,), which are the exact ones and other terms by their priors; and the variance of the latter."""
+    sizes = np.zeros((len(found), len(index)))
+    rows, columns, values = [], [], []
+    exact, variance = [moment.exact for moment in found], [0.0] * len(found)
+    for row, moment in enumerate(found):
+        for name, term in moment.terms.items():
+            if (column := index.get(name)) is not None:
+                rows.append(row)
+                columns.append(column)
+                values.append(term.size)
+            else:
+                exact[row] += term.size * term.mean
+                variance[row] += (term.size * term.sigma) ** 2
+    sizes[rows, columns] = values
+    return sizes, np.array(exact), np.array(variance)
 
 
 def beyond(candidate: Candidate, device: str) -> Moment:
@@ -343,43 +402,46 @@ def _low_logits(candidate: Candidate) -> float:
 
 
 def predict(model: MemoryModel, candidate: Candidate) -> Prediction:
-    """The peak of `candidate`, and how sure that is.
+    """The peak of `candidate`, and how sure that is."""
+    return predictions(model, [candidate])[0]
+
+
+def predictions(model: MemoryModel, candidates: Sequence[Candidate]) -> list[Prediction]:
+    """Their peaks, and how sure those are.
 
     Where two or more micro batches of the same shape and plan were measured, the peak is extrapolated from the
     two nearest (memory is affine in the micro batch); otherwise it comes from the structure.
     """
-    total, unsure = _largest(model.allocated, moments(candidate, model.device))
-    allocated, sigma = _from_neighbours(model, candidate) or (total, math.hypot(unsure, NOISE * total))
-    more, scatter = _largest(model.beyond, [beyond(candidate, model.device)])
-    noise = _beyond_noise(candidate, model.device, allocated)
-    device, spread = allocated + more, 1.96 * math.hypot(sigma, scatter, noise)
-    return Prediction(
-        peak_allocated_bytes=round(allocated),
-        peak_device_bytes=round(device),
-        low_device_bytes=round(device - spread),
-        high_device_bytes=round(device + spread),
-    )
+    structure = _largest(model.allocated, [moments(candidate, model.device) for candidate in candidates])
+    rest = _largest(model.beyond, [[beyond(candidate, model.device)] for candidate in candidates])
+    found = []
+    for candidate, (total, unsure), (more, scatter) in zip(candidates, structure, rest, strict=True):
+        allocated, sigma = _from_neighbours(model, candidate) or (total, math.hypot(unsure, NOISE * total))
+        noise = _beyond_noise(candidate, model.device, allocated)
+        device, spread = allocated + more, 1.96 * math.hypot(sigma, scatter, noise)
+        found.append(
+            Prediction(
+                peak_allocated_bytes=round(allocated),
+                peak_device_bytes=round(device),
+                low_device_bytes=round(device - spread),
+                high_device_bytes=round(device + spread),
+            )
+        )
+    return found
 
 
-def _largest(known: Coefficients, found: Sequence[Moment]) -> tuple[float, float]:
-    """Bytes of the largest moment, and their standard deviation as far as the coefficients are unsure."""
-    index = {name: place for place, name in enumerate(known.names)}
-    covariance = np.array(known.covariance).reshape(len(index), len(index))
-    best = (0.0, 0.0)
-    for moment in found:
-        total, variance, sizes = moment.exact, 0.0, np.zeros(len(index))
-        for name, term in moment.terms.items():
-            if name in index:
-                sizes[index[name]] = term.size
-                total += term.size * known.means[index[name]]
-            else:
-                total += term.size * term.mean
-                variance += (term.size * term.sigma) ** 2
-        variance += float(sizes @ covariance @ sizes)
-        best = max(best, (total, math.sqrt(max(variance, 0.0))))  # rounding of a tiny one
-    return best
+def _largest(known: Coefficients, found: Sequence[Sequence[Moment]]) -> list[tuple[float, float]]:
+    """For each candidate's moments: bytes of the largest one, and their standard deviation as far as the coefficients
+    are unsure."""
+    index, means, covariance = known.arrays
+    sizes, totals, variance = _table([moment for own in found for moment in own], index)
+    totals = totals + sizes @ means
+    variance = variance + ((sizes @ covariance) * sizes).sum(1)
+    each = iter(zip(totals.tolist(), np.sqrt(variance).tolist(), strict=True))
+    return [max(next(each) for _ in own) for own in found]
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
 def family(candidate: Candidate) -> str:
     """Equal for candidates that differ in nothing but the micro batch (and in whether it accumulates not at all)."""
     plan = replace(candidate.plan, micro_batch_size=1)
@@ -388,8 +450,7 @@ def family(candidate: Candidate) -> str:
 
 
 def _from_neighbours(model: MemoryModel, candidate: Candidate) -> tuple[float, float] | None:
-    own = family(candidate)
-    known = {int(key.rpartition("@")[2]): peak for key, peak in model.measured.items() if key.startswith(own + "@")}
+    known = model.families.get(family(candidate), {})
     size = candidate.plan.micro_batch_size
     if size in known:
         return known[size], NOISE / 6 * known[size]

@@ -10,7 +10,7 @@ Morris, Stein's Paradox in Statistics, 1977).
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autotune.config.search import SearchSettings
 from autotune.measure.records import TrialRecord
@@ -58,14 +58,20 @@ def estimate_speeds(records: Sequence[TrialRecord], settings: SearchSettings) ->
     sign = -1.0 if maximised(settings) else 1.0
     objective = {n: score(settings, group[0].candidate, math.exp(measured[n].mean)) for n, group in groups.items()}
     leaders = sorted(groups, key=lambda name: sign * objective[name])[:_LEADERS]
-    candidates = [groups[name][0].candidate for name in leaders]
-    expected = expected_speeds(candidates, [measured[name].mean for name in leaders], settings)
+    merged = [_as_one(groups[name][0], measured[name], objective[name]) for name in leaders]
+    expected = expected_speeds(merged, settings)
     speeds = {name: _speed(found, None, process_sd) for name, found in measured.items()}
     for name, prior in zip(leaders, expected, strict=True):
         kept = _believable(groups[name], prior)
         if disagreement(kept) is None:
             speeds[name] = _speed(_combined(kept, process_sd), prior, process_sd)
     return speeds
+
+
+def _as_one(record: TrialRecord, found: _Measured, objective: float) -> TrialRecord:
+    """A record that says what all measurements of its candidate say together."""
+    result = replace(record.result, tokens_per_second=math.exp(found.mean))
+    return replace(record, result=result, objective=objective)
 
 
 def _believable(group: Sequence[TrialRecord], prior: tuple[float, float]) -> list[TrialRecord]:

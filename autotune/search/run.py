@@ -6,28 +6,40 @@ any moment, its files can be read, and `resume` goes on.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autotune.config.candidate import Candidate
 from autotune.config.search import SearchSettings, read_settings
 from autotune.environment import Environment
-from autotune.errors import ConfigError, InterruptedByUser, NoFeasibleError
+from autotune.errors import ConfigError, InterruptedByUser, MachineError, NoFeasibleError
 from autotune.measure.records import Role, TrialRecord, write_csv
 from autotune.measure.review import write_review
 from autotune.measure.runner import run_trial
-from autotune.measure.types import TrialRequest, TrialResult
+from autotune.measure.types import Steps, TrialRequest, TrialResult
 from autotune.search import files, storage
 from autotune.search import study as studies
-from autotune.search.budget import Allowance, Budget, allow, begin, final_seconds, measure_seconds, next_allowance
+from autotune.search.advice import enough_for, nothing_found, trial_seconds
+from autotune.search.budget import (
+    CLOSING_SECONDS,
+    Allowance,
+    Budget,
+    allow,
+    begin,
+    final_seconds,
+    final_steps,
+    measure_seconds,
+    next_allowance,
+)
 from autotune.search.calibrate import calibrate_law
 from autotune.search.memory_model import MemoryModel, Prediction, calibrate, predict, save
 from autotune.search.objective import loss_at, score, speed_needed
 from autotune.search.posterior import NOISY
 from autotune.search.review import review
 from autotune.search.sampler import doubted, propose
-from autotune.search.space import Space, baseline, build_space, guide_candidate, in_words
+from autotune.search.space import Space, baseline, build_space, guide_candidate
+from autotune.search.timekeeping import Part
 from autotune.search.verdict import Verdict, decide, searched, unconfirmed
 from autotune.units import format_bytes, format_duration
 
@@ -79,6 +91,8 @@ class _Run:
     """What the study holds, so that it need not be read again for each trial."""
     told: tuple[str, ...] = ()
     """What to say before the search's own notes."""
+    proposals: list[float] = field(default_factory=list)
+    """Seconds that each one took."""
 
 
 @storage.storage_errors()
@@ -117,7 +131,8 @@ def search(
         study.set_user_attr(studies.REMARKS, told)
         files.write_inputs(run_dir, settings, environment)
         write_csv(run_dir / "trials.csv", [])
-    with files.locked(run_dir):
+    with files.locked(run_dir), Part(run_dir, budget.started, clock) as part:
+        part.follows(run_dir, 0.0)
         return _go(_Run(
             settings=settings, directory=run_dir, environment=environment, space=build_space(settings, environment),
             study=study, budget=budget, measure=measure, notify=notify, found=[], told=told,
@@ -127,7 +142,7 @@ def search(
 @storage.storage_errors()
 def resume(
     run_dir: Path,
-    environment: Environment,
+    environment: Environment | Callable[[], Environment],
     *,
     budget_seconds: float | None = None,
     same_machine: bool = True,
@@ -138,33 +153,42 @@ def resume(
     remarks: tuple[str, ...] = (),
 ) -> Verdict:
     """Go on with the search of `run_dir`. A budget that is given counts from now; otherwise what is left of the
-    run's own is used up. What was in flight when the search died is recorded as interrupted.
+    run's own is used up. What was in flight when the search died is recorded as interrupted. `environment`: the
+    machine, or what finds out about it, which takes seconds that count.
 
     Raises what `search` raises, and ConfigError for another machine or torch than the run's, whose numbers
     cannot be compared, unless `same_machine` is False.
     """
     started = clock() if started is None else started
     settings = read_settings(run_dir / "search.toml")
-    if same_machine:
-        files.refuse_another_machine(run_dir, environment)
-    with files.locked(run_dir):
+    with files.locked(run_dir), Part(run_dir, started, clock) as part:
+        files.remove_leftovers(run_dir)
+        here = environment() if callable(environment) else environment
+        if same_machine:
+            files.refuse_another_machine(run_dir, here)
         asked = settings.budget_seconds if budget_seconds is None else budget_seconds
         study = studies.load_study(run_dir, settings, storage.within(begin(asked, started, clock)))
         studies.close_stale(study, run_dir / studies.UNTOLD, settings.memory_limit_bytes)
-        found, spent = studies.records(study), studies.spent_seconds(study)
+        found = studies.records(study)
         write_csv(run_dir / "trials.csv", found)  # what was in flight is in it from now on
-        seconds = budget_seconds if budget_seconds is not None else settings.budget_seconds - spent
-        space = studies.as_begun(study, build_space(settings, environment))
-        if seconds <= 0:
-            total = format_duration(settings.budget_seconds)
-            raise ConfigError(f"the budget of {run_dir} ({total}) is used up; give more time with --budget")
+        spent = part.follows(run_dir, studies.spent_seconds(study))
+        study.set_user_attr(studies.SPENT, spent + clock() - started)
         remarks = tuple(dict.fromkeys([*studies.remarks_of(study), *remarks]))  # each once
         study.set_user_attr(studies.REMARKS, remarks)
-        return _go(_Run(
-            settings=settings, directory=run_dir, environment=environment, space=space,
+        seconds = budget_seconds if budget_seconds is not None else settings.budget_seconds - spent
+        space = studies.as_begun(study, build_space(settings, here))
+        run = _Run(
+            settings=settings, directory=run_dir, environment=here, space=space,
             study=study, budget=begin(seconds, started, clock), spent_before=spent,
             measure=measure, notify=notify, found=found, told=remarks,
-        ))  # fmt: skip
+        )  # fmt: skip
+        if seconds - (clock() - started) <= (0.0 if budget_seconds else CLOSING_SECONDS):
+            _end(run, list(studies.notes_of(study) or ["the budget was used up when the search was resumed"]))
+            raise ConfigError(
+                f"the budget of {run_dir} ({format_duration(settings.budget_seconds)}) is used up; "
+                f"give more time with --budget, for example {enough_for(_trial_seconds(run))}"
+            )
+        return _go(run)
 
 
 @storage.storage_errors()
@@ -176,7 +200,7 @@ def rebuild(run_dir: Path) -> Verdict | None:
     files.write_inputs(run_dir, settings, environment)
     found = studies.records(study)
     studies.mark_verdict(study, files.publish(run_dir, settings, environment, found))
-    return _conclude(run_dir, settings, build_space(settings, environment), study, found)
+    return _conclude(run_dir, settings, environment, build_space(settings, environment), study, found)
 
 
 def _known_settings(run_dir: Path) -> SearchSettings | None:
@@ -192,12 +216,22 @@ def _known_settings(run_dir: Path) -> SearchSettings | None:
 
 
 def _conclude(
-    directory: Path, settings: SearchSettings, space: Space, study: "optuna.Study", found: list[TrialRecord]
+    directory: Path,
+    settings: SearchSettings,
+    environment: Environment,
+    space: Space,
+    study: "optuna.Study",
+    found: list[TrialRecord],
 ) -> Verdict | None:
-    """The verdict with its notes; writes verdict.json."""
+    """The verdict with its notes; writes verdict.json and memory_model.json."""
     notes, spent = studies.notes_of(study), studies.spent_seconds(study)
     state = decide(found, settings)
-    write_review(directory / "verdict.json", review(settings, space, study, found, state, notes, spent))
+    told = review(settings, space, study, found, state, notes, spent)
+    if state is None:
+        advice = nothing_found(settings, environment, found)
+        told = replace(told, budget_wanted=advice.budget, remedy=advice.remedy)
+    write_review(directory / "verdict.json", told)
+    save(_calibrated(settings, environment, found), directory / "memory_model.json")
     return state and replace(state, notes=(*notes, *state.notes))
 
 
@@ -216,8 +250,10 @@ def _go(run: _Run) -> Verdict:
         raise InterruptedByUser(
             f"interrupted; {len(run.found)} trials are kept, go on with `autotune search --resume {run.directory}`"
         ) from None
+    except MachineError as error:
+        _end(run, [str(error)])
+        raise
     verdict = _end(run, notes)
-    save(_memory_model(run), run.directory / "memory_model.json")
     if verdict is None:
         raise NoFeasibleError(_nothing_fits(run))
     return verdict
@@ -225,8 +261,11 @@ def _go(run: _Run) -> Verdict:
 
 def _end(run: _Run, notes: list[str]) -> Verdict | None:
     _publish(run)
+    notes = [note for note in notes if note not in run.told]
     run.study.set_user_attr(studies.NOTES, [*run.told, *notes])
-    return _conclude(run.directory, run.settings, run.space, run.study, run.found)
+    verdict = _conclude(run.directory, run.settings, run.environment, run.space, run.study, run.found)
+    run.study.set_user_attr(studies.SPENT, run.spent_before + run.budget.elapsed())
+    return verdict
 
 
 def _explore(run: _Run) -> list[str]:
@@ -236,16 +275,22 @@ def _explore(run: _Run) -> list[str]:
         "guide": guide_candidate(run.settings, run.environment),
     }
     while True:
-        known = studies.answered(run.found)
-        allowance = next_allowance(run.budget, run.found, run.settings)
+        known, model = studies.answered(run.found), _memory_model(run)
         role: Role = next((role for role, c in first.items() if c is not None and c.id not in known), "search")
         candidate = first.pop(role, None)  # once is enough, even if it is interrupted
-        if allowance is None:
-            return [f"the budget ended before the {role} was measured"] if candidate else []
-        candidate = candidate or propose(run.space, known, run.settings)
+        if candidate is None:
+            ahead = max(run.proposals, default=0.0)
+            if next_allowance(run.budget, run.found, run.settings, ahead) is None:
+                return []
+            before = run.budget.elapsed()
+            candidate = propose(run.space, known, run.settings, model)
+            run.proposals.append(run.budget.elapsed() - before)
         if candidate is None:
             return [f"all {len(known)} candidates of the space were measured before the budget's end"]
-        _measure(run, role, candidate, allowance)
+        allowance = next_allowance(run.budget, run.found, run.settings)  # proposing has taken its time from it
+        if allowance is None:
+            return [] if role == "search" else [f"the budget ended before the {role} was measured"]
+        _measure(run, role, candidate, allowance, model)
 
 
 def _confirm(run: _Run) -> list[str]:
@@ -258,16 +303,19 @@ def _confirm(run: _Run) -> list[str]:
         record = next((record for record in waiting if record.candidate.id not in skipped), None)
         if record is None:
             return list(skipped.values())
-        name, needed, left = record.candidate.id, final_seconds(record, run.budget), run.budget.remaining()
+        steps = final_steps(record, run.budget)
+        name, needed, left = record.candidate.id, final_seconds(record, run.budget, steps), run.budget.remaining()
+        go_on = f"go on with --resume and --budget {enough_for(needed)}"
         if left < needed:
             skipped[name] = (
                 f"trial {record.trial} was not confirmed: that takes about {format_duration(needed)}, "
-                f"{format_duration(max(left, 0.0))} were left; give a larger --budget"
+                f"{format_duration(max(left, 0.0))} were left; {go_on}"
             )
             continue
-        final = _measure(run, "final", record.candidate, allow(left, patience=max(60.0, 4 * needed)))
+        allowance = allow(left, patience=max(60.0, 4 * needed))
+        final = _measure(run, "final", record.candidate, allowance, _memory_model(run), steps)
         if final.result.status == "interrupted":
-            skipped[name] = f"trial {record.trial} was not confirmed: the budget ended first; give a larger --budget"
+            skipped[name] = f"trial {record.trial} was not confirmed: the budget ended first; {go_on}"
 
 
 def _doubted(run: _Run) -> list[TrialRecord]:
@@ -277,8 +325,16 @@ def _doubted(run: _Run) -> list[TrialRecord]:
     return [record for record in likeliest if record.candidate.id not in again]
 
 
-def _measure(run: _Run, role: Role, candidate: Candidate, allowance: Allowance) -> TrialRecord:
-    """One trial: written down, measured, judged, told, published."""
+def _measure(
+    run: _Run,
+    role: Role,
+    candidate: Candidate,
+    allowance: Allowance,
+    model: MemoryModel,
+    steps: Steps = "composed",
+) -> TrialRecord:
+    """One trial: written down, measured, judged, told, published. Raises MachineError for a failure that all trials
+    would share."""
     settings, budget, number = run.settings, run.budget, 1 + max((record.trial for record in run.found), default=-1)
     log = run.directory / "logs" / f"trial-{number:04d}.log"
     best = decide(run.found, settings)
@@ -291,21 +347,19 @@ def _measure(run: _Run, role: Role, candidate: Candidate, allowance: Allowance) 
         timeout_seconds=allowance.seconds,
         stop_below_tokens_per_second=_least_speed(settings, candidate, best) if role == "search" else None,
         final=role == "final",
+        steps=steps,
     )
+    run.study.set_user_attr(studies.SPENT, run.spent_before + budget.elapsed())  # a kill must not make it free
     trial = studies.begin(run.study, run.space, number, role, request)
     event = Event(
         elapsed_seconds=budget.elapsed(), budget_seconds=budget.seconds, trial=number, role=role, candidate=candidate,
         verdict=best,
     )  # fmt: skip
     run.notify(event)
-    model = _memory_model(run)
-    save(model, run.directory / "memory_model.json")
     prediction = predict(model, candidate)
     result = _passed_over(run, prediction, model.trials) if role == "search" else None
     if result is None:
-        result = run.measure(request, log)
-    if result.status == "timeout" and allowance.ends_budget:
-        result = replace(result, status="interrupted", message="the budget ended during this trial")
+        result = _run_within(run, request, log, allowance)
     if role == "final":
         result = _noise_said(result)
     speed = result.tokens_per_second if result.status == "ok" else None
@@ -322,6 +376,8 @@ def _measure(run: _Run, role: Role, candidate: Candidate, allowance: Allowance) 
     run.found.append(record)
     state = _publish(run)
     run.notify(replace(event, elapsed_seconds=budget.elapsed(), record=record, verdict=state))
+    if result.remedy:
+        raise MachineError(result.remedy)
     return record
 
 
@@ -334,6 +390,21 @@ def _noise_said(result: TrialResult) -> TrialResult:
     return replace(result, message="; ".join(filter(None, (result.message, noisy))))
 
 
+def _run_within(run: _Run, request: TrialRequest, log: Path, allowance: Allowance) -> TrialResult:
+    """The trial's result. What was written since the allowance was given, to a slow disk for example, has taken its
+    time from it."""
+    left = max(0.0, run.budget.remaining())
+    request = replace(request, timeout_seconds=min(allowance.seconds, left))
+    result = run.measure(request, log)
+    if result.status == "timeout" and (allowance.ends_budget or left < allowance.seconds):
+        return replace(result, status="interrupted", message="the budget ended during this trial")
+    if result.status == "ok" and request.final and not request.whole_steps:
+        accumulated = request.candidate.gradient_accumulation_steps
+        composed = f"composed steps: whole ones of {accumulated} micro steps did not fit in the time left"
+        return replace(result, message="; ".join(filter(None, [result.message, composed])))
+    return result
+
+
 def _least_speed(settings: SearchSettings, candidate: Candidate, best: Verdict | None) -> float | None:
     """Below which the candidate will not become the best; None while there is none to beat."""
     if best is None or best.winner.objective is None:
@@ -343,8 +414,12 @@ def _least_speed(settings: SearchSettings, candidate: Candidate, best: Verdict |
 
 def _memory_model(run: _Run) -> MemoryModel:
     """The memory model, moved to what this run has measured so far."""
-    kind = run.settings.device.partition(":")[0]
-    return calibrate(kind, [(record.candidate, record.result) for record in run.found], run.environment)
+    return _calibrated(run.settings, run.environment, run.found)
+
+
+def _calibrated(settings: SearchSettings, environment: Environment, found: list[TrialRecord]) -> MemoryModel:
+    kind = settings.device.partition(":")[0]
+    return calibrate(kind, [(record.candidate, record.result) for record in found], environment)
 
 
 def _passed_over(run: _Run, prediction: Prediction, trials: int) -> TrialResult | None:
@@ -371,19 +446,13 @@ def _publish(run: _Run) -> Verdict | None:
 
 
 def _nothing_fits(run: _Run) -> str:
-    """Why there is no winner: the smallest violation, and what to change."""
-    limit, tried = run.settings.memory_limit_bytes, list(studies.answered(run.found).values())
-    if not tried:
-        seconds = format_duration(run.budget.seconds)
-        return f"--budget {seconds} is too short for one trial on {run.settings.device}; give for example 5m"
-    nearest = min(tried, key=lambda record: studies.violation(record.result, limit))
-    result, over = nearest.result, studies.violation(nearest.result, limit)
-    what = f"no feasible candidate among {len(tried)}; the nearest was trial {nearest.trial} "
-    what += f"({in_words(nearest.candidate)}): {result.status}"
-    if result.status in ("oom", "over_limit", "predicted_over_limit"):
-        beyond = f"{format_bytes(int(over * limit))} beyond the limit of {format_bytes(limit)}"
-        return f"{what}, {beyond}; raise --memory-limit or --budget"
-    if result.status == "timeout":
-        return f"{what} in the phase {result.phase}; give more time with --budget"
-    reason = result.message or f"in the phase {result.phase}"
-    return f"{what}, {reason}; see logs/trial-{nearest.trial:04d}.log"
+    """Why there is no winner, and what to change."""
+    advice = nothing_found(run.settings, run.environment, run.found)
+    longer = f"go on with `autotune search --resume {run.directory} --budget {advice.budget}`"
+    return f"{advice.why}; {advice.remedy or longer}"
+
+
+def _trial_seconds(run: _Run) -> float:
+    """Of two more trials of the kind that this run knows, one to search and one to confirm."""
+    lasted = [record.result.trial_seconds for record in run.found if record.result.trial_seconds]
+    return 2 * max(lasted) if lasted else 2 * trial_seconds(baseline(run.settings), run.environment, None)

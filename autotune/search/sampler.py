@@ -1,21 +1,22 @@
 """Which candidate to measure next: a Gaussian process over what was measured, numpy only.
 
-Trials are dear and few, knobs many. What a knob does to the logarithm of the speed mostly adds up, and where it
-does not, two knobs interact: so the kernel is a sum over single knobs and over pairs of them (Duvenaud,
-Nickisch and Rasmussen, Additive Gaussian Processes, NeurIPS 2011). It is fitted to three answers: how fast, how
-long the trial took, and whether it worked at all; how much memory a candidate needs is the memory model's matter.
-Next is the candidate with the largest expected improvement a second (Snoek, Larochelle and Adams, Practical
-Bayesian Optimization of Machine Learning Algorithms, NeurIPS 2012), times its chance to work and to fit. Before
-anything is measured, the expectation is that of somebody who knows nanoGPT: `_EXPECTED`.
+Trials are dear and few, knobs many: `autotune.search.gp` adds up what single knobs and pairs of them do. It is fitted
+to three answers: how fast, how long the trial took, and whether it worked at all; how much memory a candidate needs is
+the memory model's matter. Next is the candidate with the largest expected improvement a second (Snoek, Larochelle and
+Adams, Practical Bayesian Optimization of Machine Learning Algorithms, NeurIPS 2012), times its chance to work and to
+fit. Before anything is measured, the expectation is that of somebody who knows nanoGPT: `_EXPECTED`.
 
-Nothing is remembered between calls: the same records give the same candidate.
+The same records give the same candidate. A proposal takes about as long after a thousand trials as after a hundred:
+the process is fitted to `FITTED` of them, whatever their number.
 """
 
-import itertools
+import functools
 import math
 import random
+import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from numpy.typing import NDArray
 from autotune.config.candidate import Candidate, Plan
 from autotune.config.search import SearchSettings
 from autotune.measure.records import TrialRecord
-from autotune.search.memory_model import MemoryModel, calibrate, predict
+from autotune.search import gp
+from autotune.search.memory_model import MemoryModel, calibrate, predictions
 from autotune.search.objective import best_first, maximised, score
 from autotune.search.space import Space, candidate_at, every_candidate, reads_chunks, values_of
 
@@ -47,14 +49,8 @@ _EXPECTED: dict[tuple[str, str], tuple[float, float]] = {
 _HALF_SPEED_TOKENS = {"cpu": 64.0, "cuda": 2048.0}
 """A micro batch of so many tokens reaches half the speed of a large one."""
 
-_SHARED = 0.2
-"""Of the kernel: weight of what all candidates have in common."""
-
-_PRIOR_SCALE, _PRIOR_WEIGHT = 0.3, 4.0
-"""How far knobs move an answer (its logarithm), as sure as that many measurements would make it."""
-
-_LENGTHS, _PAIRS, _NOISES, _WEIGHTS = (1.0, 3.0), (0.1, 0.3, 1.0), (0.01, 0.03, 0.1), (0.1, 1.0, 10.0)
-"""What a kernel is chosen from."""
+FITTED = 96
+"""Trials that the process is fitted to; the time that it takes grows with the cube of this."""
 
 _DOUBT = 0.01
 """Improvement, in standard deviations, that is expected of every candidate: where the model sees none, what surely
@@ -65,61 +61,123 @@ _POOL = 4096
 _DRAWN, _LEADERS = 256, 4
 """...so many candidates by chance, and all neighbours of the best few."""
 
+_BLOCK = 64
+"""Candidates whose memory is predicted at once."""
+
 _SURPRISE = 2.0
 """A trial so many standard deviations slower than all others say may have been disturbed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Kernel:
-    """How much the answers of two candidates have to do with each other."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Encoded:
+    """Candidates as the process sees them."""
 
-    weights: tuple[float, ...]
-    """Of each knob."""
-    length: float
-    """Distance over which the likeness falls to 1/e, in units of `_distances`."""
-    pairs: float
-    """Weight of all pairs of knobs, against single ones."""
-    noise: float
-    """Standard deviation of an answer's own error."""
+    knobs: Array
+    """(n, knobs): octaves, or a word's code."""
+    expected: Array
+    """(n, 2): log speed and log seconds before anything is measured."""
 
 
-def propose(space: Space, known: Mapping[str, TrialRecord], settings: SearchSettings) -> Candidate | None:
+def propose(
+    space: Space, known: Mapping[str, TrialRecord], settings: SearchSettings, model: MemoryModel | None = None
+) -> Candidate | None:
     """The candidate to measure next: of those whose answer does not follow from the `known` ones (by candidate id);
-    None when none is left."""
-    pool, records = unknown(space, known, settings), list(known.values())
-    if not pool:
+    None when none is left. `model`: the memory model, calibrated by the known records; None: it is made here."""
+    kind, records = settings.device.partition(":")[0], list(known.values())
+    everything, encoded = _pool(space, known, settings, kind)
+    left = _unanswered(everything, known)
+    if not left.size:
         return None
-    everything = [record.candidate for record in records] + pool
-    apart = _distances(space.choices, everything, len(records))
-    kind = settings.device.partition(":")[0]
-    expected = np.array([_expected(candidate, kind) for candidate in everything])  # (measured + pool, 2)
-    speed = _fit(apart, *_logarithms([r.result.tokens_per_second for r in records]), expected[:, 0])
-    seconds, _ = _fit(apart, *_logarithms([r.result.trial_seconds for r in records]), expected[:, 1])
-    value = _improvement(pool, *speed, records, settings) * _works(apart, records) / np.exp(seconds)
-    model = calibrate(kind, [(record.candidate, record.result) for record in records])
-    best, chosen = -1.0, pool[0]
-    for i in np.argsort(-value, kind="stable"):
-        if value[i] <= best:  # nothing further down can be better, however little memory it takes
+    pool: list[Candidate] = [everything[i] for i in left]
+    knobs, expected = encoded.knobs[left], encoded.expected[left]
+    words = _words(space.choices, pool[0])
+    at, told = gp.pool(knobs), [records[i] for i in _telling(records, settings)]
+    measured = _encode([record.candidate for record in told], tuple(space.choices), kind)
+    speed = _answers(measured, 0, [r.result.tokens_per_second for r in told], words, at, expected)
+    seconds, _ = _answers(measured, 1, [r.result.trial_seconds for r in told], words, at, expected)
+    value = _improvement(pool, *speed, records, settings) * _works(measured.knobs, told, words, at) / np.exp(seconds)
+    model = model or calibrate(kind, [(record.candidate, record.result) for record in records])
+    return pool[_most_valuable(value, pool, model, settings.memory_limit_bytes)]
+
+
+def _most_valuable(value: Array, pool: Sequence[Candidate], model: MemoryModel, limit_bytes: int) -> int:
+    """The place of the largest value (n,) times the chance to stay within the limit, by the memory model."""
+    best, chosen = -1.0, 0
+    order = np.argsort(-value, kind="stable")
+    for start in range(0, len(order), _BLOCK):
+        block = order[start : start + _BLOCK]
+        if value[block[0]] <= best:  # nothing further down can be better, however little memory it takes
             break
-        worth = value[i] * _fits(model, pool[i], settings.memory_limit_bytes)
-        if worth > best:
-            best, chosen = worth, pool[i]
+        found = predictions(model, [pool[i] for i in block])
+        peaks = np.array([f.peak_device_bytes for f in found], dtype=float)
+        sd = np.array([f.high_device_bytes - f.low_device_bytes for f in found]) / (2 * 1.96)
+        worth = value[block] * gp.normal((limit_bytes - peaks) / sd)
+        if worth.max() > best:
+            best, chosen = float(worth.max()), int(block[worth.argmax()])
     return chosen
+
+
+def _telling(records: Sequence[TrialRecord], settings: SearchSettings) -> list[int]:
+    """Where at most FITTED of the records stand: half of them the best ones, a quarter the latest of the others, which
+    lie where the search looks now, and a quarter from all the time before, whose failures warn."""
+    if len(records) <= FITTED:
+        return list(range(len(records)))
+    place = {id(record): i for i, record in enumerate(records)}
+    best = [place[id(record)] for record in best_first(records, maximised(settings))[: FITTED // 2]]
+    others = sorted(set(range(len(records))) - set(best))
+    before, latest = others[: -FITTED // 4], others[-FITTED // 4 :]
+    wanted = min(len(before), FITTED - len(best) - len(latest))
+    return sorted([*best, *latest, *(before[i * len(before) // wanted] for i in range(wanted))])
 
 
 def unknown(space: Space, known: Mapping[str, TrialRecord], settings: SearchSettings) -> list[Candidate]:
     """Candidates whose answer is not known: all in a small space; in a large one some by chance, and what differs
     from the best in one knob."""
+    everything, _ = _pool(space, known, settings, settings.device.partition(":")[0])
+    return [everything[i] for i in _unanswered(everything, known)]
+
+
+def _pool(
+    space: Space, known: Mapping[str, TrialRecord], settings: SearchSettings, kind: str
+) -> tuple[Sequence[Candidate], _Encoded]:
+    """What to choose from, known or not."""
     if space.size <= _POOL:
-        pool = every_candidate(space)
-    else:
-        rng = random.Random(settings.seed + len(known))
-        drawn = [{name: rng.choice(choices) for name, choices in space.choices.items()} for _ in range(_DRAWN)]
-        for record in best_first(list(known.values()), maximised(settings))[:_LEADERS]:
-            here = values_of(space, record.candidate)
-            drawn += [{**here, name: choice} for name, choices in space.choices.items() for choice in choices]
-        pool = {c.id: c for values in drawn for c in [candidate_at(space, values)]}
-    return [candidate for candidate in pool.values() if implied(candidate, known) is None]
+        return _whole(space, kind)
+    rng = random.Random(settings.seed + len(known))
+    drawn = [{name: rng.choice(choices) for name, choices in space.choices.items()} for _ in range(_DRAWN)]
+    pool = [candidate_at(space, values) for values in drawn]
+    for record in best_first(list(known.values()), maximised(settings))[:_LEADERS]:
+        pool += _neighbours(space, record.candidate)
+    found = list({candidate.id: candidate for candidate in pool}.values())
+    return found, _encode(found, tuple(space.choices), kind)
+
+
+@functools.lru_cache(maxsize=2 * _LEADERS)
+def _neighbours(space: Space, candidate: Candidate) -> list[Candidate]:
+    """What differs from it in one knob, and itself."""
+    here = values_of(space, candidate)
+    return [candidate_at(space, {**here, name: c}) for name, choices in space.choices.items() for c in choices]
+
+
+@functools.lru_cache(maxsize=1)
+def _whole(space: Space, kind: str) -> tuple[Sequence[Candidate], _Encoded]:
+    """All of a small space."""
+    found = list(every_candidate(space).values())
+    return found, _encode(found, tuple(space.choices), kind)
+
+
+def _unanswered(pool: Sequence[Candidate], known: Mapping[str, TrialRecord]) -> NDArray[np.intp]:
+    """Where in the pool the candidates stand whose answer does not follow from the known ones."""
+    full = _out_of_memory(known.values())
+    tables = {kernels: np.array([_amounts(record.candidate) for record in own]) for kernels, own in full.items()}
+
+    def answered(candidate: Candidate) -> bool:
+        if not tables or candidate.id in known:
+            return candidate.id in known
+        table = tables.get(_kernels(candidate))
+        return table is not None and bool((table <= _amounts(candidate)).all(1).any())
+
+    return np.array([i for i, candidate in enumerate(pool) if not answered(candidate)], dtype=np.intp)
 
 
 def implied(candidate: Candidate, known: Mapping[str, TrialRecord]) -> TrialRecord | None:
@@ -127,38 +185,50 @@ def implied(candidate: Candidate, known: Mapping[str, TrialRecord]) -> TrialReco
     needs no more of it in any respect."""
     if candidate.id in known:
         return known[candidate.id]
-    full = (record for record in known.values() if record.result.status in ("oom", "over_limit"))
-    return next((record for record in full if _needs_no_more(record.candidate, candidate)), None)
+    full = _out_of_memory(known.values()).get(_kernels(candidate), ())
+    wanted = _amounts(candidate)
+    return next((r for r in full if all(a <= b for a, b in zip(_amounts(r.candidate), wanted, strict=True))), None)
 
 
-def _needs_no_more(small: Candidate, large: Candidate) -> bool:
-    """Whether `small` surely fits where `large` does. Only what is certain counts: kernels, compilation and
-    allocators are not compared, they must be the same."""
-    a, b = small.plan, large.plan
-    same = all(getattr(a, name) == getattr(b, name) for name in ("attention", "loss", "compile", "dtype", "allocator"))
-    whole_blocks = a.recomputed_every is not None and b.activation_checkpointing == "none"
+def _out_of_memory(records: Iterable[TrialRecord]) -> Mapping[tuple[str, ...], list[TrialRecord]]:
+    """Those that did, by the kernels of the candidates that they can answer for: their own, and for one that computes
+    whole blocks again also that which keeps all."""
+    found: dict[tuple[str, ...], list[TrialRecord]] = defaultdict(list)
+    for record in records:
+        if record.result.status in ("oom", "over_limit"):
+            own = _kernels(record.candidate)
+            found[own].append(record)
+            if record.candidate.plan.recomputed_every is not None:
+                found[(*own[:-1], "none")].append(record)
+    return found
+
+
+@functools.lru_cache(maxsize=2 * _POOL)
+def _kernels(candidate: Candidate) -> tuple[str, ...]:
+    """What must be the same for two candidates' memory to be compared: only what is certain counts."""
+    plan = candidate.plan
+    return plan.attention, plan.loss, plan.compile, plan.dtype, plan.allocator, plan.activation_checkpointing
+
+
+@functools.lru_cache(maxsize=2 * _POOL)
+def _amounts(candidate: Candidate) -> tuple[int, ...]:
+    """Of which more surely needs no less memory."""
+    shape, plan = candidate.shape, candidate.plan
     return (
-        same
-        and a.micro_batch_size * small.shape.block_size <= b.micro_batch_size * large.shape.block_size
-        and a.loss_chunk_tokens <= b.loss_chunk_tokens
-        and (a.activation_checkpointing == b.activation_checkpointing or whole_blocks)
-        and all(
-            getattr(small.shape, name) <= getattr(large.shape, name)
-            for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-        )
-    )
+        plan.micro_batch_size * shape.block_size, plan.loss_chunk_tokens, shape.n_layer, shape.n_head, shape.n_embd,
+        shape.block_size, shape.vocab_size,
+    )  # fmt: skip
 
 
 def doubted(names: Iterable[str], known: Sequence[TrialRecord], settings: SearchSettings) -> list[TrialRecord]:
-    """Trials that would be the best of all had they been as fast as all others say (`_left_out`), the likeliest
-    first. Another program that takes
-    the device for as long as a trial is timed leaves no other trace."""
+    """Trials that would be the best of all had they been as fast as all others say, the likeliest first. Another
+    program that takes the device for as long as a trial is timed leaves no other trace."""
     timed = [record for record in known if record.objective is not None and record.result.tokens_per_second]
     if not timed:
         return []
     sign = 1.0 if maximised(settings) else -1.0
-    answers = np.log([record.result.tokens_per_second or 1.0 for record in timed])
-    others, sd = _left_out(names, [record.candidate for record in timed], answers, settings)
+    others, sd = _left_out(tuple(names), timed, settings)
+    answers = _log_speeds(timed)
     above = answers - others
     at_best = np.exp(answers - above + sd).tolist()
     best = max(sign * (record.objective or 0.0) for record in timed)
@@ -167,46 +237,59 @@ def doubted(names: Iterable[str], known: Sequence[TrialRecord], settings: Search
     return [timed[i] for i in sorted(worth, key=lambda i: -worth[i]) if worth[i] > best]
 
 
-def expected_speeds(
-    candidates: Sequence[Candidate], log_speeds: Sequence[float], settings: SearchSettings
-) -> list[tuple[float, float]]:
-    """What all other candidates make the model expect of each one's log speed: mean and standard deviation. Where
-    nothing differs between them there is nothing to learn from: the speed itself, with an infinite deviation."""
-    names = [name for name in _KNOBS if len({_knob(candidate, name) for candidate in candidates}) > 1]
-    if len(candidates) < 3 or not names:
-        return [(value, math.inf) for value in log_speeds]
-    mean, sd = _left_out(names, candidates, np.array(log_speeds), settings)
+def expected_speeds(records: Sequence[TrialRecord], settings: SearchSettings) -> list[tuple[float, float]]:
+    """What all other records make the model expect of each one's log speed: mean and standard deviation. Where nothing
+    differs between them there is nothing to learn from: the speed itself, with an infinite deviation."""
+    candidates = [record.candidate for record in records]
+    names = tuple(name for name in _KNOBS if len({_knob(candidate, name) for candidate in candidates}) > 1)
+    if len(records) < 3 or not names:
+        return [(value, math.inf) for value in _log_speeds(records).tolist()]
+    mean, sd = _left_out(names, records, settings)
     return list(zip(mean.tolist(), sd.tolist(), strict=True))
 
 
-def _left_out(
-    names: Iterable[str], candidates: Sequence[Candidate], log_speeds: Array, settings: SearchSettings
-) -> tuple[Array, Array]:
-    """Mean (n,) and standard deviation (n,) of each of `log_speeds` (n,) given all others (leave-one-out by the
-    inverse of the covariance: Rasmussen and Williams, Gaussian Processes for Machine Learning, 5.4.2)."""
-    kind = settings.device.partition(":")[0]
-    apart = _distances(names, candidates, len(candidates))
-    rest = log_speeds - np.array([_expected(candidate, kind)[0] for candidate in candidates])
-    rest -= np.median(rest)
-    lower, _, scale = _likeliest(apart, rest)[1]
-    whitened = np.linalg.inv(lower)
-    precision = (whitened**2).sum(0)
-    residual = whitened.T @ (whitened @ rest) / precision
-    return log_speeds - residual, np.sqrt(scale / precision)
+def _left_out(names: tuple[str, ...], timed: Sequence[TrialRecord], settings: SearchSettings) -> tuple[Array, Array]:
+    """Mean (n,) and standard deviation (n,) of each log speed given all others. Trials that are fitted are left out in
+    turn (Rasmussen and Williams, Gaussian Processes for Machine Learning, 5.4.2); the others are predicted."""
+    encoded = _encode([record.candidate for record in timed], names, settings.device.partition(":")[0])
+    words, answers = _words(names, timed[0].candidate), _log_speeds(timed)
+    fitted = np.zeros(len(timed), dtype=bool)
+    fitted[_telling(timed, settings)] = True
+    rest = answers - encoded.expected[:, 0]
+    rest -= np.median(rest[fitted])
+    process = gp.fit(encoded.knobs[fitted], words, rest[fitted])
+    above, sd = np.empty(len(timed)), np.empty(len(timed))
+    precision = (process.whitened**2).sum(0)
+    above[fitted] = process.whitened.T @ process.half / precision
+    sd[fitted] = np.sqrt(process.scale / precision)
+    if not fitted.all():
+        mean, deviation = gp.predict(process, words, gp.pool(encoded.knobs[~fitted]))
+        noise = process.kernel.noise / gp.PRIOR_SCALE * math.sqrt(process.scale)
+        above[~fitted], sd[~fitted] = rest[~fitted] - mean, np.hypot(deviation, noise)
+    return answers - above, sd
 
 
-def _distances(names: Iterable[str], candidates: Sequence[Candidate], measured: int) -> Array:
-    """(names, measured, all): octaves apart, or 2 for different words."""
-    layers = []
-    for name in names:
-        column = [_knob(candidate, name) for candidate in candidates]
-        if isinstance(column[0], str):
-            codes = np.unique(np.array(column), return_inverse=True)[1]
-            layers.append(2.0 * (codes[:measured, None] != codes[None, :]))
-        else:
-            numbers = np.array(column, dtype=float)
-            layers.append(np.abs(numbers[:measured, None] - numbers[None, :]))
-    return np.array(layers)
+def _log_speeds(records: Sequence[TrialRecord]) -> Array:
+    return np.log([record.result.tokens_per_second or 1.0 for record in records])
+
+
+def _words(names: Iterable[str], candidate: Candidate) -> NDArray[np.bool_]:
+    """(knobs,): which of them are words."""
+    return np.array([isinstance(_knob(candidate, name), str) for name in names])
+
+
+def _encode(candidates: Sequence[Candidate], names: tuple[str, ...], kind: str) -> _Encoded:
+    rows = [_features(candidate, names, kind) for candidate in candidates]
+    table = np.array(rows).reshape(len(rows), len(names) + 2)
+    return _Encoded(knobs=table[:, :-2], expected=table[:, -2:])
+
+
+@functools.lru_cache(maxsize=2 * _POOL)
+def _features(candidate: Candidate, names: tuple[str, ...], kind: str) -> tuple[float, ...]:
+    """The knobs, a word as a number that no other word has, and what is expected."""
+    knobs = (_knob(candidate, name) for name in names)
+    coded = (zlib.crc32(value.encode()) if isinstance(value, str) else value for value in knobs)
+    return (*coded, *_expected(candidate, kind))
 
 
 def _knob(candidate: Candidate, name: str) -> float | str:
@@ -230,68 +313,23 @@ def _expected(candidate: Candidate, kind: str) -> tuple[float, float]:
     return busy + sum(speed for speed, _ in effects), sum(seconds for _, seconds in effects)
 
 
-def _logarithms(values: Sequence[float | None]) -> tuple[list[int], Array]:
-    """Of those that are known, and where they stand."""
-    rows = [i for i, value in enumerate(values) if value]
-    return rows, np.log([value for value in values if value])
-
-
-def _fit(
-    apart: Array, rows: Sequence[int], answers: Array, expected: Array, offset: float | None = None
+def _answers(
+    measured: _Encoded,
+    which: int,
+    values: Sequence[float | None],
+    words: NDArray[np.bool_],
+    at: gp.Pool,
+    expected: Array,
 ) -> tuple[Array, Array]:
-    """Mean and standard deviation of the pool's answers, (n,) each, given `answers` (m,), those of the measured
-    `rows`. `expected` (measured + n,) is the mean before them, but for a constant: `offset`, or where that is None
-    the answers' own."""
-    measured = apart.shape[1]
-    rest = answers - expected[rows]
-    constant = offset if offset is not None else float(np.median(rest)) if rows else 0.0
-    rest, mean = rest - constant, expected[measured:] + constant
+    """Mean and standard deviation of the pool's answers, (n,) each, given the measured `values`, of which some are
+    unknown. `which` is their column in what is expected; a constant on top of that is the answers' own."""
+    rows = [i for i, value in enumerate(values) if value]
     if not rows:
-        return mean, np.full(len(mean), _PRIOR_SCALE)
-    kernel, (lower, half, scale) = _likeliest(apart[:, rows][:, :, rows], rest)
-    to_pool = np.exp(-apart[:, rows, measured:] / kernel.length)
-    across = np.linalg.solve(lower, _covariance(kernel, to_pool))  # (m, pool)
-    alone = _covariance(kernel, np.ones((len(apart), 1, 1)))[0, 0]
-    variance = scale * np.maximum(alone - (across**2).sum(0), 1e-6)
-    return mean + across.T @ half, np.sqrt(variance)
-
-
-def _likeliest(apart: Array, rest: Array) -> tuple[_Kernel, tuple[Array, Array, float]]:
-    """The kernel under which `rest` is the most probable, and its `_solved`: the best of a few, then one knob's
-    weight after another."""
-    alike = {length: np.exp(-apart / length) for length in _LENGTHS}
-
-    def probability(kernel: _Kernel) -> float:
-        lower, _, scale = _solved(kernel, alike[kernel.length], rest)
-        unusual = sum(math.log(weight) ** 2 for weight in kernel.weights) / (2 * 1.5**2)  # log-normal
-        return float(-np.log(np.diag(lower)).sum() - 0.5 * (_PRIOR_WEIGHT + len(rest)) * math.log(scale) - unusual)
-
-    even = (1.0,) * len(apart)
-    grid = itertools.product(_LENGTHS, _PAIRS, _NOISES)
-    best = max((_Kernel(weights=even, length=n, pairs=p, noise=s) for n, p, s in grid), key=probability)
-    for knob in range(len(apart)):
-        options = [(*best.weights[:knob], weight, *best.weights[knob + 1 :]) for weight in _WEIGHTS]
-        best = max((replace(best, weights=weights) for weights in options), key=probability)
-    return best, _solved(best, alike[best.length], rest)
-
-
-def _solved(kernel: _Kernel, alike: Array, rest: Array) -> tuple[Array, Array, float]:
-    """Cholesky factor of the covariance, its solution for `rest`, and the scale (squared) that `rest` asks for."""
-    noise = (kernel.noise / _PRIOR_SCALE) ** 2 * np.eye(len(rest))
-    lower = np.linalg.cholesky(_covariance(kernel, alike) + noise)
-    half = np.linalg.solve(lower, rest)
-    scale = (_PRIOR_WEIGHT * _PRIOR_SCALE**2 + float(half @ half)) / (_PRIOR_WEIGHT + len(rest))
-    return lower, half, scale
-
-
-def _covariance(kernel: _Kernel, alike: Array) -> Array:
-    """From the likeness in each knob, (knobs, m, n), 1 where equal: mean over single knobs, `pairs` times the mean
-    over pairs of them, and what all candidates share."""
-    weighted = np.array(kernel.weights)[:, None, None] * alike
-    count, single = len(alike), weighted.sum(0)
-    # the sum over pairs from two sums over knobs, by Newton's identity
-    double = (single**2 - (weighted**2).sum(0)) / max(count * (count - 1), 1)
-    return np.asarray(single / count + kernel.pairs * double + _SHARED)
+        return expected[:, which], np.full(len(expected), gp.PRIOR_SCALE)
+    rest = np.log([value for value in values if value]) - measured.expected[rows, which]
+    constant = float(np.median(rest))
+    mean, sd = gp.predict(gp.fit(measured.knobs[rows], words, rest - constant), words, at)
+    return expected[:, which] + constant + mean, sd
 
 
 def _improvement(
@@ -310,25 +348,13 @@ def _improvement(
     feasible = [sign * record.objective for record in known if record.objective is not None]
     z = (mean - max(feasible, default=float(mean.min()))) / sd
     density = np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
-    return np.asarray(sd * (z * _normal(z) + density + _DOUBT))
+    return np.asarray(sd * (z * gp.normal(z) + density + _DOUBT))
 
 
-def _works(apart: Array, known: Sequence[TrialRecord]) -> Array:
+def _works(measured: Array, told: Sequence[TrialRecord], words: NDArray[np.bool_], at: gp.Pool) -> Array:
     """The chance that a candidate is feasible, by those that were and were not, for whatever reason."""
-    failed = np.array([0.0 if record.objective is not None else 1.0 for record in known])
+    failed = np.array([0.0 if record.objective is not None else 1.0 for record in told])
     if not failed.any():
-        return np.ones(apart.shape[2] - apart.shape[1])
-    mean, sd = _fit(apart, range(len(known)), failed, np.zeros(apart.shape[2]), offset=0.0)
-    return _normal((0.5 - mean) / np.hypot(sd, 0.1))
-
-
-def _fits(model: MemoryModel, candidate: Candidate, limit_bytes: int) -> float:
-    """The chance that a candidate stays within the limit, by the memory model."""
-    found = predict(model, candidate)
-    sd = (found.high_device_bytes - found.low_device_bytes) / (2 * 1.96)
-    return float(_normal(np.array([(limit_bytes - found.peak_device_bytes) / sd]))[0])
-
-
-def _normal(z: Array) -> Array:
-    """The standard normal's distribution function."""
-    return np.array([0.5 * (1.0 + math.erf(value / math.sqrt(2))) for value in z])
+        return np.ones(at.has.shape[1])
+    mean, sd = gp.predict(gp.fit(measured, words, failed), words, at)
+    return gp.normal((0.5 - mean) / np.hypot(sd, 0.1))

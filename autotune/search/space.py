@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from autotune.config.candidate import Candidate, DType, Plan, Recipe, Shape, one_of
 from autotune.config.presets import guide_row
@@ -145,10 +146,16 @@ def candidate_at(space: Space, values: Mapping[str, Value]) -> Candidate:
     rows = (registry.find("attention", plan["attention"]), registry.find("loss", plan["loss"]))
     if plan["compile"] == "off" and "full" in space.choices.get("compile", ()) and any(r.compiled_only for r in rows):
         plan["compile"] = "full"
-    sequences = space.recipe.tokens_per_step // shape["block_size"]
-    plan["micro_batch_size"] = min(plan["micro_batch_size"], sequences)
-    recipe = replace(space.recipe, shape=Shape(**shape), global_batch_size=sequences)
-    return canonical(Candidate(recipe=recipe, plan=Plan(**plan)))
+    recipe = _recipe_of(space, tuple(shape.items()))
+    plan["micro_batch_size"] = min(plan["micro_batch_size"], recipe.global_batch_size)
+    return Candidate(recipe=recipe, plan=Plan(**{**plan, **_simplest(plan, recipe)}))
+
+
+@functools.lru_cache(maxsize=1024)
+def _recipe_of(space: Space, shape: tuple[tuple[str, Any], ...]) -> Recipe:
+    """The space's, with that shape and as many tokens a step."""
+    own = Shape(**dict(shape))
+    return replace(space.recipe, shape=own, global_batch_size=space.recipe.tokens_per_step // own.block_size)
 
 
 def canonical(candidate: Candidate) -> Candidate:
@@ -159,16 +166,20 @@ def canonical(candidate: Candidate) -> Candidate:
     the micro batch, and losses that have no chunks do not read its size at all. Without compilation there are
     no graphs to have a memory budget.
     """
-    plan, sequences = candidate.plan, candidate.recipe.global_batch_size
-    micro = -(-sequences // candidate.gradient_accumulation_steps)
-    chunk = min(plan.loss_chunk_tokens, micro * candidate.shape.block_size)
-    if not reads_chunks(plan):
-        chunk = Plan().loss_chunk_tokens
-    recompute = plan.activation_checkpointing
-    if plan.compile == "off" and plan.memory_budget is not None:
+    return replace(candidate, plan=replace(candidate.plan, **_simplest(vars(candidate.plan), candidate.recipe)))
+
+
+def _simplest(plan: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The fields of `plan` in which its canonical form may differ."""
+    sequences = recipe.global_batch_size
+    micro = -(-sequences // -(-sequences // plan["micro_batch_size"]))
+    chunk = min(plan["loss_chunk_tokens"], micro * recipe.shape.block_size)
+    if not registry.find("loss", plan["loss"]).chunked:
+        chunk = Plan.loss_chunk_tokens
+    recompute = plan["activation_checkpointing"]
+    if plan["compile"] == "off" and recompute.startswith("budget_"):
         recompute = "none"
-    plan = replace(plan, micro_batch_size=micro, loss_chunk_tokens=chunk, activation_checkpointing=recompute)
-    return replace(candidate, plan=plan)
+    return {"micro_batch_size": micro, "loss_chunk_tokens": chunk, "activation_checkpointing": recompute}
 
 
 def reads_chunks(plan: Plan) -> bool:

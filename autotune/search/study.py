@@ -164,20 +164,30 @@ def as_begun(study: "optuna.Study", space: Space) -> Space:
 
 def begin(study: "optuna.Study", space: Space, number: int, role: Role, request: TrialRequest) -> "optuna.Trial":
     """Write down what is about to be measured, so that a killed search knows what was in flight."""
-    trial = ask_for(study, space, request.candidate)
-    trial.set_user_attr(_NUMBER, number)
-    trial.set_user_attr(_ROLE, role)
-    trial.set_user_attr(_REQUEST, json.dumps(asdict(request), allow_nan=False))
-    return trial
+    asked = json.dumps(asdict(request), allow_nan=False)
+    return ask_for(study, space, request.candidate, {_NUMBER: number, _ROLE: role, _REQUEST: asked})
 
 
-def ask_for(study: "optuna.Study", space: Space, candidate: Candidate) -> "optuna.Trial":
-    """A trial for a given candidate, filed under the nearest values of the space."""
-    values = values_of(space, candidate)
-    study.enqueue_trial({n: c.index(values[n]) if ordered(c) else values[n] for n, c in space.choices.items()})
-    trial = study.ask()
-    suggest(trial, space)
-    return trial
+def ask_for(
+    study: "optuna.Study", space: Space, candidate: Candidate, attributes: dict[str, Any] | None = None
+) -> "optuna.Trial":
+    """A running trial for a given candidate, filed under the nearest values of the space. It is written in one
+    transaction: `enqueue_trial` and `ask` would need one for each value and each attribute."""
+    import optuna
+
+    values, kinds = values_of(space, candidate), optuna.distributions
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=optuna.trial.TrialState.RUNNING,
+            params={n: c.index(values[n]) if ordered(c) else values[n] for n, c in space.choices.items()},
+            distributions={
+                n: kinds.IntDistribution(0, len(c) - 1) if ordered(c) else kinds.CategoricalDistribution(c)
+                for n, c in space.choices.items()
+            },
+            user_attrs=attributes,
+        )
+    )
+    return optuna.Trial(study, study.get_trials(deepcopy=False)[-1]._trial_id)
 
 
 def suggest(trial: "optuna.Trial", space: Space) -> dict[str, Value]:

@@ -20,7 +20,7 @@ from autotune.cgroup import ControlGroups
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.measure import runner
 from autotune.measure.runner import run_trial, trials_in_a_row
-from autotune.measure.types import TrialRequest, TrialResult, from_json, to_json
+from autotune.measure.types import Steps, TrialRequest, TrialResult, from_json, to_json
 from autotune.measure.worker import failure
 
 WORKER = "autotune.measure.worker"
@@ -69,6 +69,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> TrialResult:
 
 def test_a_good_candidate_is_measured(measured: TrialResult) -> None:
     assert (measured.status, measured.phase, measured.message) == ("ok", "done", "")
+    assert measured.steps == "composed"
     assert measured.tokens_per_second is not None
     assert measured.tokens_per_second * (measured.step_seconds_p50 or 0) == pytest.approx(RECIPE.tokens_per_step)
     assert measured.first_loss == pytest.approx(math.log(SHAPE.vocab_size), abs=0.1)
@@ -88,9 +89,13 @@ def test_the_peak_counts_weights_moments_gradients_and_more(measured: TrialResul
     assert measured.peak("reserved_bytes") is None
 
 
-def test_a_finalist_covers_evaluation_and_checkpoint(tmp_path: Path) -> None:
-    result = run_trial(replace(REQUEST, final=True), tmp_path / "log")
-    assert result.status == "ok"
+@pytest.mark.parametrize("steps", ["whole", "composed"])
+def test_a_finalist_covers_evaluation_and_checkpoint(tmp_path: Path, steps: Steps) -> None:
+    long = replace(REQUEST.candidate, recipe=replace(RECIPE, global_batch_size=19))  # seven micro steps
+    asked = replace(REQUEST, candidate=long, final=True, steps=None if steps == "whole" else steps)
+    result = run_trial(asked, tmp_path / "log")
+    assert (result.status, result.steps) == ("ok", steps)
+    assert (result.tokens_per_second or 0) * (result.step_seconds_p50 or 0) == pytest.approx(19 * 64)
     assert set(result.memory) == {"first_step", "steady", "evaluation", "checkpoint"}
 
 

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import pytest
 from fake_machine import CUDA, settings
 
 from autotune.measure.records import Role, TrialRecord
@@ -9,6 +10,7 @@ from autotune.search.budget import (
     Budget,
     begin,
     final_seconds,
+    final_steps,
     measure_seconds,
     next_allowance,
     reserve,
@@ -32,11 +34,11 @@ def record(trial: int, objective: float, seconds: float = 10.0, role: Role = "se
 def test_the_first_trial_may_take_half_of_a_long_search_and_all_of_a_short_one() -> None:
     long = next_allowance(budget(3600), [], SETTINGS)
     assert long is not None
-    assert long.seconds == (0.75 * 3600 - CLOSING_SECONDS) / 2
+    assert long.seconds == (3600 - CLOSING_SECONDS) / 2
     assert not long.ends_budget
     short = next_allowance(budget(60), [], SETTINGS)
     assert short is not None
-    assert short.seconds == 0.75 * 60 - CLOSING_SECONDS
+    assert short.seconds == 60 - CLOSING_SECONDS
     assert short.ends_budget
 
 
@@ -68,6 +70,27 @@ def test_the_reserve_is_a_part_of_the_budget_but_enough_for_one() -> None:
 
 def test_no_time_is_kept_for_what_cannot_be_confirmed_any_more() -> None:
     assert reserve(budget(100), [record(0, 1.0, seconds=95)], SETTINGS) == 0.0
+
+
+def test_a_finalist_whose_whole_steps_do_not_fit_is_composed() -> None:
+    slow = replace(record(0, 1.0), result=replace(record(0, 1.0).result, step_seconds_p50=100.0))
+    assert final_seconds(slow, budget(600)) == pytest.approx(1.1 * 10 + 600)
+    assert final_seconds(slow, budget(600), "composed") == pytest.approx(1.1 * 10 + 5)
+    assert final_steps(slow, budget(700)) == "whole"
+    assert final_steps(slow, budget(600)) == "composed"
+    assert reserve(budget(600), [slow], SETTINGS) == pytest.approx(16)
+
+
+def test_nothing_is_kept_back_while_nothing_is_feasible() -> None:
+    failed = replace(record(0, 1.0), objective=None)
+    assert reserve(budget(600), [], SETTINGS) == reserve(budget(600), [failed], SETTINGS) == 0.0
+
+
+def test_what_comes_before_a_trial_counts() -> None:
+    known = [record(0, 1.0, micro=1), record(1, 2.0, micro=2)]
+    left = 600 - CLOSING_SECONDS - reserve(budget(600), known, SETTINGS)
+    assert next_allowance(budget(600), known, SETTINGS, ahead=left - 11) is not None
+    assert next_allowance(budget(600), known, SETTINGS, ahead=left - 9) is None
 
 
 def test_what_is_confirmed_needs_no_reserve() -> None:

@@ -13,6 +13,7 @@ from autotune.config.presets import GUIDE
 from autotune.errors import ConfigError
 from autotune.measure.types import MemoryView, TrialResult
 from autotune.search import estimate as estimates
+from autotune.search import memory_model
 from autotune.search.estimate import estimate, largest_micro_batch, with_micro_batch
 from autotune.search.memory_model import MemoryModel, calibrate, load, moments, predict, save
 from autotune.units import GIB
@@ -66,6 +67,17 @@ def test_calibration_moves_the_priors_to_another_machine() -> None:
     assert np.median(before) > 0.05
     assert np.median(after) < 0.02
     assert after.max() < before.max() / 2
+
+
+def test_calibration_is_bounded_and_knows_every_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_model, "CALIBRATED", 40)
+    trials = [(c, truth(c, 1.25)) for c in candidates(120)]
+    model = calibrate("cpu", trials)
+    assert model.trials == 120
+    assert np.median(errors(model, 1.25)) < 0.02
+    early = trials[1][0]
+    peak = truth(early, 1.25).peak("allocated_bytes")
+    assert predict(model, early).peak_allocated_bytes == peak
 
 
 def test_the_interval_narrows_with_trials_and_covers_the_truth() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import optuna
 import pytest
@@ -14,6 +15,7 @@ from autotune.config.candidate import Candidate
 from autotune.config.search import SearchSettings
 from autotune.measure.records import TrialRecord
 from autotune.measure.types import Status, TrialRequest, TrialResult
+from autotune.search import gp, sampler
 from autotune.search import study as studies
 from autotune.search.objective import maximised, score
 from autotune.search.replay import Sampler, Table, ask, optuna_sampler, read_tables, speed
@@ -124,6 +126,35 @@ def test_the_same_records_give_the_same_candidate() -> None:
         assert found is not None
         chosen.append(found.id)
     assert chosen[0] == chosen[1]
+
+
+def test_after_hundreds_of_trials_the_process_is_fitted_to_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best are among them, and the search has found what there is to find."""
+    asked, fitted = settings(CUDA, memory_limit="8GiB", choices=SMALL), list[int]()
+    fit = gp.fit
+
+    def counted(points: gp.Array, words: Any, answers: gp.Array) -> gp.Process:
+        fitted.append(len(points))
+        return fit(points, words, answers)
+
+    monkeypatch.setattr(gp, "fit", counted)
+    monkeypatch.setattr(sampler, "FITTED", 16)
+    found = searched(asked, 60, "additive", formulas(asked))
+    assert max(fitted) == 16
+    measure = formulas(asked)
+    everything = every_candidate(build_space(asked, CUDA)).values()
+    ranked = sorted((speed(measure(c)) for c in everything), reverse=True)
+    assert best(found, asked) == ranked[0]
+    assert best(found[:12], asked) >= 0.95 * ranked[0]
+
+
+def test_a_disturbed_trial_beyond_the_fitted_ones_is_doubted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = read_tables(RECORDED)[-1]
+    names, ranked = table.space.choices, sorted(table.results, key=lambda name: -speed(table.results[name]))
+    records = [recorded(table, name) for name in ranked if speed(table.results[name])]
+    monkeypatch.setattr(sampler, "FITTED", 32)
+    slow = recorded(table, records[0].candidate.id, pace=0.6)
+    assert slow.candidate in [record.candidate for record in doubted(names, [*records[1:], slow], table.settings)[:3]]
 
 
 def test_a_disturbed_trial_is_doubted_and_no_other() -> None:

@@ -1,0 +1,76 @@
+"""Failures that belong to the machine, not to the candidate: no compiler, a compile cache that cannot be used. Every
+trial that compiles would fail in the same way, so the first one ends a search.
+"""
+
+import errno
+import re
+from collections.abc import Iterator
+
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+_NOT_THERE = {errno.ENOTDIR, errno.ENOENT}
+_NO_EXEC = "failed to map segment"
+"""What the dynamic loader says of a library on a file system that is mounted noexec."""
+_MISSING_HEADER = re.compile(r"fatal error: (\S+?): No such file|fatal error: '(\S+?)' file not found")
+
+EAGER = "or search eager plans only with --choices compile=off"
+_CACHE = f"set AUTOTUNE_CACHE_DIR to a folder of yours that can be written and executed, {EAGER}"
+_COMPILER = "install g++ (Debian, Ubuntu: apt install g++) or name a compiler in CXX"
+
+
+def remedy(error: BaseException, cache_dir: str) -> str:
+    """What is wrong with the machine, and what to do; empty where the failure is the candidate's own. `cache_dir`: of
+    compiled kernels."""
+    for cause in _chain(error):
+        if found := _remedy(cause, cache_dir):
+            return found
+    return ""
+
+
+def start_remedy(last_line: str) -> str:
+    """The same of a worker that ended before it had read its request, from the last line it printed: nothing of the
+    candidate was touched."""
+    if not re.match(
+        r"(\w+\.)*(OSError|\w*(Permission|FileNotFound|NotADirectory|Import|ModuleNotFound)Error): ", last_line
+    ):
+        return ""
+    return f"a worker cannot start on this machine: {last_line}; see `autotune doctor`"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it wraps (Inductor's `inner_exception`) and what caused it."""
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop(0)
+        if one is not None and not any(one is other for other in seen):
+            seen.append(one)
+            yield one
+            waiting += [getattr(one, "inner_exception", None), one.__cause__, one.__context__]
+
+
+def _remedy(error: BaseException, cache_dir: str) -> str:
+    # Inductor's types by their names: importing them would load the compiler into eager trials.
+    kinds, text = {kind.__name__ for kind in type(error).__mro__}, str(error)
+    if "InvalidCxxCompiler" in kinds or "Failed to find C compiler" in text:
+        return f"torch.compile finds no working C++ compiler; {_COMPILER}, {EAGER}"
+    if "CppCompileError" in kinds or "CalledProcessError" in kinds:
+        output = f"{getattr(error, 'output', '') or ''}{getattr(error, 'stderr', '') or ''}"
+        if match := _MISSING_HEADER.search(output):
+            header = match[1] or match[2]
+            package = "python3-dev" if header == "Python.h" else f"the package that has {header}"
+            return f"the C++ compiler finds no {header}; install {package}, {EAGER}"
+    if isinstance(error, OSError | ImportError) and _NO_EXEC in text:
+        return f"compiled kernels cannot be loaded from {cache_dir} (is it mounted noexec?); {_CACHE}"
+    if isinstance(error, OSError) and (
+        error.errno in _UNWRITABLE or (error.errno in _NOT_THERE and _of_cache(error.filename, cache_dir))
+    ):
+        where = error.filename or cache_dir
+        return f"{where} cannot be written ({error.strerror}); {_CACHE if _of_cache(where, cache_dir) else _SPACE}"
+    return ""
+
+
+_SPACE = "make room, or make it writable"
+
+
+def _of_cache(where: object, cache_dir: str) -> bool:
+    return bool(cache_dir) and str(where).startswith(cache_dir)
