@@ -1,6 +1,7 @@
 """trials.csv: one row a trial, in a frozen order of columns."""
 
 import csv
+import functools
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,6 +39,14 @@ class TrialRecord:
     predicted_loss: float | None = None
     """A scaling law's, from the measured tokens/s."""
 
+    @functools.cached_property
+    def csv_line(self) -> str:
+        """Its line of trials.csv: written once, though the file is replaced as a whole after each trial."""
+        text = io.StringIO()
+        values = {key: _cell(value) for key, value in row(self).items()}
+        csv.DictWriter(text, COLUMNS, lineterminator="\n").writerow(values)
+        return text.getvalue()
+
 
 def row(record: TrialRecord) -> dict[str, object]:
     """One line of trials.csv, by column; unknown values are None."""
@@ -66,12 +75,9 @@ def row(record: TrialRecord) -> dict[str, object]:
 
 def write_csv(path: Path, records: Iterable[TrialRecord]) -> None:
     """Replace trials.csv as a whole. Unknown values are empty cells; bytes, seconds and tokens are plain numbers."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for record in records:
-        writer.writerow({key: _cell(value) for key, value in row(record).items()})
-    write_atomically(path, text.getvalue())
+    header = io.StringIO()
+    csv.DictWriter(header, COLUMNS, lineterminator="\n").writeheader()
+    write_atomically(path, header.getvalue(), *(record.csv_line for record in records))
 
 
 def _cell(value: object) -> object:

@@ -18,7 +18,7 @@ from pathlib import Path
 from autotune.environment import compile_cache_dir, worker_environment
 from autotune.errors import ConfigError
 from autotune.measure.blame import start_remedy
-from autotune.measure.scratch import trial_folder
+from autotune.measure.scratch import remove_leftovers, trial_folder
 from autotune.measure.types import MemoryProfile, TrialRequest, TrialResult, from_json, to_json
 
 LOG_BYTES = 16 << 20
@@ -70,7 +70,8 @@ class Standby:
 
 @contextmanager
 def trials_in_a_row() -> Iterator[Callable[[TrialRequest, Path], TrialResult]]:
-    """`run_trial` with a standby worker, which is gone at the end."""
+    """`run_trial` with a standby worker, which is gone at the end. What killed searches have left goes first."""
+    remove_leftovers()
     with closing(Standby()) as standby:
         yield partial(run_trial, standby=standby)
 
