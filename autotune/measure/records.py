@@ -1,9 +1,10 @@
 """trials.csv: one row a trial, in a frozen order of columns."""
 
 import csv
+import functools
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -47,6 +48,11 @@ class TrialRecord:
     predicted_loss: float | None = None
     """A scaling law's, from the measured tokens/s."""
 
+    @functools.cached_property
+    def csv_line(self) -> str:
+        """Its line of trials.csv: written once, though the file is replaced as a whole after each trial."""
+        return _csv_line(map(_cell, row(self).values()))
+
 
 def row(record: TrialRecord) -> dict[str, object]:
     """One line of trials.csv, by column; unknown values are None."""
@@ -75,14 +81,10 @@ def row(record: TrialRecord) -> dict[str, object]:
 
 def write_csv(path: Path, records: Iterable[TrialRecord]) -> None:
     """Replace trials.csv as a whole. Unknown values are empty cells; bytes, seconds and tokens are plain numbers."""
-    lines: list[list[object]] = [
-        list(COLUMNS),
-        *([_cell(value) for value in row(record).values()] for record in records),
-    ]
-    write_atomically(path, *map(_csv_line, lines))
+    write_atomically(path, _csv_line(COLUMNS), *(record.csv_line for record in records))
 
 
-def _csv_line(cells: Sequence[object]) -> str:
+def _csv_line(cells: Iterable[object]) -> str:
     # Python's writer quotes a carriage return only where lines end in one, and readers take it for a line's end.
     text = io.StringIO()
     csv.writer(text, lineterminator="\r\n").writerow(cells)
