@@ -259,12 +259,13 @@ def drop_torn_libraries(cache_dir: Path, older_than_seconds: float = 3.0) -> lis
     right name for a compiled kernel, so one torn file would crash every later process that needs it. Files that
     changed just now may belong to a linker at work and stay."""
     torn = []
-    for path in cache_dir.rglob("*.so") if cache_dir.is_dir() else ():
-        with contextlib.suppress(OSError):  # another process was faster
-            status = path.stat()
-            if time.time() - status.st_mtime > older_than_seconds and not _is_whole(path, status.st_size):
-                path.unlink()
-                torn.append(path)
+    for folder, _, names in os.walk(cache_dir):  # passes over folders that another process removes meanwhile
+        for path in (Path(folder, name) for name in names if name.endswith(".so")):
+            with contextlib.suppress(OSError):  # another process was faster
+                status = path.stat()
+                if time.time() - status.st_mtime > older_than_seconds and not _is_whole(path, status.st_size):
+                    path.unlink()
+                    torn.append(path)
     return torn
 
 

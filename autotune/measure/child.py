@@ -14,7 +14,8 @@ import sys
 
 
 def die_with(parent: int) -> None:
-    """A search that is killed must not leave a worker behind which slows the next one down (man 2 prctl)."""
+    """End this process when its parent ends, however that happens: what a killed search or torchrun leaves behind
+    would slow the next one down (man 2 prctl)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autotune.errors import ConfigError
+from autotune.measure.child import die_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ def joined(group: Processes) -> Iterator[None]:
         return
     import torch.distributed
 
+    die_with(os.getppid())  # torchrun puts each process into a session of its own, and may itself be killed
     if not group.first:
         for number in (signal.SIGTERM, signal.SIGHUP):  # one that waits for a first one that has failed must end
             if signal.getsignal(number) is not signal.SIG_IGN:

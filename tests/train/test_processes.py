@@ -1,11 +1,12 @@
 """Several processes under torchrun learn what one learns."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from trainings import curve, settings, start
+from trainings import curve, settings, start, wait_for_rows
 
 from autotune.config.candidate import Recipe
 from autotune.errors import ConfigError
@@ -32,6 +33,19 @@ def test_two_processes_learn_what_one_does_and_one_goes_on(recipe: Recipe, tmp_p
     assert [path.name for path in checkpoints(tmp_path / "two" / "checkpoints")] == ["step_00000004", "step_00000008"]
     train(settings(steady, tmp_path / "two", resume=True))
     np.testing.assert_allclose(numbers(tmp_path / "two"), numbers(tmp_path / "one"), rtol=1e-4, atol=1e-6)
+
+
+def test_a_killed_launcher_leaves_no_process(recipe: Recipe, tmp_path: Path) -> None:
+    process = start(replace(recipe, max_iters=100_000), tmp_path / "two", launcher=TORCHRUN)
+    wait_for_rows(tmp_path / "two", 2)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(ranks) == 2
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10.0
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline, f"of {ranks}, some still run"
+        time.sleep(0.05)
 
 
 def test_each_row_has_one_process() -> None:
