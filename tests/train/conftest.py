@@ -1,6 +1,5 @@
 """A text that is easy to learn, and an undisturbed training on it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,10 @@ from autotune.train.settings import TrainSummary
 from autotune.train.trainer import train
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
     """Tiny products gain nothing from a second one, and wait for it where cores are shared."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
