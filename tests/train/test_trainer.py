@@ -141,7 +141,7 @@ def test_what_cannot_be_trained_leaves_nothing(recipe: Recipe, tmp_path: Path) -
         settings(recipe, out, resume=True, init_from=tmp_path)
     with pytest.raises(DataError, match=r"20000 training tokens give 624 sequences of 32, 1000 are needed"):
         train(settings(replace(recipe, global_batch_size=1000), out))
-    with pytest.raises(CheckpointError, match=r"nowhere\.pt holds no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"nowhere\.pt does not exist; give a ckpt\.pt"):
         train(settings(recipe, out, init_from=tmp_path / "nowhere.pt"))
     assert not out.exists()
 
