@@ -49,8 +49,11 @@ Device = Annotated[str, typer.Option(help="cpu, cuda:0, or auto: the first CUDA 
 
 def main() -> None:
     """Entry of the console script."""
+    from autotune.environment import start_again_as_worker
     from autotune.search.timekeeping import process_started
 
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "train":
+        start_again_as_worker()
     terminal.open_streams()
     interrupt = _Interrupt()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -61,6 +61,10 @@ processes: default 13,100 and 525; OMP_WAIT_POLICY=passive 11,200 and 7,200; thi
 (tests/benchmarks/test_spin.py). The OpenMP of Intel and LLVM, in some conda builds, does not read it."""
 _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 """Variables that say how threads wait: where the user has set one, ours is not."""
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""GLIBC_TUNABLES for processes of ours, read when a process starts: malloc asks for transparent huge pages (glibc 2.35;
+other C libraries ignore it). A step on the CPU walks through hundreds of MiB, of which small pages fill the TLB many
+times over: 1.1 times the tokens/s (tests/benchmarks/test_pages.py)."""
 EXPANDABLE = "expandable_segments:True"
 _BUSY = 0.7
 """Load average from which on another program is at work, at the least."""
@@ -230,6 +234,7 @@ def worker_environment(cache_dir: Path | None = None, allocator: str = "default"
     variables["PYTHONUNBUFFERED"] = "1"
     if not any(variables.get(name) for name in _WAITING):
         variables["GOMP_SPINCOUNT"] = SPIN
+    variables.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
     if cache_dir is not None:
         variables["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir)
     if allocator == "expandable_segments":
@@ -246,6 +251,14 @@ def _import_path(users: str) -> list[str]:
     working = Path.cwd()
     kept = [entry for entry in users.split(os.pathsep) if entry and Path(entry).resolve() not in (working, checkout)]
     return kept if installed else [str(checkout), *kept]
+
+
+def start_again_as_worker() -> None:
+    """Replace this process by itself with what C libraries read when a process starts, as a trial's worker has it.
+    Returns where that is so already."""
+    if "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
+        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def compile_cache_dir() -> Path:

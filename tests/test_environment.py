@@ -14,6 +14,7 @@ from recorded_run import ENVIRONMENT
 
 from autotune.environment import (
     _PEAK_TFLOPS,
+    HUGE_PAGES,
     SPIN,
     Environment,
     busy_machine,
@@ -258,3 +259,21 @@ def test_what_a_killed_linker_left_is_removed(tmp_path: Path) -> None:
     assert {path.name for path in removed} == {"torn.so", "begun.so", "empty.so"}
     assert {path.name for path in (tmp_path / "ab").iterdir()} == {"whole.so", "new.so"}
     assert drop_torn_libraries(tmp_path / "missing") == []
+
+
+def test_a_training_starts_with_what_c_libraries_read_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same process, its arguments kept; the user's own setting holds."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "from autotune.environment import start_again_as_worker\n"
+        "start_again_as_worker()\n"
+        "print(os.getpid(), sys.argv[1:], os.environ['GLIBC_TUNABLES'])\n"
+    )
+    for set_by_user in ("", "glibc.malloc.hugetlb=0"):
+        if set_by_user:
+            monkeypatch.setenv("GLIBC_TUNABLES", set_by_user)
+        process = subprocess.Popen([sys.executable, script, "a b", "-c"], stdout=subprocess.PIPE, text=True)
+        said, _ = process.communicate(timeout=60)
+        assert said == f"{process.pid} ['a b', '-c'] {set_by_user or HUGE_PAGES}\n"
