@@ -17,6 +17,7 @@ from autotune.environment import (
     HUGE_PAGES,
     SPIN,
     Environment,
+    busy_cores,
     busy_machine,
     child_command,
     compile_cache_dir,
@@ -177,7 +178,19 @@ def test_an_older_record_is_compared_in_what_it_has() -> None:
 def test_a_busy_machine(monkeypatch: pytest.MonkeyPatch, load: float, cores: int, said: str) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr("autotune.environment.busy_cores", lambda: 1.0)
     assert busy_machine() == said
+    monkeypatch.setattr("autotune.environment.busy_cores", lambda: 0.1)
+    assert busy_machine() == ""  # it is over
+
+
+def test_a_core_that_works_is_seen() -> None:
+    before = busy_cores()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        beside = max(busy_cores() for _ in range(5))
+        process.kill()
+    assert beside > 0.5
+    assert 0.0 <= before <= (os.cpu_count() or 1)
 
 
 @pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"])

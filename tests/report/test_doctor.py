@@ -35,6 +35,7 @@ def test_a_complete_machine_can_search(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("load", "found"), [(0.1, "ok"), (1e4, "absent")])
 def test_a_busy_machine_is_a_note(monkeypatch: pytest.MonkeyPatch, load: float, found: str) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr("autotune.environment.busy_cores", lambda: load)
     checks = on(monkeypatch)
     assert state(checks)["quiet machine"] == found
     assert doctor.can_search(checks)
