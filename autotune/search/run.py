@@ -306,16 +306,18 @@ def _confirm(run: _Run) -> list[str]:
         steps = final_steps(record, run.budget)
         name, needed, left = record.candidate.id, final_seconds(record, run.budget, steps), run.budget.remaining()
         go_on = f"go on with --resume and --budget {enough_for(needed)}"
+        again = any(final.candidate.id == name for final in run.found if final.role == "final")
+        lacking = f"trial {record.trial} was not " + ("measured once more, to settle its figure" if again else "confirmed")
         if left < needed:
             skipped[name] = (
-                f"trial {record.trial} was not confirmed: that takes about {format_duration(needed)}, "
+                f"{lacking}: that takes about {format_duration(needed)}, "
                 f"{format_duration(max(left, 0.0))} were left; {go_on}"
             )
             continue
         allowance = allow(left, patience=max(60.0, 4 * needed))
         final = _measure(run, "final", record.candidate, allowance, _memory_model(run), steps)
         if final.result.status == "interrupted":
-            skipped[name] = f"trial {record.trial} was not confirmed: the budget ended first; {go_on}"
+            skipped[name] = f"{lacking}: the budget ended first; {go_on}"
 
 
 def _doubted(run: _Run) -> list[TrialRecord]:
