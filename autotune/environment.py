@@ -64,7 +64,7 @@ _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 """GLIBC_TUNABLES for processes of ours, read when a process starts: malloc asks for transparent huge pages (glibc 2.35;
 other C libraries ignore it). A step on the CPU walks through hundreds of MiB, of which small pages fill the TLB many
-times over: 1.1 times the tokens/s (tests/benchmarks/test_pages.py)."""
+times over: 1.03 times the tokens/s, more in each of five pairs (tests/benchmarks/test_pages.py)."""
 EXPANDABLE = "expandable_segments:True"
 _BUSY = 0.7
 """Load average from which on another program is at work, at the least."""
