@@ -7,10 +7,12 @@ and each estimate is shrunk towards what the other candidates make the speed mod
 Morris, Stein's Paradox in Statistics, 1977).
 """
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from autotune.config.search import SearchSettings
 from autotune.measure.records import TrialRecord
@@ -47,7 +49,25 @@ class _Measured:
 
 def estimate_speeds(records: Sequence[TrialRecord], settings: SearchSettings) -> dict[str, Speed]:
     """The speed of every feasible candidate, by its id. Candidates far from the best are not shrunk: nothing is
-    chosen among them."""
+    chosen among them. The same records are asked about several times between two trials, and estimated once."""
+    return _estimated(_Identical((*records, settings)))
+
+
+class _Identical(tuple[Any, ...]):
+    """Equal to a tuple of the very same objects; comparing what frozen records hold would cost more than it saves."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identical) and list(map(id, self)) == list(map(id, other))
+
+
+@functools.lru_cache(maxsize=2)
+def _estimated(asked: _Identical) -> dict[str, Speed]:
+    *records, settings = asked
     groups: dict[str, list[TrialRecord]] = {}
     for record in records:
         if record.objective is not None and record.result.tokens_per_second:

@@ -307,7 +307,7 @@ def _confirm(run: _Run) -> list[str]:
         name, needed, left = record.candidate.id, final_seconds(record, run.budget, steps), run.budget.remaining()
         go_on = f"go on with --resume and --budget {enough_for(needed)}"
         again = any(final.candidate.id == name for final in run.found if final.role == "final")
-        lacking = f"trial {record.trial} was not " + ("measured once more, to settle its figure" if again else "confirmed")
+        lacking = f"trial {record.trial} was not {'measured once more, to settle its figure' if again else 'confirmed'}"
         if left < needed:
             skipped[name] = (
                 f"{lacking}: that takes about {format_duration(needed)}, "
