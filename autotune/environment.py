@@ -56,9 +56,10 @@ _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 SPIN = "10000"
 """GOMP_SPINCOUNT for processes of ours. GNU's OpenMP, which torch's wheels bring, lets a thread that waits for the
 others spin for 300,000 turns (some 3 ms) before it sleeps; where another program wants the core, that one waits for
-the spinning to end, at every barrier. Tokens/s of the quickstart's winner on two cores, alone and beside two busy
-processes: default 13,100 and 525; OMP_WAIT_POLICY=passive 11,200 and 7,200; this value 12,850 and 4,700
-(tests/benchmarks/test_spin.py). The OpenMP of Intel and LLVM, in some conda builds, does not read it."""
+the spinning to end, at every barrier. Tokens/s of two winners of the quickstart on two cores, alone and beside two
+busy processes: by default 13,100 and 525, 10,300 and 495; with this value 12,850 and 4,700, 10,160 and 2,574
+(tests/benchmarks/test_spin.py). 1,000 turns bring 4,718 beside them, but 7,400 alone; OMP_WAIT_POLICY=passive costs a
+seventh alone. The OpenMP of Intel and LLVM, in some conda builds, does not read it."""
 _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 """Variables that say how threads wait: where the user has set one, ours is not."""
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
