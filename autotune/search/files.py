@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from autotune.measure.records import TrialRecord, write_csv
 from autotune.measure.scratch import alive
 from autotune.search.objective import finish_recipe, loss_at, training_tokens
 from autotune.search.verdict import Verdict, decide
+
+ABANDONED_SECONDS = 5.0
 
 
 def publish(
@@ -100,6 +103,7 @@ def new_directory(run_dir: Path) -> Iterator[None]:
     """Make `run_dir`; take it away again, with the folders made for it, if the search cannot even start."""
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
+        _clear_abandoned(run_dir)
         if run_dir.exists() and any(run_dir.iterdir()):
             raise FileExistsError
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -120,6 +124,18 @@ def new_directory(run_dir: Path) -> Iterator[None]:
         if not isinstance(error, KeyboardInterrupt):  # only pilots take so long that somebody would
             raise
         raise InterruptedByUser("interrupted before the first trial; nothing is kept, start the search again") from None
+
+
+def _clear_abandoned(run_dir: Path) -> None:
+    """Empty the directory of a search that was killed before it had written its settings: nothing can be resumed from
+    it, and its name is free again. One that begins just now takes less than ABANDONED_SECONDS to write them."""
+    if (run_dir / "search.toml").exists() or not (run_dir / "logs").is_dir():
+        return
+    begun = {"logs", "study.db", "study.db-wal", "study.db-shm", "study.db-journal", ".lock"}
+    inside = [*run_dir.iterdir(), *(run_dir / "logs").iterdir()]
+    known = all(entry.name in begun or entry.name.startswith(".search.toml.") for entry in inside)
+    if known and time.time() - (run_dir / "logs").stat().st_mtime > ABANDONED_SECONDS:
+        shutil.rmtree(run_dir)
 
 
 def claim_name(parent: Path, name: str) -> str:

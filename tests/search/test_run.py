@@ -135,6 +135,20 @@ def test_a_small_space_is_measured_as_a_whole(tmp_path: Path) -> None:
     assert machine.now < 120  # of the 600 it had
 
 
+def test_the_name_of_a_search_killed_at_its_start_is_free(tmp_path: Path) -> None:
+    for file in ("study.db", ".lock", ".search.toml.123.tmp"):
+        (tmp_path / "run" / "logs").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / file).write_text("")
+    with pytest.raises(ConfigError, match="is not empty"):
+        go(tmp_path / "run", Machine())  # it may begin just now
+    os.utime(tmp_path / "run" / "logs", (0, 0))
+    (tmp_path / "run" / "mine.txt").write_text("")
+    with pytest.raises(ConfigError, match="is not empty"):
+        go(tmp_path / "run", Machine())
+    (tmp_path / "run" / "mine.txt").unlink()
+    assert go(tmp_path / "run", Machine()).confirmed
+
+
 def test_a_failed_confirmation_falls_back(tmp_path: Path) -> None:
     # so few plans that all are known before the best fails, and nothing better can be found after it
     few = ("micro_batch_size=8,16", "attention=sdpa", "loss=full", "compile=off,full", "allocator=default")
