@@ -77,4 +77,4 @@ def test_trainings_come_out_as_their_verdicts_promise(benchmark: Any, tmp_path: 
     print(f"mean {mean - 1:+.2%}, slower {slower} of {PAIRS}, inside the interval {inside} of {PAIRS}")
     benchmark.extra_info |= {"ratios": ratios, "inside": inside, "mean": mean}
     assert mean == pytest.approx(1.0, abs=0.01)
-    assert inside >= 0.95 * PAIRS - 1
+    assert inside >= round(0.95 * PAIRS)
