@@ -183,7 +183,8 @@ def search(
     started: float = context.obj  # the budget holds everything, also what the next lines take
     _load_numpy()
     from autotune.environment import busy_machine, probe
-    from autotune.search import files, run, settings
+    from autotune.runs import directory as run_directory
+    from autotune.search import loop, resolve
     from autotune.train.track import tracker_notes
 
     remarks = (busy,) if (busy := busy_machine()) else ()
@@ -191,13 +192,13 @@ def search(
         _refuse_beside_resume(context)
         seconds = parse_duration(budget) if budget else None
         here = partial(probe, device)  # once the time is being written down
-        go_on = partial(run.resume, resume, here, budget_seconds=seconds, same_machine=not other_machine)
+        go_on = partial(loop.resume, resume, here, budget_seconds=seconds, same_machine=not other_machine)
         _watch(resume, partial(go_on, started=started, remarks=remarks), remarks)
         return
     if other_machine:
         raise ConfigError("--other-machine is for a search that goes on; give --resume RUN with it")
     found = probe(device)
-    asked = settings.resolve(
+    asked = resolve.resolve(
         found,
         budget=budget or "1h",
         objective=objective,
@@ -219,12 +220,12 @@ def search(
     for note in (*asked.notes, *tracker_notes(asked.recipe)):
         terminal.say(f"note: {note}")
     if dry_run:
-        terminal.write_lines(settings.describe_settings(asked, found))
+        terminal.write_lines(resolve.describe_settings(asked, found))
         return
     if not name:
-        asked = replace(asked, name=files.claim_name(Path("results"), asked.name))
+        asked = replace(asked, name=run_directory.claim_name(Path("results"), asked.name))
     directory = Path("results", asked.name)
-    begin = partial(run.search, asked, directory, found, started=started, calibrate_loss=calibrate_loss)
+    begin = partial(loop.search, asked, directory, found, started=started, calibrate_loss=calibrate_loss)
     _watch(directory, partial(begin, storage_url=storage, remarks=remarks), remarks)
 
 
@@ -249,11 +250,11 @@ def _refuse_beside_resume(context: typer.Context) -> None:
 
 def _watch(directory: Path, go: "Callable[..., object]", remarks: tuple[str, ...]) -> None:
     """Run a search under the eyes of the user, then show its report, also of one in which nothing fits."""
-    from autotune.environment import compile_cache_dir
     from autotune.measure.runner import trials_in_a_row
+    from autotune.model.compile_cache import compile_cache_dir, make_cache
     from autotune.search import progress
 
-    places.make_cache(compile_cache_dir())
+    make_cache(compile_cache_dir())
     show = partial(_report, [directory], html=True, json=False, top=10)
     try:
         with progress.show_progress(remarks) as notify, trials_in_a_row() as measure:
@@ -277,7 +278,7 @@ def report(
     """Show what searches measured, and what became of it in training.
 
     One run in full, several side by side; a training's directory alone shows the training."""
-    from autotune.search.run import rebuild as write_again
+    from autotune.search.loop import rebuild as write_again
 
     for path in runs if rebuild else []:
         write_again(path)
@@ -316,14 +317,15 @@ def trial(
 
     The way to reproduce a row of trials.csv. Exit code 1 where the candidate is not ok."""
     from autotune.config.toml import read_candidate
-    from autotune.environment import compile_cache_dir, probe
+    from autotune.environment import probe
     from autotune.measure.runner import run_trial
     from autotune.measure.types import TrialRequest, to_json
+    from autotune.model.compile_cache import compile_cache_dir, make_cache
 
     candidate = read_candidate(toml, tuple(assignments or ())).candidate
     request = TrialRequest(candidate=candidate, device=probe(device).device, result_path="")
     if candidate.plan.compile != "off":
-        places.make_cache(compile_cache_dir())
+        make_cache(compile_cache_dir())
     log = Path(tempfile.mkdtemp(prefix="autotune-log-"), "trial.log")
     terminal.say(f"measuring on {request.device}, the worker's output goes to {log}")
     result = run_trial(request, log)
@@ -344,14 +346,15 @@ def profile(
     device: Device = "auto",
 ) -> None:
     """Show where the memory of one step goes: by category at the peak, and over time."""
-    from autotune.environment import compile_cache_dir, probe
+    from autotune.environment import probe
+    from autotune.model.compile_cache import compile_cache_dir, make_cache
     from autotune.report import profile as pages
     from autotune.report import table
 
     if len(tomls) > 2:
         raise typer.BadParameter(f"{len(tomls)} candidates; give one, or two to compare")
     named = pages.read_named(tomls, tuple(assignments or ()))
-    places.make_cache(compile_cache_dir())
+    make_cache(compile_cache_dir())
     where = probe(device).device
     terminal.say(f"recording one step on {where}; everything goes to {out}")
     found = pages.profile_candidates(named, out=out, device=where)
@@ -376,9 +379,9 @@ def estimate(
     """Predict the peak memory of shapes and micro batches on a card; needs no device.
 
     GiB by micro batch: - lies beyond the limit, ? only a trial can tell."""
+    from autotune.memory import estimate as estimates
+    from autotune.memory import model as memory_model
     from autotune.report import table
-    from autotune.search import estimate as estimates
-    from autotune.search import memory_model
 
     limit = parse_bytes(memory_limit)
     known = memory_model.MemoryModel(device="cuda")

@@ -4,12 +4,10 @@
 and holds no memory of the device.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import platform
-import struct
 import subprocess
 import sys
 import sysconfig
@@ -275,37 +273,6 @@ def start_again_as_worker() -> None:
     if "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
         os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def compile_cache_dir() -> Path:
-    """Where compiled kernels are kept between processes: AUTOTUNE_CACHE_DIR, else in the folder of caches."""
-    chosen = os.environ.get("AUTOTUNE_CACHE_DIR")
-    return Path(chosen).absolute() if chosen else places.cache_home(os.environ) / "autotune" / "inductor"
-
-
-def drop_torn_libraries(cache_dir: Path, older_than_seconds: float = 3.0) -> list[Path]:
-    """Remove shared libraries that a killed linker left unfinished, and return them: Inductor takes any file of the
-    right name for a compiled kernel, so one torn file would crash every later process that needs it. Files that
-    changed just now may belong to a linker at work and stay."""
-    torn = []
-    for folder, _, names in os.walk(cache_dir):  # passes over folders that another process removes meanwhile
-        for path in (Path(folder, name) for name in names if name.endswith(".so")):
-            with contextlib.suppress(OSError):  # another process was faster
-                status = path.stat()
-                if time.time() - status.st_mtime > older_than_seconds and not _is_whole(path, status.st_size):
-                    path.unlink()
-                    torn.append(path)
-    return torn
-
-
-def _is_whole(path: Path, size: int) -> bool:
-    """An ELF file's table of sections stands at its end (System V ABI, object files: e_shoff, e_shentsize, e_shnum)."""
-    with path.open("rb") as file:
-        header = file.read(64)
-    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
-        return False
-    sections, entry_bytes, entries = struct.unpack_from("<Q10xHH", header, 0x28)
-    return bool(sections) and size >= sections + entry_bytes * entries
 
 
 def _cpu_name() -> str:

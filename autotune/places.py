@@ -72,7 +72,7 @@ def writable(folder: Path) -> bool:
 
 def own_folder() -> Path:
     """A folder of this user's among the temporary files. Libraries are loaded from it: nobody else may write there."""
-    folder = Path(_temporary_folder(), f"autotune-{os.getuid()}")
+    folder = Path(temporary_folder(), f"autotune-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
@@ -83,23 +83,8 @@ def own_folder() -> Path:
     return folder
 
 
-def _temporary_folder() -> str:
+def temporary_folder() -> str:
     try:
         return tempfile.gettempdir()
     except OSError:
         raise ConfigError("no folder for temporary files can be written; set TMPDIR to one that can be") from None
-
-
-def make_cache(folder: Path) -> None:
-    """Make sure that compiled kernels can be kept in `folder`, and that there are temporary files, before anything
-    begins that needs them. Raises ConfigError."""
-    _temporary_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(1 << 16))
-    except OSError as error:
-        raise ConfigError(
-            f"the compile cache {folder} cannot be written: {error.strerror}; "
-            "set AUTOTUNE_CACHE_DIR to a folder that can be, with room for some hundred MiB"
-        ) from None

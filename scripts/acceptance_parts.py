@@ -29,11 +29,12 @@ from autotune.config.tables import read_table
 from autotune.config.toml import CandidateFile, format_candidate, parse_candidate
 from autotune.data.batches import synthetic_batch
 from autotune.data.shards import write_shard
-from autotune.environment import Environment, compile_cache_dir, worker_environment
+from autotune.environment import Environment, worker_environment
 from autotune.measure.runner import run_trial
 from autotune.measure.types import TrialRequest, TrialResult
-from autotune.search.memory_model import MemoryModel, calibrate, predict
-from autotune.search.settings import resolve
+from autotune.memory.model import MemoryModel, calibrate, predict
+from autotune.model.compile_cache import compile_cache_dir
+from autotune.search.resolve import resolve
 from autotune.search.space import build_space, every_candidate
 from autotune.units import GIB, format_bytes
 

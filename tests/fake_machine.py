@@ -10,7 +10,7 @@ from autotune.config.candidate import Candidate
 from autotune.config.search import SearchSettings
 from autotune.environment import Environment
 from autotune.measure.types import MemoryView, TrialRequest, TrialResult
-from autotune.search.settings import resolve
+from autotune.search.resolve import resolve
 from autotune.search.space import reads_chunks
 from autotune.units import GIB
 
@@ -112,7 +112,7 @@ def slow_measure(request: TrialRequest, log: Path) -> TrialResult:
 
 
 if __name__ == "__main__":  # a search in a process of its own: fake_machine.py RUN_DIR search|resume SECONDS
-    from autotune.search.run import resume, search
+    from autotune.search.loop import resume, search
 
     directory, verb, seconds = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     if verb == "search":

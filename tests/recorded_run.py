@@ -8,8 +8,8 @@ from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.search import Objective, SearchSettings, write_settings
 from autotune.config.toml import CandidateFile, format_candidate
 from autotune.environment import Environment
-from autotune.measure.records import TrialRecord, write_csv
 from autotune.measure.types import MemoryView, TrialResult
+from autotune.runs.records import TrialRecord, write_csv
 from autotune.units import GIB
 
 ENVIRONMENT = Environment(

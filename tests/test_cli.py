@@ -369,14 +369,14 @@ class TestSearch:
         assert "set AUTOTUNE_CACHE_DIR" in text
         assert list(Path().iterdir()) == []
     def test_two_searches_of_one_second_have_names_of_their_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("autotune.search.settings.time.strftime", lambda form: "20250101-120000-")
+        monkeypatch.setattr("autotune.search.resolve.time.strftime", lambda form: "20250101-120000-")
         made: list[tuple[str, Path]] = []
 
         def search(asked: SearchSettings, directory: Path, here: object, **watched: object) -> None:
             made.append((asked.name, directory))
             raise NoFeasibleError("stop")
 
-        monkeypatch.setattr("autotune.search.run.search", search)
+        monkeypatch.setattr("autotune.search.loop.search", search)
         monkeypatch.setattr(cli, "_report", lambda *_, **__: None)
         for _ in range(3):
             cli.run(["search", "--model", "12x12x768"])
@@ -393,7 +393,7 @@ class TestSearch:
             write_run(directory.parent, [r for r in records() if r.result.status != "ok"], name=directory.name)
             raise NoFeasibleError("no feasible candidate among 3")
 
-        monkeypatch.setattr("autotune.search.run.search", fails)
+        monkeypatch.setattr("autotune.search.loop.search", fails)
         assert cli.run(["search", "--name", "x", "--model", "12x12x768"]) == 3
         out, err = capsys.readouterr()
         assert "wanted 12.00 GiB" in out

@@ -20,15 +20,14 @@ from autotune.environment import (
     busy_cores,
     busy_machine,
     child_command,
-    compile_cache_dir,
     describe,
     differences,
-    drop_torn_libraries,
     probe,
     steering_variables,
     worker_environment,
 )
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
+from autotune.model.compile_cache import compile_cache_dir, drop_torn_libraries
 
 
 def test_a_fresh_process_sees_what_this_one_sees(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from autotune import places
-from autotune.environment import compile_cache_dir, worker_environment
+from autotune.environment import worker_environment
 from autotune.errors import ConfigError
+from autotune.model.compile_cache import compile_cache_dir, make_cache
 
 
 @pytest.fixture
@@ -96,12 +97,12 @@ def test_no_temporary_folder_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/none"])
     with pytest.raises(ConfigError, match="no folder for temporary files can be written; set TMPDIR"):
-        places.make_cache(tmp_path)
+        make_cache(tmp_path)
 
 
 def test_a_cache_is_made_or_refused(tmp_path: Path) -> None:
-    places.make_cache(tmp_path / "a" / "b")
+    make_cache(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/c cannot be written: .*; set AUTOTUNE_CACHE_DIR"):
-        places.make_cache(tmp_path / "file" / "c")
+        make_cache(tmp_path / "file" / "c")

@@ -13,8 +13,8 @@ from autotune.data.shards import write_shard
 from autotune.errors import NoFeasibleError, UnsupportedError
 from autotune.measure.runner import run_trial
 from autotune.measure.types import TrialRequest, TrialResult
-from autotune.search.run import search
-from autotune.search.settings import resolve
+from autotune.search.loop import search
+from autotune.search.resolve import resolve
 from autotune.train.trainer import train
 
 RECIPE = Recipe(shape=Shape(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=256), global_batch_size=2)

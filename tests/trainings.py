@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from autotune.config.candidate import Candidate, Plan, Recipe
-from autotune.config.toml import CandidateFile, format_candidate, write_atomically
+from autotune.config.toml import CandidateFile, format_candidate
+from autotune.files import write_atomically
 from autotune.train.settings import TrainSettings
 
 PLAN = Plan(micro_batch_size=3, compile="off", dtype="float32")

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from autotune.errors import ConfigError, shown, suggest
@@ -282,3 +282,12 @@ def between(name: str, value: float, smallest: float, largest: float) -> None:
     at_least(name, value, smallest)
     if value > largest:
         raise ConfigError(f"{name} = {shown(value)} is not allowed; the largest value is {largest:,}")
+
+
+def parse_shape(text: str, default: Shape) -> Shape:
+    """`12x12x768` (layers x heads x width), or `12x12x768x1024` with the block size. Raises ConfigError."""
+    words = text.lower().split("x")
+    if len(words) not in (3, 4) or not all(re.fullmatch(r"[0-9]{1,12}", word) for word in words):
+        raise ConfigError(f"--model {shown(text)} is not understood; write layers x heads x width, say 12x12x768")
+    n_layer, n_head, n_embd, *block = map(int, words)
+    return replace(default, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=(*block, default.block_size)[0])

@@ -8,8 +8,8 @@ from typing import Any
 from autotune.config.assignments import LARGEST, Assignment, UnreadableError, Value, read_assignments
 from autotune.config.candidate import Candidate, DType, Plan, Recipe, Shape, one_of
 from autotune.config.tables import read_table
-from autotune.config.toml import read_text
 from autotune.errors import ConfigError, suggest
+from autotune.files import read_text
 from autotune.terminal import visible
 
 # The defaults of nanoGPT's train.py, and by them each key's type. An empty dtype depends on the device.

@@ -10,8 +10,9 @@ import tomli_w
 from autotune.config.candidate import Plan, Recipe, between, one_of, plain_texts
 from autotune.config.storage import without_password
 from autotune.config.tables import parse_toml, read_table
-from autotune.config.toml import read_text, without_none, write_atomically
+from autotune.config.toml import without_none
 from autotune.errors import ConfigError, shown
+from autotune.files import read_text, write_atomically
 from autotune.terminal import visible
 
 Objective = Literal["throughput", "loss"]
@@ -53,7 +54,7 @@ class SearchSettings:
     keep_schedule: bool = False
     """The recipe's iterations and learning rate are the user's own; otherwise they follow from size and tokens."""
     law: str = "lingle"
-    """The scaling law of `loss`: a row of `autotune.search.objective.LAWS`."""
+    """The scaling law of `loss`: a row of `autotune.runs.objective.LAWS`."""
     law_offset: float = 0.0
     """Nats to add to the law's constant term, from --calibrate-loss."""
     law_band: float | None = None

@@ -1,8 +1,5 @@
 """best.toml and every other candidate file: tables [model] [training] [plan] [measured] [environment]."""
 
-import contextlib
-import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +11,7 @@ import tomli_w
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.tables import parse_toml, read_table
 from autotune.errors import SHOWN, ConfigError, one_line, shown, suggest
+from autotune.files import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +79,6 @@ def read_candidate(path: Path, overrides: tuple[str, ...] = ()) -> CandidateFile
     return parse_candidate(read_text(file, hint), str(file), overrides)
 
 
-def read_text(path: Path, hint: str) -> str:
-    """A file that the user named. Raises ConfigError, with `hint` where there is none."""
-    try:
-        return path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; {hint}") from None
-    except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise ConfigError(f"{path} cannot be read: {one_line(reason)}") from None
-
-
 def _assign(tables: dict[str, Any], assignment: str) -> None:
     target, equals, value = assignment.partition("=")
     table, dot, key = target.strip().partition(".")
@@ -123,27 +110,3 @@ def without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return value
-
-
-def write_atomically(path: Path, *parts: str | bytes | memoryview, temporary: Path | None = None) -> str:
-    """Replace `path` as a whole by the parts, one after the other: a reader sees the old content or the new one,
-    never a part. Returns the content's sha256. Raises OSError, with `path` as it was.
-
-    temporary: where it is written first; by default a name of this process's own, in the same directory.
-    """
-    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    digest = hashlib.sha256()
-    try:
-        with temporary.open("wb") as handle:
-            for part in parts:
-                content = part.encode() if isinstance(part, str) else part
-                handle.write(content)
-                digest.update(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the directory itself may be gone: then nothing of ours is in it
-            temporary.unlink(missing_ok=True)
-        raise
-    return digest.hexdigest()

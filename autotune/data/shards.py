@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from autotune.config.toml import write_atomically
 from autotune.data.headerless import token_dtype
 from autotune.data.manifest import Split, read_manifest
 from autotune.data.sources import how_to_prepare
 from autotune.errors import DataError
+from autotune.files import write_atomically
 
 MAGIC = 20240520
 VERSION = 1

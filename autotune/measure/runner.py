@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from autotune.cgroup import ControlGroups
-from autotune.environment import child_command, compile_cache_dir, worker_environment
+from autotune.environment import child_command, worker_environment
 from autotune.errors import ConfigError, one_line
 from autotune.measure.blame import start_remedy
 from autotune.measure.scratch import remove_leftovers, trial_folder
 from autotune.measure.types import MemoryProfile, TrialRequest, TrialResult, from_json, to_json
+from autotune.model.compile_cache import compile_cache_dir
 
 LOG_BYTES = 16 << 20
 """A worker that prints more is ended."""
@@ -101,7 +102,7 @@ def run_profile(request: TrialRequest, directory: Path, log: Path) -> tuple[Tria
             (directory / name).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{directory} cannot be written: {error.strerror}; choose another with --out") from None
-    result = _run("autotune.measure.profile", request, directory, log, None, ControlGroups())
+    result = _run("autotune.profile.recorder", request, directory, log, None, ControlGroups())
     found = directory / "profile.json"
     return result, from_json(MemoryProfile, found.read_text()) if result.status == "ok" else None
 

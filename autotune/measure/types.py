@@ -142,7 +142,7 @@ CATEGORIES = (
     "unexplained",
 )
 """What memory at the peak is for. They add up to the allocator's peak; what each one holds is said in
-`autotune.measure.profile`."""
+`autotune.profile.recorder`."""
 
 
 @dataclass(frozen=True, kw_only=True)

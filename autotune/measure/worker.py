@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from autotune.config.candidate import Candidate
-from autotune.config.toml import write_atomically
 from autotune.data.batches import micro_batches, open_batches, synthetic_batch
 from autotune.environment import describe
 from autotune.errors import AutotuneError, UnsupportedError
+from autotune.files import write_atomically
 from autotune.measure.blame import remedy
 from autotune.measure.limit import limit_data
 from autotune.measure.memory import MemoryMeter
@@ -32,7 +32,8 @@ from autotune.measure.ran import check_ran
 from autotune.measure.timing import MIN_SAMPLES, TARGET, Stopwatch, Timing, summarise, warm_up
 from autotune.measure.types import Status, TrialRequest, TrialResult, from_json, to_json
 from autotune.model.checkpoint import TrainState, save_checkpoint
-from autotune.model.step import TrainStep, build, compile_cache
+from autotune.model.compile_cache import compile_cache
+from autotune.model.step import TrainStep, build
 
 CYCLE = 4
 """Micro steps before each optimizer step while timing; a longer accumulation is composed from them."""

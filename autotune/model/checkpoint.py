@@ -14,7 +14,6 @@ The last two and the best one are kept. Nothing in a checkpoint is executed when
 import base64
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from torch import Tensor
 from autotune.config.candidate import Candidate
 from autotune.config.tables import read_json, read_table
 from autotune.errors import CheckpointError, ConfigError, one_line, shown
+from autotune.files import sha256, sync
 from autotune.model.gpt import GPT
 from autotune.model.step import TrainStep
 
@@ -163,7 +163,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except ConfigError as error:
         raise CheckpointError(f"{path / _STATE} is not understood: {error}") from None
     for name in (_MODEL, _OPTIMIZER):
-        if not (path / name).is_file() or _file_digest(path / name) != read.files.get(name):
+        if not (path / name).is_file() or sha256(path / name) != read.files.get(name):
             raise _DamagedError(f"{path / name} is damaged or missing: its sha256 is not that of {_STATE}")
     return Checkpoint(path=path, state=read.train, random=dict(read.random), scaler=dict(read.scaler))
 
@@ -215,15 +215,6 @@ def clean(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
-    """Have a file's content, or a directory's entries, on the disk and not only in the kernel's cache."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _write(directory: Path, step: TrainStep, state: TrainState) -> None:
     names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
     weights = {name: parameter.detach() for parameter, name in names.items()}
@@ -241,7 +232,7 @@ def _write(directory: Path, step: TrainStep, state: TrainState) -> None:
         "train": asdict(state),
         "random": random,
         "scaler": step.scaler.state_dict(),
-        "files": {name: _file_digest(directory / name) for name in (_MODEL, _OPTIMIZER)},
+        "files": {name: sha256(directory / name) for name in (_MODEL, _OPTIMIZER)},
     }
     content = {"format": FORMAT, "sha256": _digest(body), "body": body}
     (directory / _STATE).write_text(json.dumps(content, indent=1, allow_nan=False))
@@ -294,11 +285,6 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def _digest(body: object) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text(state: Tensor) -> str:

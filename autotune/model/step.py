@@ -10,14 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
-from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from autotune.config.candidate import AUTOCAST, Candidate
-from autotune.environment import compile_cache_dir, drop_torn_libraries
 from autotune.errors import UnsupportedError
 from autotune.kernels import registry
+from autotune.model.compile_cache import compile_cache_dir, drop_torn_libraries
 from autotune.model.gpt import GPT
 from autotune.model.optim import make_optimizer
 from autotune.model.recompute import budget, compile_blocks, run_block
@@ -165,14 +164,6 @@ def build(candidate: Candidate, device: torch.device) -> TrainStep:
             residual_dtype=torch.bfloat16 if plan.dtype == "bfloat16_residual" else torch.float32,
         )
     return TrainStep(candidate, model, device)
-
-
-def compile_cache() -> tuple[int, int] | None:
-    """Graphs that this process took from the compile cache, and those it had to compile; None: no graph yet."""
-    seen = counters["inductor"]
-    hits = seen["fxgraph_cache_hit"]
-    misses = seen["fxgraph_cache_miss"] + seen["fxgraph_cache_bypass"]
-    return (hits, misses) if hits + misses else None
 
 
 def machine_of(device: torch.device) -> registry.Machine:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from autotune import places
 from autotune.data import tokenizer
-from autotune.environment import Environment, busy_machine, compile_cache_dir, probe
+from autotune.environment import Environment, busy_machine, probe
 from autotune.errors import AutotuneError, ConfigError, DataError
 from autotune.kernels import registry
+from autotune.model.compile_cache import compile_cache_dir, make_cache
 from autotune.report.table import Listing, plain
 from autotune.units import GIB, format_bytes
 
@@ -150,7 +150,7 @@ def _compiling() -> Iterator[Check]:
     compiler = os.environ.get("CXX", "g++")  # as Inductor has it: the name of a program, without options
     try:
         cache = compile_cache_dir()
-        places.make_cache(cache)
+        make_cache(cache)
     except ConfigError as error:
         refusal = shutil.which(compiler) is None and f"{compiler} is not found; {_INSTALL}"
         yield _needed("C++ compiler", None if refusal else compiler, refusal or "")

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from html import escape as _escape
 from pathlib import Path
 
-from autotune.config.toml import write_atomically
 from autotune.errors import ConfigError
+from autotune.files import write_atomically
 from autotune.report.plots import write_plots
 from autotune.report.run import Run, next_command, ranked
 from autotune.report.table import Line, cells, heading, sections, verdict

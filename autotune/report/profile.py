@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from rich.console import Group
 
 from autotune.config.candidate import Candidate
-from autotune.config.toml import read_candidate, write_atomically
+from autotune.config.toml import read_candidate
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
+from autotune.files import write_atomically
 from autotune.measure.runner import run_profile
 from autotune.measure.types import CATEGORIES, LiveTensor, MemoryProfile, TrialRequest
 from autotune.report.table import Prose, plain

@@ -15,8 +15,8 @@ from autotune.config.tables import read_json, read_table
 from autotune.config.toml import read_candidate
 from autotune.environment import Environment
 from autotune.errors import ConfigError, one_line
-from autotune.measure.records import COLUMNS, OPTIONAL_COLUMNS, PLAN_FIELDS, read_text
-from autotune.measure.review import Review, Speed, read_review
+from autotune.runs.records import COLUMNS, OPTIONAL_COLUMNS, PLAN_FIELDS, read_text
+from autotune.runs.verdict import Review, Speed, read_review
 from autotune.units import format_duration
 
 T = TypeVar("T")

@@ -14,8 +14,6 @@ from rich.text import Text
 from autotune import terminal
 from autotune.config.candidate import Shape
 from autotune.kernels import registry
-from autotune.measure.records import COLUMNS, PLAN_FIELDS
-from autotune.measure.review import Review
 from autotune.measure.types import cache_text
 from autotune.report.run import (
     Row,
@@ -32,6 +30,8 @@ from autotune.report.run import (
     ranked,
     trade_offs,
 )
+from autotune.runs.records import COLUMNS, PLAN_FIELDS
+from autotune.runs.verdict import Review
 from autotune.units import format_bytes, format_count, format_duration
 
 Line = Mapping[str, str]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from autotune.config.candidate import Candidate
 from autotune.config.search import SearchSettings
 from autotune.environment import Environment
-from autotune.measure.records import TrialRecord
 from autotune.measure.types import TrialResult
+from autotune.runs.records import TrialRecord
 from autotune.search.budget import CLOSING_SECONDS
 from autotune.search.space import baseline, in_words
 from autotune.search.study import answered, violation

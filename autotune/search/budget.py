@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from autotune.config.search import SearchSettings
-from autotune.measure.records import TrialRecord
 from autotune.measure.types import Steps
-from autotune.search.objective import best_first, maximised
-from autotune.search.verdict import searched, unconfirmed
+from autotune.runs.objective import best_first, maximised
+from autotune.runs.records import TrialRecord
+from autotune.search.decide import searched, unconfirmed
 
 CLOSING_SECONDS = 3.0
 """Kept free at the end, at least, for killing the last worker, writing the files and drawing the report."""

@@ -10,12 +10,14 @@ from typing import Any
 
 from autotune.config.candidate import Candidate, Shape
 from autotune.config.search import SearchSettings
-from autotune.config.toml import CandidateFile, format_candidate, write_atomically
-from autotune.environment import child_command, compile_cache_dir, worker_environment
+from autotune.config.toml import CandidateFile, format_candidate
+from autotune.environment import child_command, worker_environment
 from autotune.errors import AutotuneError, ConfigError
+from autotune.files import write_atomically
 from autotune.measure.types import TrialRequest, TrialResult
+from autotune.model.compile_cache import compile_cache_dir
+from autotune.runs.objective import finish_recipe, law_of, raw_loss, unlimited
 from autotune.search.budget import Budget
-from autotune.search.objective import finish_recipe, law_of, raw_loss, unlimited
 from autotune.units import format_duration
 
 SHARE = 0.2

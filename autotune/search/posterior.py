@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autotune.config.search import SearchSettings
-from autotune.measure.records import TrialRecord
-from autotune.measure.review import Z95, Speed
-from autotune.search.objective import maximised, score
+from autotune.runs.objective import maximised, score
+from autotune.runs.records import TrialRecord
+from autotune.runs.verdict import Z95, Speed
 from autotune.search.sampler import expected_speeds
 
 NOISY = 0.05

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from autotune.measure.records import TrialRecord
-from autotune.search.run import Event, Notify
+from autotune.runs.records import TrialRecord
+from autotune.search.loop import Event, Notify
 from autotune.search.space import in_words
 from autotune.terminal import say, visible
 from autotune.units import format_bytes, format_duration

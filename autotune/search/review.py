@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from autotune.config.search import SearchSettings
-from autotune.measure.records import TrialRecord
-from autotune.measure.review import Review, Step
-from autotune.search.objective import law_of, maximised
+from autotune.runs.objective import law_of, maximised
+from autotune.runs.records import TrialRecord
+from autotune.runs.verdict import Review, Step, Verdict
+from autotune.search.decide import at_first_speed, searched
 from autotune.search.space import Space, ordered, values_of
-from autotune.search.verdict import Verdict, at_first_speed, searched
 
 if TYPE_CHECKING:
     import optuna

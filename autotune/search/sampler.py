@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from autotune.config.candidate import Candidate, Plan
 from autotune.config.search import SearchSettings
-from autotune.measure.records import TrialRecord
+from autotune.memory.model import MemoryModel, calibrate, predictions
+from autotune.runs.objective import best_first, maximised, score
+from autotune.runs.records import TrialRecord
 from autotune.search import gp
-from autotune.search.memory_model import MemoryModel, calibrate, predictions
-from autotune.search.objective import best_first, maximised, score
 from autotune.search.space import Space, candidate_at, every_candidate, reads_chunks, values_of
 
 Array = NDArray[np.floating[Any]]

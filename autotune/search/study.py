@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 from autotune.config.candidate import Candidate
 from autotune.config.search import SearchSettings
 from autotune.config.tables import parse_json, read_json, read_table
-from autotune.config.toml import write_atomically
 from autotune.environment import Environment
 from autotune.errors import ConfigError, one_line, shown
-from autotune.measure.records import Role, TrialRecord
+from autotune.files import write_atomically
 from autotune.measure.types import TrialRequest, TrialResult
-from autotune.search.objective import maximised
+from autotune.runs.objective import maximised
+from autotune.runs.records import Role, TrialRecord
+from autotune.runs.verdict import Verdict
 from autotune.search.space import Space, Value, ordered, values_of
 from autotune.search.storage import Patience, in_a_minute, open_storage
-from autotune.search.verdict import Verdict
 
 if TYPE_CHECKING:  # importing optuna takes a quarter of a second; only a search pays it
     import optuna

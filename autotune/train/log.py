@@ -4,7 +4,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from autotune.config.toml import write_atomically
+from autotune.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)

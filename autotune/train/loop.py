@@ -13,17 +13,19 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from autotune.config.toml import format_candidate, write_atomically
+from autotune.config.toml import format_candidate
 from autotune.data.batches import open_batches
 from autotune.environment import describe
 from autotune.errors import AutotuneError, InterruptedByUser
+from autotune.files import write_atomically
 from autotune.measure.memory import MemoryMeter
 from autotune.measure.ran import check_ran
 from autotune.measure.types import Stage, cache_text
 from autotune.measure.worker import COMPILING_STEPS, out_of_memory
 from autotune.model.checkpoint import TrainState, checkpoints, save_checkpoint
+from autotune.model.compile_cache import compile_cache
 from autotune.model.optim import learning_rate
-from autotune.model.step import build, compile_cache
+from autotune.model.step import build
 from autotune.train.compare import other_machine
 from autotune.train.exchange import load_initial
 from autotune.train.feed import Feed, Work

@@ -9,12 +9,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from autotune.config.toml import write_atomically
 from autotune.environment import Environment
+from autotune.files import sync, write_atomically
 from autotune.measure.memory import MemoryMeter
 from autotune.measure.timing import Stopwatch, summarise
 from autotune.measure.types import Stage
-from autotune.model.checkpoint import TrainState, checkpoints, sync
+from autotune.model.checkpoint import TrainState, checkpoints
 from autotune.model.step import TrainStep
 from autotune.train.compare import compare
 from autotune.train.feed import Feed

@@ -1,19 +1,19 @@
 """`train`: a candidate to completion, by the very step that was measured. Imports torch only when called."""
 
-import fcntl
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from autotune import places
+from autotune import files, places
 from autotune.config.candidate import Plan
 from autotune.config.toml import CandidateFile
 from autotune.data.vocabulary import check_ids
-from autotune.environment import compile_cache_dir, worker_environment
+from autotune.environment import worker_environment
 from autotune.errors import CheckpointError, ConfigError
+from autotune.model.compile_cache import compile_cache_dir, make_cache
 from autotune.train.processes import processes
 from autotune.train.settings import CHECKPOINTS, LOG, RECIPE, TrainSettings, TrainSummary
 from autotune.train.track import check_trackers
@@ -79,7 +79,7 @@ def _prepare_process(plan: Plan) -> None:
     """The same environment that a trial's worker has."""
     places.settle(os.environ)
     if plan.compile != "off":
-        places.make_cache(compile_cache_dir())
+        make_cache(compile_cache_dir())
     variables = worker_environment(compile_cache_dir(), plan.allocator)
     allocator = "PYTORCH_ALLOC_CONF"
     if "torch" in sys.modules and variables.get(allocator) != os.environ.get(allocator):
@@ -99,14 +99,11 @@ def locked(out: Path) -> Iterator[None]:
 
     Raises ConfigError where it cannot be written or another process trains in it.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("a")
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}; give another directory") from None
-    with file:
+    taken = ConfigError(f"another process trains in {out}; wait for it, or give another --out")
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it, however the process ends
-        except BlockingIOError:
-            raise ConfigError(f"another process trains in {out}; wait for it, or give another --out") from None
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.locked(out / ".lock", taken))
+        except OSError as error:
+            raise ConfigError(f"--out {out} cannot be written: {error.strerror}; give another directory") from None
         yield

@@ -16,7 +16,7 @@ from typing import Any
 import optuna
 import pytest
 
-from autotune.search.files import ABANDONED_SECONDS
+from autotune.runs.directory import ABANDONED_SECONDS
 
 KILLS = 100
 BUDGET, SLACK = 60.0, 5.0

@@ -21,8 +21,8 @@ from autotune.config.tables import read_table
 from autotune.measure.memory import MemoryMeter
 from autotune.measure.types import MemoryView, TrialResult
 from autotune.measure.worker import live_bytes, resident_batches
+from autotune.memory.model import calibrate, predict
 from autotune.model.step import build
-from autotune.search.memory_model import calibrate, predict
 
 RECORDED = Path(__file__).parents[2] / "results" / "reference" / "cpu-torch-2.13" / "memory_trials.jsonl"
 HELD_OUT = 60

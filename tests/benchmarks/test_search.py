@@ -45,7 +45,7 @@ def gaps(model: str, trials: int) -> list[float]:
     from fake_machine import CUDA, answer, settings
 
     from autotune.measure.types import TrialRequest, TrialResult
-    from autotune.search.run import search
+    from autotune.search.loop import search
 
     now, began, ended = 0.0, list[float](), list[float]()
 

@@ -14,12 +14,12 @@ from autotune.config.toml import parse_candidate, read_candidate
 from autotune.data.manifest import read_manifest
 from autotune.errors import AutotuneError, ConfigError, DataError, one_line, shown
 from autotune.measure.types import TrialResult, from_json
+from autotune.memory import model as memory_model
 from autotune.report.run import as_json, load_run
 from autotune.report.table import run_report
-from autotune.search import memory_model
+from autotune.runs.directory import refuse_another_machine
 from autotune.search import study as studies
-from autotune.search.files import refuse_another_machine
-from autotune.search.run import rebuild, resume, search
+from autotune.search.loop import rebuild, resume, search
 
 VALUES = (
     '""', '"x"', "-1", "0", "1e308", "1e999", "NaN", "nan", "inf", "[]", "{}", "[[1]]", '{"a":1}', "true", "null",

@@ -13,8 +13,8 @@ from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.nanogpt import DEFAULTS, format_nanogpt, parse_nanogpt, read_nanogpt
 from autotune.config.search import read_settings, write_settings
 from autotune.errors import ConfigError
-from autotune.search.run import rebuild, search
-from autotune.search.settings import resolve
+from autotune.search.loop import rebuild, search
+from autotune.search.resolve import resolve
 
 GUIDE = """
 # best config for 24 GB

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
-from autotune.config.toml import CandidateFile, format_candidate, parse_candidate, read_candidate, write_atomically
+from autotune.config.toml import CandidateFile, format_candidate, parse_candidate, read_candidate
 from autotune.errors import ConfigError
+from autotune.files import write_atomically
 
 shapes = st.builds(
     lambda heads, size, layers, bias, dropout: Shape(

@@ -10,7 +10,6 @@ import pytest
 from recorded_run import candidate, records
 
 from autotune.errors import ConfigError
-from autotune.measure.records import COLUMNS
 from autotune.report.run import (
     as_json,
     baseline_trial,
@@ -23,6 +22,7 @@ from autotune.report.run import (
     ranked,
 )
 from autotune.report.table import cells
+from autotune.runs.records import COLUMNS
 from autotune.units import GIB
 
 WriteRun = Callable[..., Path]

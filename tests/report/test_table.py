@@ -10,12 +10,12 @@ import pytest
 from recorded_run import RECIPE, candidate, records
 
 from autotune.config.candidate import Plan, Shape
-from autotune.measure.review import Review, Step, write_review
 from autotune.measure.types import MemoryView, TrialResult
 from autotune.report.facts import trial_facts
 from autotune.report.html import write_html
 from autotune.report.run import load_run
 from autotune.report.table import comparison, print_text, run_report
+from autotune.runs.verdict import Review, Step, write_review
 from autotune.search.space import in_words
 from autotune.units import GIB
 

@@ -9,12 +9,12 @@ from fake_machine import CPU, CUDA, Machine, settings
 from autotune.config.search import SearchSettings
 from autotune.environment import Environment
 from autotune.errors import MachineError, NoFeasibleError
-from autotune.measure.review import read_review
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.report.run import load_run, next_command
 from autotune.report.table import verdict as told
+from autotune.runs.verdict import read_review
 from autotune.search.advice import enough_for, neat, trial_seconds
-from autotune.search.run import resume, search
+from autotune.search.loop import resume, search
 from autotune.search.space import baseline
 from autotune.units import parse_duration
 

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 from fake_machine import CUDA, settings
 
-from autotune.measure.records import Role, TrialRecord
 from autotune.measure.types import TrialResult
+from autotune.runs.records import Role, TrialRecord
 from autotune.search.budget import (
     CLOSING_SECONDS,
     Budget,

@@ -11,10 +11,10 @@ from fake_machine import CUDA, Machine, settings
 from autotune.config.toml import read_candidate
 from autotune.errors import AutotuneError, ConfigError, InterruptedByUser
 from autotune.measure.types import TrialRequest, TrialResult
+from autotune.runs.objective import law_of, loss_at, predict_loss, raw_loss, unlimited
 from autotune.search.budget import Budget
 from autotune.search.calibrate import calibrate_law, pilot_shapes
-from autotune.search.objective import law_of, loss_at, predict_loss, raw_loss, unlimited
-from autotune.search.run import search
+from autotune.search.loop import search
 from autotune.search.space import baseline
 
 SETTINGS = settings(CUDA, model="", budget="1h")

@@ -4,8 +4,8 @@ import pytest
 from fake_machine import CUDA, Machine, settings
 from rich.console import Console
 
+from autotune.search.loop import Event, search
 from autotune.search.progress import _picture, show_progress
-from autotune.search.run import Event, search
 
 
 def events(tmp_path: Path, **words: object) -> list[Event]:

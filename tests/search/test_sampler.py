@@ -13,13 +13,13 @@ from fake_machine import CUDA, answer, settings
 
 from autotune.config.candidate import Candidate
 from autotune.config.search import SearchSettings
-from autotune.measure.records import TrialRecord
 from autotune.measure.types import Status, TrialRequest, TrialResult
+from autotune.runs.objective import maximised, score
+from autotune.runs.records import TrialRecord
 from autotune.search import gp, sampler
 from autotune.search import study as studies
-from autotune.search.objective import maximised, score
-from autotune.search.replay import Sampler, Table, ask, optuna_sampler, read_tables, speed
 from autotune.search.sampler import doubted, propose
+from autotune.search.simulation import Sampler, Table, ask, optuna_sampler, read_tables, speed
 from autotune.search.space import baseline, build_space, every_candidate
 
 RECORDED = Path(__file__).parents[2] / "results" / "reference" / "cpu-torch-2.13" / "trials.jsonl"

@@ -21,8 +21,8 @@ from autotune.errors import AutotuneError, ConfigError
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.search import storage
 from autotune.search import study as studies
-from autotune.search.run import rebuild, resume, search
-from autotune.search.verdict import Verdict
+from autotune.search.decide import Verdict
+from autotune.search.loop import rebuild, resume, search
 
 HOLD = """
 import sqlite3, sys

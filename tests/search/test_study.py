@@ -10,12 +10,12 @@ from fake_machine import CUDA, Machine, answer, settings
 
 from autotune.config.candidate import Candidate
 from autotune.errors import ConfigError
-from autotune.measure.records import TrialRecord
 from autotune.measure.types import MemoryView, Status, TrialRequest, TrialResult
+from autotune.runs.records import TrialRecord
 from autotune.search import study as studies
-from autotune.search.replay import ask, optuna_sampler
-from autotune.search.run import search
+from autotune.search.loop import search
 from autotune.search.sampler import implied, propose, unknown
+from autotune.search.simulation import ask, optuna_sampler
 from autotune.search.space import build_space, candidate_at, every_value, ordered
 from autotune.units import GIB
 

@@ -17,9 +17,9 @@ from fake_machine import CUDA, Machine, settings
 from autotune.environment import Environment
 from autotune.errors import ConfigError
 from autotune.measure.types import TrialRequest, TrialResult
-from autotune.search import files
+from autotune.runs import directory as files
 from autotune.search import study as studies
-from autotune.search.run import resume, search
+from autotune.search.loop import resume, search
 from autotune.search.timekeeping import Part
 
 
@@ -144,7 +144,7 @@ def test_a_process_knows_when_it_began() -> None:
 def test_a_proposal_of_half_a_minute_does_not_overrun_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from autotune.search import run as module
+    from autotune.search import loop as module
 
     for seconds, trial in ((100.0, 4.0), (100.0, 12.0), (61.0, 1.0), (300.0, 7.0)):
         machine, fast = Machine(trial), module.propose

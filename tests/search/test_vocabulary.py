@@ -8,7 +8,7 @@ import pytest
 from fake_machine import CUDA, Machine, settings
 
 from autotune.config.toml import read_candidate
-from autotune.search.run import search
+from autotune.search.loop import search
 
 
 @pytest.mark.parametrize("words", [{"model": "4x4x128x64"}, {"model": "", "objective": "loss", "train_time": "1h"}])

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from fake_machine import CPU, CUDA, settings
 
-from autotune.measure.records import Role, TrialRecord
 from autotune.measure.types import MemoryView, Status, TrialResult
+from autotune.runs.records import Role, TrialRecord
+from autotune.search.decide import Verdict, at_first_speed, decide, unconfirmed
 from autotune.search.space import baseline
-from autotune.search.verdict import Verdict, at_first_speed, decide, unconfirmed
 
 SETTINGS = settings(CUDA)
 

@@ -1,7 +1,6 @@
 """The files of a run. Each is replaced as a whole and can be written anew from the study."""
 
 import contextlib
-import fcntl
 import itertools
 import json
 import shutil
@@ -11,34 +10,38 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from autotune import files
 from autotune.config.nanogpt import format_nanogpt
 from autotune.config.search import SearchSettings, write_settings
 from autotune.config.tables import read_json
-from autotune.config.toml import CandidateFile, format_candidate, write_atomically
+from autotune.config.toml import CandidateFile, format_candidate
 from autotune.environment import Environment, differences
 from autotune.errors import ConfigError, InterruptedByUser
-from autotune.measure.records import TrialRecord, write_csv
+from autotune.files import write_atomically
 from autotune.measure.scratch import alive
-from autotune.search.objective import finish_recipe, loss_at, training_tokens
-from autotune.search.verdict import Verdict, decide
+from autotune.runs.objective import finish_recipe, loss_at, training_tokens
+from autotune.runs.records import TrialRecord, write_csv
+from autotune.runs.verdict import Verdict
 
 ABANDONED_SECONDS = 5.0
 
 
 def publish(
-    directory: Path, settings: SearchSettings, environment: Environment, found: Sequence[TrialRecord]
-) -> Verdict | None:
+    directory: Path,
+    settings: SearchSettings,
+    environment: Environment,
+    records: Sequence[TrialRecord],
+    state: Verdict | None,
+) -> None:
     """Replace trials.csv, and from the first feasible trial on best.toml and best_nanogpt.py."""
-    write_csv(directory / "trials.csv", found)
-    state = decide(found, settings)
+    write_csv(directory / "trials.csv", records)
     if state is None:
-        return None
+        return
     best = _best(state, settings, environment)
     _write_if_new(directory / "best.toml", format_candidate(best))
     heading = f"Found by autotune: trial {state.winner.trial} of {settings.name}, on {environment.device_name}."
     text = format_nanogpt(best.candidate, heading, settings.device, dataset=settings.dataset, out_dir=settings.out_dir)
     _write_if_new(directory / "best_nanogpt.py", text)
-    return state
 
 
 def _write_if_new(path: Path, text: str) -> None:
@@ -164,12 +167,7 @@ def remove_leftovers(run_dir: Path) -> None:
     (run_dir / "logs" / ".standby.log").unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Only one search at a time; the lock goes with the process, however it ends."""
-    with (run_dir / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"the search of {run_dir} is still running; wait for it, or end it first") from None
-        yield
+def locked(run_dir: Path) -> contextlib.AbstractContextManager[None]:
+    """Only one search at a time. Raises ConfigError."""
+    taken = ConfigError(f"the search of {run_dir} is still running; wait for it, or end it first")
+    return files.locked(run_dir / ".lock", taken)

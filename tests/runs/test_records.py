@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from autotune.config.candidate import Candidate, Plan
-from autotune.measure.records import COLUMNS, TrialRecord, read_text, write_csv
 from autotune.measure.types import MemoryView, TrialResult
+from autotune.runs.records import COLUMNS, TrialRecord, read_text, write_csv
 
 HEADER = (
     "trial,role,status,phase,objective,tokens_per_second,tokens_per_second_ci95,mfu,step_seconds_p50,"

@@ -12,10 +12,10 @@ from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.presets import GUIDE
 from autotune.errors import ConfigError
 from autotune.measure.types import MemoryView, TrialResult
-from autotune.search import estimate as estimates
-from autotune.search import memory_model
-from autotune.search.estimate import estimate, largest_micro_batch, with_micro_batch
-from autotune.search.memory_model import MemoryModel, calibrate, load, moments, predict, save
+from autotune.memory import estimate as estimates
+from autotune.memory import model as memory_model
+from autotune.memory.estimate import estimate, largest_micro_batch, with_micro_batch
+from autotune.memory.model import MemoryModel, calibrate, load, moments, predict, save
 from autotune.units import GIB
 
 PRIOR = MemoryModel(device="cpu")

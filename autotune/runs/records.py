@@ -11,7 +11,7 @@ from typing import Literal
 
 from autotune import terminal
 from autotune.config.candidate import Candidate, Plan
-from autotune.config.toml import write_atomically
+from autotune.files import write_atomically
 from autotune.measure.types import TrialResult
 
 Role = Literal["baseline", "guide", "search", "final"]

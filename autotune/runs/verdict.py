@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import NormalDist
 
 from autotune.config.tables import read_json, read_table
-from autotune.config.toml import write_atomically
+from autotune.files import write_atomically
+from autotune.runs.records import TrialRecord
 
 Z95 = NormalDist().inv_cdf(0.975)
 
@@ -35,6 +36,36 @@ class Speed:
     def next_process_ci95(self) -> float:
         """Half width of the interval in which one more process lies, in tokens/s."""
         return math.hypot(self.ci95, Z95 * self.process_sd * self.tokens_per_second)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The outcome of a search; the state so far while it runs."""
+
+    winner: TrialRecord
+    """The measurement that counts: the last confirmation where there is one, else the search trial."""
+    speed: Speed
+    """What the winner is expected to reach now, from all its measurements."""
+    baseline: Speed | None
+    """The same for the baseline; None where it did not run to its end."""
+    confirmed: bool
+    """The winner was run again in a fresh process, evaluation and checkpoint included."""
+    unsettled: str = ""
+    """Why the winner's figure is not settled although it was confirmed; empty where it is."""
+    tied_with: tuple[int, ...] = ()
+    """Trials that cannot be told from the winner; the winner needs the least memory of them."""
+    fell_through: tuple[int, ...] = ()
+    """Better trials that did not survive their confirmation."""
+    drift: float | None = None
+    """Speed of the machine at the end over that at the start, by the baseline's confirmation and its trial; None where
+    that was not measured twice, or the two agree within their intervals."""
+    notes: tuple[str, ...] = ()
+    """What could not be done, and which measurements contradict each other; one line each."""
+
+    @property
+    def status(self) -> str:
+        """As best.toml and the study have it."""
+        return "not confirmed" if not self.confirmed else "not settled" if self.unsettled else "confirmed"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The child's side of a profile: where the memory of one real, warm optimizer step goes.
 
-    python -m autotune.measure.profile < request.json
+    python -m autotune.profile.recorder < request.json
 
 Leaves result.json as a trial does, profile.json and, on CUDA, snapshot.pickle. What the categories hold:
 
@@ -27,11 +27,9 @@ import torch
 from torch import Tensor
 
 from autotune.config.candidate import Candidate
-from autotune.config.toml import write_atomically
+from autotune.files import write_atomically
 from autotune.kernels import registry
-from autotune.measure.allocations import Allocation, Recording, record
 from autotune.measure.memory import MemoryMeter
-from autotune.measure.provenance import OURS, Buffer, Wrapper, listen
 from autotune.measure.types import CATEGORIES, LiveTensor, MemoryProfile, MemoryView, TrialRequest, to_json
 from autotune.measure.worker import (
     MicroBatch,
@@ -44,6 +42,8 @@ from autotune.measure.worker import (
     resident_batches,
 )
 from autotune.model.step import TrainStep, build
+from autotune.profile.allocations import Allocation, Recording, record
+from autotune.profile.provenance import OURS, Buffer, Wrapper, listen
 
 SNAPSHOT = "snapshot.pickle"
 Known = Mapping[int, tuple[str, str, Tensor]]

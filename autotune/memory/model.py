@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from autotune.config.candidate import AUTOCAST, Candidate, Plan, Shape, one_of
 from autotune.config.tables import read_json, read_table
-from autotune.config.toml import write_atomically
 from autotune.environment import Environment
 from autotune.errors import ConfigError
+from autotune.files import write_atomically
 from autotune.measure.types import TrialResult
 
 Array = NDArray[np.float64]

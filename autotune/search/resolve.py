@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from autotune.config.candidate import Plan, Recipe, Shape, at_least
+from autotune.config.candidate import Plan, Recipe, Shape, at_least, parse_shape
 from autotune.config.nanogpt import NanoGPTFile, dataset_dir, nanogpt_dtype, read_nanogpt
 from autotune.config.search import Objective, SearchSettings
 from autotune.data.batches import open_batches
@@ -15,7 +15,7 @@ from autotune.data.sources import how_to_prepare
 from autotune.data.vocabulary import check_ids, data_vocabulary
 from autotune.environment import Environment
 from autotune.errors import ConfigError, shown
-from autotune.search.objective import find_law
+from autotune.runs.objective import find_law
 from autotune.search.space import build_space, describe_space
 from autotune.units import MIB, format_bytes, format_count, format_duration, parse_bytes, parse_count, parse_duration
 
@@ -165,15 +165,6 @@ def _dataset(
     else:
         found = f"is {folder}, which is measured"
     return folder, read.dataset, (*read.notes, f"{from_file}: dataset {read.dataset!r} {found}")
-
-
-def parse_shape(text: str, default: Shape) -> Shape:
-    """`12x12x768` (layers x heads x width), or `12x12x768x1024` with the block size. Raises ConfigError."""
-    words = text.lower().split("x")
-    if len(words) not in (3, 4) or not all(re.fullmatch(r"[0-9]{1,12}", word) for word in words):
-        raise ConfigError(f"--model {shown(text)} is not understood; write layers x heads x width, say 12x12x768")
-    n_layer, n_head, n_embd, *block = map(int, words)
-    return replace(default, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=(*block, default.block_size)[0])
 
 
 def _memory_limit(environment: Environment, word: str) -> int:

@@ -20,10 +20,10 @@ from autotune.config.search import SearchSettings
 from autotune.config.tables import read_table
 from autotune.environment import Environment
 from autotune.errors import ConfigError
-from autotune.measure.records import TrialRecord
 from autotune.measure.types import MemoryView, TrialResult
+from autotune.runs.records import TrialRecord
+from autotune.search.resolve import resolve
 from autotune.search.sampler import implied, propose, unknown
-from autotune.search.settings import resolve
 from autotune.search.space import Space, build_space, candidate_at, every_candidate
 from autotune.search.study import ask_for, suggest, tell
 

@@ -4,11 +4,10 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import replace
 
-from autotune.config.candidate import Candidate, Plan, Recipe, at_least
+from autotune.config.candidate import Candidate, Plan, Recipe, at_least, parse_shape
 from autotune.config.presets import GUIDE
 from autotune.config.toml import CandidateFile, format_candidate, parse_candidate
-from autotune.search.memory_model import MemoryModel, predict
-from autotune.search.settings import parse_shape
+from autotune.memory.model import MemoryModel, predict
 from autotune.units import GIB, format_bytes
 
 MICRO_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)

@@ -9,7 +9,7 @@ from fake_machine import CPU, CUDA, settings
 from autotune.config.candidate import Candidate, Recipe, Shape
 from autotune.config.search import SearchSettings
 from autotune.errors import ConfigError
-from autotune.search.objective import (
+from autotune.runs.objective import (
     LAWS,
     Law,
     find_law,

@@ -19,13 +19,13 @@ from autotune.config.search import SearchSettings
 from autotune.config.toml import CandidateFile, read_candidate
 from autotune.environment import Environment
 from autotune.errors import ConfigError, InterruptedByUser, NoFeasibleError
-from autotune.measure.records import COLUMNS
-from autotune.measure.review import read_review
 from autotune.measure.types import TrialRequest, TrialResult
+from autotune.runs.records import COLUMNS
+from autotune.runs.verdict import read_review
 from autotune.search import study as studies
-from autotune.search.run import Event, rebuild, resume, search
+from autotune.search.decide import Verdict
+from autotune.search.loop import Event, rebuild, resume, search
 from autotune.search.space import baseline, canonical
-from autotune.search.verdict import Verdict
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
@@ -473,7 +473,7 @@ def test_a_search_that_cannot_start_leaves_nothing(tmp_path: Path, monkeypatch: 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("autotune.search.files.write_inputs", full)
+    monkeypatch.setattr("autotune.runs.directory.write_inputs", full)
     with pytest.raises(OSError, match="No space left"):
         search(settings(), tmp_path / "results" / "deep" / "run", CUDA, measure=Machine().measure)
     assert list(tmp_path.iterdir()) == []

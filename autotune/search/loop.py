@@ -14,11 +14,14 @@ from autotune.config.candidate import Candidate
 from autotune.config.search import SearchSettings, read_settings
 from autotune.environment import Environment
 from autotune.errors import ConfigError, InterruptedByUser, MachineError, NoFeasibleError
-from autotune.measure.records import Role, TrialRecord, write_csv
-from autotune.measure.review import write_review
 from autotune.measure.runner import run_trial
 from autotune.measure.types import Steps, TrialRequest, TrialResult
-from autotune.search import files, storage
+from autotune.memory.model import MemoryModel, Prediction, calibrate, predict, save
+from autotune.runs import directory as files
+from autotune.runs.objective import loss_at, score, speed_needed
+from autotune.runs.records import Role, TrialRecord, write_csv
+from autotune.runs.verdict import Verdict, write_review
+from autotune.search import storage
 from autotune.search import study as studies
 from autotune.search.advice import enough_for, nothing_found, trial_seconds
 from autotune.search.budget import (
@@ -33,14 +36,12 @@ from autotune.search.budget import (
     next_allowance,
 )
 from autotune.search.calibrate import calibrate_law
-from autotune.search.memory_model import MemoryModel, Prediction, calibrate, predict, save
-from autotune.search.objective import loss_at, score, speed_needed
+from autotune.search.decide import decide, searched, unconfirmed
 from autotune.search.posterior import NOISY
 from autotune.search.review import review
 from autotune.search.sampler import doubted, propose
 from autotune.search.space import Space, baseline, build_space, guide_candidate
 from autotune.search.timekeeping import Part
-from autotune.search.verdict import Verdict, decide, searched, unconfirmed
 from autotune.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -199,7 +200,9 @@ def rebuild(run_dir: Path) -> Verdict | None:
     settings, environment = studies.settings_of(study), studies.environment_of(study)
     files.write_inputs(run_dir, settings, environment)
     found = studies.records(study)
-    studies.mark_verdict(study, files.publish(run_dir, settings, environment, found))
+    state = decide(found, settings)
+    files.publish(run_dir, settings, environment, found, state)
+    studies.mark_verdict(study, state)
     return _conclude(run_dir, settings, environment, build_space(settings, environment), study, found)
 
 
@@ -441,7 +444,8 @@ def _passed_over(run: _Run, prediction: Prediction, trials: int) -> TrialResult 
 
 def _publish(run: _Run) -> Verdict | None:
     run.study.set_user_attr(studies.SPENT, run.spent_before + run.budget.elapsed())
-    state = files.publish(run.directory, run.settings, run.environment, run.found)
+    state = decide(run.found, run.settings)
+    files.publish(run.directory, run.settings, run.environment, run.found, state)
     studies.mark_verdict(run.study, state)
     storage.sync(run.directory)
     return state

@@ -12,7 +12,7 @@ from typing import Literal
 from autotune.config.candidate import Candidate, Recipe, Shape
 from autotune.config.search import SearchSettings
 from autotune.errors import ConfigError, suggest
-from autotune.measure.records import TrialRecord
+from autotune.runs.records import TrialRecord
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,18 @@ from fake_machine import CPU, answer
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.errors import ConfigError
 from autotune.measure.types import TrialRequest
-from autotune.search.replay import CHOICES, Sampler, Table, limited, peak_of_best, quartiles, read_tables, replay, speed
-from autotune.search.settings import resolve
+from autotune.search.resolve import resolve
+from autotune.search.simulation import (
+    CHOICES,
+    Sampler,
+    Table,
+    limited,
+    peak_of_best,
+    quartiles,
+    read_tables,
+    replay,
+    speed,
+)
 from autotune.search.space import build_space, every_candidate
 
 RECIPE = Recipe(shape=Shape(n_layer=2, n_head=2, n_embd=128, block_size=128, vocab_size=8192), global_batch_size=16)

@@ -8,11 +8,11 @@ from fake_machine import CPU, CUDA, OLD_CUDA
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.config.candidate import Shape
+from autotune.config.candidate import Shape, parse_shape
 from autotune.config.search import read_settings, write_settings
 from autotune.data.shards import write_shard
 from autotune.errors import ConfigError, DataError
-from autotune.search.settings import describe_settings, parse_shape, resolve
+from autotune.search.resolve import describe_settings, resolve
 from autotune.units import GIB
 
 

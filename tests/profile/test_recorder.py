@@ -11,15 +11,15 @@ import torch
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.kernels import loss_full
-from autotune.measure.allocations import Allocation, _with_history, record
 from autotune.measure.memory import MemoryMeter
-from autotune.measure.profile import profile
-from autotune.measure.provenance import Wrapper, our_line
 from autotune.measure.runner import run_profile
 from autotune.measure.types import MemoryProfile, TrialRequest, TrialResult, from_json
 from autotune.measure.worker import Report, live_bytes, resident_batches
 from autotune.model.gpt import GPT, MLP
 from autotune.model.step import build
+from autotune.profile.allocations import Allocation, _with_history, record
+from autotune.profile.provenance import Wrapper, our_line
+from autotune.profile.recorder import profile
 
 CPU = torch.device("cpu")
 SHAPE = Shape(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=1024)

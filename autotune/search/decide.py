@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from autotune.config.search import SearchSettings
-from autotune.measure.records import TrialRecord
-from autotune.measure.review import Speed
-from autotune.search.objective import interval, maximised, score
+from autotune.runs.objective import interval, maximised, score
+from autotune.runs.records import TrialRecord
+from autotune.runs.verdict import Speed, Verdict
 from autotune.search.posterior import DISAGREEMENT, NOISY, disagreement, estimate_speeds
 
 FINALISTS = 3
@@ -18,36 +18,6 @@ MOST_CONFIRMATIONS = 4
 
 DRIFT = 0.05
 """Beyond this change of the machine's own speed, trials are ranked by what they would have reached at its first one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """The outcome of a search; the state so far while it runs."""
-
-    winner: TrialRecord
-    """The measurement that counts: the last confirmation where there is one, else the search trial."""
-    speed: Speed
-    """What the winner is expected to reach now, from all its measurements."""
-    baseline: Speed | None
-    """The same for the baseline; None where it did not run to its end."""
-    confirmed: bool
-    """The winner was run again in a fresh process, evaluation and checkpoint included."""
-    unsettled: str = ""
-    """Why the winner's figure is not settled although it was confirmed; empty where it is."""
-    tied_with: tuple[int, ...] = ()
-    """Trials that cannot be told from the winner; the winner needs the least memory of them."""
-    fell_through: tuple[int, ...] = ()
-    """Better trials that did not survive their confirmation."""
-    drift: float | None = None
-    """Speed of the machine at the end over that at the start, by the baseline's confirmation and its trial; None where
-    that was not measured twice, or the two agree within their intervals."""
-    notes: tuple[str, ...] = ()
-    """What could not be done, and which measurements contradict each other; one line each."""
-
-    @property
-    def status(self) -> str:
-        """As best.toml and the study have it."""
-        return "not confirmed" if not self.confirmed else "not settled" if self.unsettled else "confirmed"
 
 
 def searched(records: Sequence[TrialRecord]) -> list[TrialRecord]:

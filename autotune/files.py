@@ -1,0 +1,75 @@
+"""Files: read what a user named, replace a file as a whole, keep other processes out."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from autotune.errors import ConfigError, one_line
+
+
+def read_text(path: Path, hint: str) -> str:
+    """A file that the user named. Raises ConfigError, with `hint` where there is none."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; {hint}") from None
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ConfigError(f"{path} cannot be read: {one_line(reason)}") from None
+
+
+def write_atomically(path: Path, *parts: str | bytes | memoryview, temporary: Path | None = None) -> str:
+    """Replace `path` as a whole by the parts, one after the other: a reader sees the old content or the new one,
+    never a part. Returns the content's sha256. Raises OSError, with `path` as it was.
+
+    temporary: where it is written first; by default a name of this process's own, in the same directory.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    digest = hashlib.sha256()
+    try:
+        with temporary.open("wb") as handle:
+            for part in parts:
+                content = part.encode() if isinstance(part, str) else part
+                handle.write(content)
+                digest.update(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the directory itself may be gone: then nothing of ours is in it
+            temporary.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a directory's entries, on the disk and not only in the kernel's cache."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(file: Path, taken: Exception) -> Iterator[None]:
+    """Hold the lock `file`, made where it does not exist, for the block's duration; a directory is locked itself. The
+    kernel releases it however the process ends. Raises `taken` where another process holds it, and OSError."""
+    handle = os.open(file, os.O_RDONLY if file.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise taken from None
+        yield
+    finally:
+        os.close(handle)
