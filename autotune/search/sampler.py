@@ -4,7 +4,7 @@ Trials are dear and few, knobs many: `autotune.search.gp` adds up what single kn
 to three answers: how fast, how long the trial took, and whether it worked at all; how much memory a candidate needs is
 the memory model's matter. Next is the candidate with the largest expected improvement a second (Snoek, Larochelle and
 Adams, Practical Bayesian Optimization of Machine Learning Algorithms, NeurIPS 2012), times its chance to work and to
-fit. Before anything is measured, the expectation is that of somebody who knows nanoGPT: `_EXPECTED`.
+fit. Before anything is measured, the expectation is that of somebody who knows nanoGPT: `autotune.search.priors`.
 
 The same records give the same candidate. A proposal takes about as long after a thousand trials as after a hundred:
 the process is fitted to `FITTED` of them, whatever their number.
@@ -28,26 +28,13 @@ from autotune.memory.model import MemoryModel, calibrate, predictions
 from autotune.runs.objective import best_first, maximised, score
 from autotune.runs.records import TrialRecord
 from autotune.search import gp
+from autotune.search.priors import expected
 from autotune.search.space import Space, candidate_at, every_candidate, reads_chunks, values_of
 
 Array = NDArray[np.floating[Any]]
 
 _KNOBS = (*(field.name for field in fields(Plan)), "n_layer", "n_embd", "head_size", "block_size")
 """All that a search can vary."""
-
-_EXPECTED: dict[tuple[str, str], tuple[float, float]] = {
-    ("compile", "off"): (-0.30, -0.7),
-    ("compile", "full"): (0.0, 0.3),
-    ("activation_checkpointing", "none"): (0.25, 0.0),
-    ("dtype", "float32"): (-0.20, 0.0),
-    ("dtype", "bfloat16_residual"): (0.02, 0.0),
-    ("attention", "sdpa_math"): (-0.20, 0.0),
-    ("loss", "chunked"): (-0.02, 0.0),
-}
-"""Of a value, before any trial: the difference in log speed, and in the log of the trial's seconds."""
-
-_HALF_SPEED_TOKENS = {"cpu": 64.0, "cuda": 2048.0}
-"""A micro batch of so many tokens reaches half the speed of a large one."""
 
 FITTED = 96
 """Trials that the process is fitted to; the time that it takes grows with the cube of this."""
@@ -289,7 +276,7 @@ def _features(candidate: Candidate, names: tuple[str, ...], kind: str) -> tuple[
     """The knobs, a word as a number that no other word has, and what is expected."""
     knobs = (_knob(candidate, name) for name in names)
     coded = (zlib.crc32(value.encode()) if isinstance(value, str) else value for value in knobs)
-    return (*coded, *_expected(candidate, kind))
+    return (*coded, *expected(candidate, kind))
 
 
 def _knob(candidate: Candidate, name: str) -> float | str:
@@ -303,14 +290,6 @@ def _knob(candidate: Candidate, name: str) -> float | str:
     elif name == "loss_chunk_tokens":
         value = min(plan.loss_chunk_tokens, tokens) if reads_chunks(plan) else tokens
     return value if isinstance(value, str) else math.log2(value)
-
-
-def _expected(candidate: Candidate, kind: str) -> tuple[float, float]:
-    """Log speed and log seconds of the trial before anything is measured, up to a constant each."""
-    tokens = candidate.plan.micro_batch_size * candidate.shape.block_size
-    busy = math.log(tokens / (tokens + _HALF_SPEED_TOKENS[kind])) - math.log(candidate.shape.flops_per_token)
-    effects = [effect for (name, value), effect in _EXPECTED.items() if getattr(candidate.plan, name) == value]
-    return busy + sum(speed for speed, _ in effects), sum(seconds for _, seconds in effects)
 
 
 def _answers(
