@@ -1,4 +1,4 @@
-"""`autotune estimate`: predicted peaks for a card of N GiB, with no device."""
+"""`autotune estimate`: predicted peaks on a card of N GiB; needs no device."""
 
 import bisect
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from dataclasses import replace
 from autotune.config.candidate import Candidate, Plan, Recipe, at_least, parse_shape
 from autotune.config.presets import GUIDE
 from autotune.config.toml import CandidateFile, format_candidate, parse_candidate
+from autotune.memory import priors
 from autotune.memory.model import MemoryModel, predict
 from autotune.units import GIB, format_bytes
 
@@ -14,8 +15,8 @@ MICRO_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
 def candidates(models: Sequence[str], assignments: tuple[str, ...], vocab_size: int | None = None) -> list[Candidate]:
-    """`12x12x768` words, or without any the guide's rows, each with the plan that the assignments
-    (`plan.loss=chunked`) make of the default one. Raises ConfigError."""
+    """Shapes from words like `12x12x768` (default: the guide's rows), each with the default plan changed by the
+    assignments (`plan.loss=chunked`). Raises ConfigError."""
     shapes = [parse_shape(word, Recipe().shape) for word in models] or [row.shape for row in GUIDE]
     if vocab_size is not None:
         at_least("--vocab-size", vocab_size, 1)
@@ -26,35 +27,40 @@ def candidates(models: Sequence[str], assignments: tuple[str, ...], vocab_size: 
 
 
 def estimate(model: MemoryModel, candidates: Sequence[Candidate], limit_bytes: int) -> tuple[list[dict[str, str]], str]:
-    """A line of the table for each candidate, whose own micro batch does not matter: GiB by micro batch, `-` beyond
-    the limit, `?` where only a trial can tell, and the largest that surely fits. Then, in one line, how sure it is."""
-    lines, spans = [], []
+    """One table row per candidate, and notes on certainty and provenance, one per line.
+
+    A row has GiB by micro batch (the candidate's own does not matter): `-` is over the limit, `?` needs a trial; and
+    the largest micro batch that fits with its whole interval.
+    """
+    rows, spans = [], []
     for candidate in candidates:
         shape = candidate.shape
         name = f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}"
-        line = {"model": name, "vocabulary": f"{shape.vocab_size:,}", "parameters": f"{shape.parameters / 1e6:.1f}M"}
+        row = {"model": name, "vocabulary": f"{shape.vocab_size:,}", "parameters": f"{shape.parameters / 1e6:.1f}M"}
         for size in MICRO_BATCHES:
             found = predict(model, with_micro_batch(candidate, size))
             doubt = "?" if found.high_device_bytes > limit_bytes else ""
             peak = f"{found.peak_device_bytes / GIB:.1f}{doubt}"
-            line[f"b={size}"] = "-" if found.low_device_bytes > limit_bytes else peak
+            row[f"b={size}"] = "-" if found.low_device_bytes > limit_bytes else peak
             spans.append((found.high_device_bytes - found.low_device_bytes) / 2)
-        lines.append({**line, "largest": str(largest_micro_batch(model, candidate, limit_bytes))})
+        rows.append({**row, "largest": str(largest_micro_batch(model, candidate, limit_bytes))})
     source = f"calibrated by {model.trials} trials" if model.trials else "not calibrated by trials on a card"
-    return lines, f"{source}; 95 % interval ±{format_bytes(min(spans))} to ±{format_bytes(max(spans))}"
+    span = f"95 % interval ±{format_bytes(min(spans))} to ±{format_bytes(max(spans))}"
+    meaning = "19 of 20 measured peaks should lie within it"
+    return rows, f"{source}; {span}: {meaning}\npriors ({model.device}): {priors.of(model.device).provenance}"
 
 
 def with_micro_batch(candidate: Candidate, size: int) -> Candidate:
-    """`candidate` in micro batches of `size`; its global batch grows to two of them where it is smaller, since
-    gradients that add up are the case to plan for."""
+    """`candidate` with micro batches of `size`, and at least two of them per step: accumulated gradients are the case
+    to plan for."""
     recipe = replace(candidate.recipe, global_batch_size=max(candidate.recipe.global_batch_size, 2 * size))
     return Candidate(recipe=recipe, plan=replace(candidate.plan, micro_batch_size=size))
 
 
 def largest_micro_batch(model: MemoryModel, candidate: Candidate, limit_bytes: int) -> int:
-    """By bisection: the predicted peak grows with the micro batch."""
+    """The largest that fits with its whole interval, 0 for none; by bisection: peaks grow with the micro batch."""
 
-    def beyond(size: int) -> bool:
+    def too_large(size: int) -> bool:
         return predict(model, with_micro_batch(candidate, size)).high_device_bytes > limit_bytes
 
-    return bisect.bisect_left(range(1, 1 << 16), True, key=beyond)  # how many of 1, 2, 3, ... are not beyond it
+    return bisect.bisect_left(range(1, 1 << 16), True, key=too_large)

@@ -1,0 +1,94 @@
+"""Memory coefficients before any trial: `cpu.json` and `cuda.json`, written by `scripts/fit_priors`."""
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from autotune.config.candidate import one_of
+from autotune.config.tables import read_json, read_table
+from autotune.errors import ConfigError, shown, suggest
+from autotune.memory.structure import Key, keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where the numbers of a file come from."""
+
+    records: str
+    """Files of the repository, and how many rows they have."""
+    machine: str
+    torch: str
+    command: str
+    """What writes the file again from the records."""
+
+    def __str__(self) -> str:
+        return f"{self.records}; {self.machine}; torch {self.torch}; written by {self.command}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coefficient:
+    """A normal prior."""
+
+    mean: float
+    """Bytes per element, or a ratio."""
+    sd: float
+    """Standard deviation on another machine or version of torch."""
+    trials: int
+    """Records with the coefficient at a peak point; 0: the mean is that of related coefficients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Standard deviations around the structure's sums."""
+
+    peak: float
+    """Of the allocated peak, as a fraction of it."""
+    budget: float
+    """The same for plans with a memory budget: what the partitioner keeps is not monotone in the budget."""
+    overhead_bytes: float
+    """Of what the device shows beyond the allocated bytes."""
+    overhead_share: float
+    """Additional part: of the allocated bytes on the CPU, of half precision logits on CUDA."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Priors:
+    """One file."""
+
+    device: str
+    provenance: Provenance
+    noise: Noise
+    allocated: Mapping[str, Coefficient]
+    """By `str(key)`."""
+    overhead: Mapping[str, Coefficient]
+
+
+def read(path: Path) -> Priors:
+    """Raises ConfigError for a file that is missing or damaged, and for an unknown or missing key."""
+    advice = "write it again with scripts/fit_priors"
+    priors = read_table(Priors, read_json(path, advice), path.name)
+    one_of(f"{path.name}.device", priors.device, ("cpu", "cuda"))
+    allocated, overhead = keys(priors.device)
+    for table, found, known in (("allocated", priors.allocated, allocated), ("overhead", priors.overhead, overhead)):
+        check_names(f"{path.name}.{table}", found, known)
+        if missing := {str(key) for key in known} - found.keys():
+            raise ConfigError(f"{path.name}.{table} lacks {shown(min(missing))} ({len(missing)} in all); {advice}")
+        for name, coefficient in found.items():
+            if not coefficient.sd > 0:
+                raise ConfigError(f"{path.name}.{table}.{name}.sd = {coefficient.sd} must be above 0; {advice}")
+    return priors
+
+
+def check_names(where: str, found: Iterable[str], known: Iterable[Key]) -> None:
+    """Raise ConfigError for a name that is no key."""
+    names = {str(key) for key in known}
+    for name in found:
+        if name not in names:
+            raise ConfigError(f"{where} has {shown(name)}, which is not a known coefficient; {suggest(name, names)}")
+
+
+@functools.cache
+def of(device: str) -> Priors:
+    """The priors that the package brings for `cpu` or `cuda`."""
+    return read(Path(__file__).with_name(f"{device}.json"))
