@@ -185,7 +185,7 @@ def search(
     from autotune.environment import busy_machine, probe
     from autotune.runs import directory as run_directory
     from autotune.search import loop, resolve
-    from autotune.train.track import tracker_notes
+    from autotune.train.output import tracker_notes
 
     remarks = (busy,) if (busy := busy_machine()) else ()
     if resume is not None:
@@ -217,7 +217,7 @@ def search(
         law=law,
         calibrate_loss=calibrate_loss,
     )
-    for note in (*asked.notes, *tracker_notes(asked.recipe)):
+    for note in (*asked.notes, *tracker_notes(asked.tracking)):
         terminal.say(f"note: {note}")
     if dry_run:
         terminal.write_lines(resolve.describe_settings(asked, found))
@@ -414,10 +414,12 @@ def train(
     By the very step that was measured; the summary says whether speed and memory are as measured.
     On several cards: torchrun --nproc-per-node 2 -m autotune train RUN."""
     from autotune.config.toml import read_candidate
-    from autotune.train import settings, trainer
+    from autotune.config.train_settings import TrainSettings, locate
+    from autotune.train.output import summary_text
+    from autotune.train.trainer import train as run_training
 
-    file, default_out = settings.locate(candidate)
-    asked = settings.TrainSettings(
+    file, default_out = locate(candidate)
+    asked = TrainSettings(
         file=read_candidate(file),
         out=out or default_out,
         device=device,
@@ -426,8 +428,8 @@ def train(
         max_tokens=None if max_tokens is None else parse_count(max_tokens),
         max_seconds=None if max_time is None else parse_duration(max_time),
     )
-    if summary := trainer.train(asked):
-        terminal.write_lines(settings.summary_text(summary))
+    if summary := run_training(asked):
+        terminal.write_lines(summary_text(summary))
 
 
 @app.command()

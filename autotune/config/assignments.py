@@ -1,4 +1,4 @@
-"""The assignments of a Python file as values. Only literals, arithmetic and earlier names are read; nothing is run."""
+"""The assignments of a Python file as values: literals, arithmetic and earlier names are evaluated, no code is run."""
 
 import ast
 import operator
@@ -12,9 +12,9 @@ from autotune.errors import ConfigError
 Value = str | int | float | bool | None
 
 LARGEST = 1e18
-"""Of a number in a file; keeps `9**9**9` from being computed."""
+"""Largest number that is read; keeps `9**9**9` from being computed."""
 _LONGEST = 1000
-"""Of a string; keeps `a = a + a` from doubling without end."""
+"""Characters of the longest string that is read; keeps `a = a + a` from doubling without end."""
 
 _ARITHMETIC: dict[type[ast.operator | ast.unaryop], Callable[..., int | float]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -27,40 +27,40 @@ _EXPRESSION = "only literals and arithmetic are read, code is not run; write the
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """One name and what a statement gives it."""
+    """A name and the value that a statement assigns to it."""
 
     line: int
     name: str
     value: Value = None
     problem: str = ""
-    """Why the value is not known; empty where it is."""
+    """Why the value is unknown; empty if it is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """A statement that assigns nothing that could be read."""
+    """A statement without an assignment that can be read."""
 
     line: int
     problem: str = ""
-    """Why the file cannot be read without running it; empty where the statement cannot matter."""
+    """Why the file cannot be read without running it; empty if the statement cannot matter."""
     code: str = ""
-    """The statement in short."""
+    """The statement, shortened."""
 
 
 class UnreadableError(Exception):
-    """A value that is not read; the message says why."""
+    """A value that is not read, with the reason."""
 
 
 def read_assignments(
     text: str, where: str, known: Mapping[str, Value]
 ) -> tuple[list[Assignment | Statement], set[str]]:
-    """Every statement of a file that matters, in order, and the names that its values refer to.
+    """Every statement of a file that matters, in order, and the names that its expressions use.
 
-    known: names that exist already (and conditional expressions, as ast.unparse writes them) with their values.
-    Raises ConfigError where `text` is no Python.
+    known: values of predefined names (and of conditional expressions, as ast.unparse writes them).
+    Raises ConfigError if `text` is not Python.
     """
     try:
-        with warnings.catch_warnings():  # of backslashes in Windows paths
+        with warnings.catch_warnings():  # backslashes in Windows paths cause some
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
     except SyntaxError as error:

@@ -1,6 +1,6 @@
-"""What is trained (Shape, Recipe) and how it is executed (Plan). Together: a Candidate.
+"""A candidate: a recipe, which decides what is learned, and a plan, which changes speed and memory only.
 
-A recipe decides what is learned. A plan changes speed and memory only.
+How its training is evaluated, saved and tracked are settings apart: they change neither.
 """
 
 import functools
@@ -8,8 +8,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 from autotune.errors import ConfigError, shown, suggest
 from autotune.kernels import registry
@@ -18,16 +18,46 @@ from autotune.terminal import visible
 Compile = Literal["off", "full", "block"]
 DType = Literal["float32", "tfloat32", "bfloat16", "bfloat16_residual", "float16"]
 AUTOCAST = ("bfloat16", "float16")
-"""In which matrix products have operands of two bytes, cast from float32."""
+"""dtypes whose matrix products have operands of two bytes, cast from float32."""
 Allocator = Literal["default", "expandable_segments"]
 Schedule = Literal["cosine", "wsd", "constant"]
-Optimizer = Literal["adamw", "adamw_unfused", "adamw_8bit", "muon"]
+Optimizer = Literal["adamw", "adamw_8bit", "muon"]
 
-
-# Some hundred times beyond the largest models: whoever writes more has mistyped, and the arithmetic with it is no use.
+# Some hundred times the largest models: larger values are typing errors and would overflow later arithmetic.
 _LARGEST_SHAPE = {"n_layer": 10_000, "n_head": 10_000, "n_embd": 2**20, "block_size": 2**27, "vocab_size": 2**27}
 _LARGEST_BATCH = 2**30
 _LARGEST_COUNT = 10**15
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{name} = {shown(value)} is not known; {suggest(str(value), allowed)}")
+
+
+def plain_texts(table: str, values: Mapping[str, object]) -> None:
+    """Raise ConfigError for a text with control characters, as names and values are shown on terminals and written to
+    spreadsheets and to a config file that nanoGPT executes."""
+    for name, value in values.items():
+        inside = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, Mapping):
+            plain_texts(f"{table}{name}.", value)
+        for text in inside:
+            if isinstance(text, str) and (escaped := visible(text)) != text:
+                raise ConfigError(f'{table}{name} = "{escaped[:80]}" holds a control character; leave it out')
+
+
+def at_least(name: str, value: float, smallest: float) -> None:
+    """Raise ConfigError unless `value >= smallest`."""
+    if not value >= smallest:
+        raise ConfigError(f"{name} = {shown(value)} is not allowed; the smallest value is {smallest}")
+
+
+def between(name: str, value: float, smallest: float, largest: float) -> None:
+    """Raise ConfigError unless `smallest <= value <= largest`."""
+    at_least(name, value, smallest)
+    if value > largest:
+        raise ConfigError(f"{name} = {shown(value)} is not allowed; the largest value is {largest:,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +65,7 @@ class Shape:
     """The model."""
 
     arch: str = "gpt2"
-    """Only `gpt2`: nanoGPT's model."""
+    """`gpt2`, nanoGPT's model, is the only one."""
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -44,7 +74,7 @@ class Shape:
     vocab_size: int = 50304
     """GPT-2's 50257 tokens, padded to a multiple of 64."""
     bias: bool = False
-    """Biases in the linear layers and LayerNorms."""
+    """Whether linear layers and LayerNorms have biases."""
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -64,7 +94,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All weights, the tied head counted once."""
+        """Number of weights; the tied head is counted once."""
         width, biases = self.n_embd, int(self.bias)
         norm = width * (1 + biases)
         matrices = 12 * width * width + biases * (3 + 1 + 4 + 1) * width
@@ -73,28 +103,28 @@ class Shape:
 
     @property
     def parameters_non_embedding(self) -> int:
-        """Without token and position embeddings: the N of scaling laws."""
+        """Number of weights without token and position embeddings: N in scaling laws."""
         return self.parameters - (self.vocab_size + self.block_size) * self.n_embd
 
     @property
     def flops_per_token(self) -> float:
-        """Forward and backward, PaLM's convention (appendix B), position embeddings left out."""
+        """FLOPs of forward and backward by PaLM's convention (appendix B), without position embeddings."""
         without_positions = self.parameters - self.block_size * self.n_embd
         return 6.0 * without_positions + 12.0 * self.n_layer * self.n_embd * self.block_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is learned, and how: fixed while plans are compared."""
+    """What is learned, and how. Plans are compared for the same recipe."""
 
-    shape: Shape = field(default_factory=Shape)
+    shape: Shape = Shape()
     global_batch_size: int = 512
     """Sequences per optimizer step."""
     max_iters: int = 1000
-    """Optimizer steps of the whole training."""
+    """Optimizer steps of the training."""
     optimizer: Optimizer = "adamw"
-    """`adamw` is torch's fused kernel; `adamw_unfused` its reference implementation; `adamw_8bit` keeps moments in
-    8 bits (package bitsandbytes); `muon` is for the blocks' matrices, with AdamW for everything else."""
+    """`adamw` is torch's fused AdamW; `adamw_8bit` keeps moments in 8 bits (package bitsandbytes); `muon` updates the
+    blocks' matrices, and AdamW everything else."""
     learning_rate: float = 6e-4
     min_lr: float = 6e-5
     schedule: Schedule = "cosine"
@@ -103,41 +133,21 @@ class Recipe:
     lr_decay_iters: int = 1000
     """The step at which min_lr is reached."""
     decay_share: float = 0.2
-    """Of `wsd`: the part of lr_decay_iters in which the rate falls."""
+    """Fraction of lr_decay_iters in which the rate of `wsd` falls."""
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0
-    """Largest norm of the gradient; 0 turns clipping off."""
+    """Largest gradient norm; 0 turns clipping off."""
     seed: int = 1337
     data: str = ""
-    """Directory of shards; empty: synthetic tokens (measurements only)."""
-    eval_interval: int = 250
-    """Optimizer steps between evaluations."""
-    eval_iters: int = 20
-    """Batches of validation data an evaluation."""
-    eval_batch_size: int = 0
-    """Sequences per validation batch; 0: the plan's micro batch."""
-    log_interval: int = 10
-    checkpoint_interval: int = 250
-    always_save_checkpoint: bool = True
-    """False: only when the validation loss has improved, and at the end."""
-    init_from: str = ""
-    """Weights to begin with: nanoGPT's ckpt.pt, a GPT-2 directory of Hugging Face, or a checkpoint; empty: random."""
-    tensorboard: bool = False
-    """Write what is logged to TensorBoard's files too."""
-    wandb_log: bool = False
-    """Send what is logged to Weights & Biases; its own environment variables (WANDB_MODE) hold."""
-    wandb_project: str = "autotune"
-    wandb_run_name: str = ""
+    """Directory of shards; empty: synthetic tokens, for measurements only."""
 
     def __post_init__(self) -> None:
         plain_texts("training.", vars(self))
         between("training.global_batch_size", self.global_batch_size, 1, _LARGEST_BATCH)
-        between("training.eval_batch_size", self.eval_batch_size, 0, _LARGEST_BATCH)
-        for name in ("max_iters", "eval_interval", "eval_iters", "log_interval", "checkpoint_interval",
-                     "lr_decay_iters"):  # fmt: skip
-            between(f"training.{name}", getattr(self, name), 1, _LARGEST_COUNT)
+        between("training.max_iters", self.max_iters, 1, _LARGEST_COUNT)
+        between("training.lr_decay_iters", self.lr_decay_iters, 1, _LARGEST_COUNT)
         between("training.warmup_iters", self.warmup_iters, 0, _LARGEST_COUNT)
         between("training.seed", self.seed, 0, 2**63 - 1)
         for name in ("weight_decay", "grad_clip", "min_lr"):
@@ -162,8 +172,64 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How a training measures its validation loss."""
+
+    eval_interval: int = 250
+    """Optimizer steps between evaluations."""
+    eval_iters: int = 20
+    """Validation batches per evaluation."""
+    eval_batch_size: int = 0
+    """Sequences per validation batch; 0: the plan's micro batch."""
+
+    def __post_init__(self) -> None:
+        between("training.eval_interval", self.eval_interval, 1, _LARGEST_COUNT)
+        between("training.eval_iters", self.eval_iters, 1, _LARGEST_COUNT)
+        between("training.eval_batch_size", self.eval_batch_size, 0, _LARGEST_BATCH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    """Which weights a training starts from, and when it saves its own."""
+
+    checkpoint_interval: int = 250
+    """Optimizer steps between checkpoints."""
+    always_save_checkpoint: bool = True
+    """False: save only when the validation loss has improved, and at the end."""
+    init_from: str = ""
+    """Initial weights: nanoGPT's ckpt.pt, a GPT-2 directory of Hugging Face, or a checkpoint; empty: random."""
+
+    def __post_init__(self) -> None:
+        plain_texts("training.", vars(self))
+        between("training.checkpoint_interval", self.checkpoint_interval, 1, _LARGEST_COUNT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """When a training logs, and where besides its own log."""
+
+    log_interval: int = 10
+    """Optimizer steps between two rows of the log."""
+    tensorboard: bool = False
+    """Write TensorBoard files."""
+    wandb_log: bool = False
+    """Send the rows to Weights & Biases, which reads its own environment variables (WANDB_MODE)."""
+    wandb_project: str = "autotune"
+    wandb_run_name: str = ""
+
+    def __post_init__(self) -> None:
+        plain_texts("training.", vars(self))
+        between("training.log_interval", self.log_interval, 1, _LARGEST_COUNT)
+
+
+TRAINING_PARTS = {"evaluation": Evaluation, "checkpointing": Checkpointing, "tracking": Tracking}
+"""Settings that share the table [training] with the recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a step is executed. Changes speed and memory, never what is learned."""
+    """How a step is executed. Changes speed and memory, never what is learned. A new field is written to files, columns
+    and reports without further code."""
 
     micro_batch_size: int = 8
     """Sequences per forward and backward."""
@@ -172,15 +238,15 @@ class Plan:
     loss: str = "full"
     """A row of `autotune kernels`."""
     loss_chunk_tokens: int = 1024
-    """Tokens whose logits exist at one time; read by chunked losses only."""
+    """Tokens whose logits exist at one time, in chunked losses."""
     activation_checkpointing: str = "none"
-    """What the backward computes again: nothing, each `block`, `every_2` (a block of every two), `selective` (all but
-    matrix products and attention), or as much as keeps compiled graphs within `budget_0.5` of their activations."""
+    """What the backward recomputes: nothing, each `block`, every second block (`every_2`), all but matrix products and
+    attention (`selective`), or enough for compiled graphs to keep half of their activations (`budget_0.5`)."""
     compile: Compile = "full"
     dtype: DType = "bfloat16"
-    """Of matrix products, through autocast; weights and optimizer state stay float32. `tfloat32` is float32 whose
-    products round their factors to 10 bits of mantissa. `bfloat16_residual` has what passes from block to block in
-    bfloat16 too, as llm.c and nanochat do."""
+    """dtype of matrix products, through autocast; weights and optimizer state stay float32. `tfloat32` is float32 with
+    factors rounded to 10 bits of mantissa. `bfloat16_residual` keeps the residual stream in bfloat16 too, as llm.c and
+    nanochat do."""
     allocator: Allocator = "default"
 
     def __post_init__(self) -> None:
@@ -188,7 +254,7 @@ class Plan:
         between("plan.loss_chunk_tokens", self.loss_chunk_tokens, 1, _LARGEST_COUNT)
         one_of("plan.attention", self.attention, registry.names("attention"))
         one_of("plan.loss", self.loss, registry.names("loss"))
-        # each in one way only
+        # a regular expression that allows one spelling of each value
         known = r"none|block|selective|every_([2-9]|[1-9][0-9]{1,5})|budget_(0|1|0\.[0-9]{0,8}[1-9])"
         if re.fullmatch(known, self.activation_checkpointing) is None:
             raise ConfigError(
@@ -202,28 +268,47 @@ class Plan:
 
     @property
     def matrix_dtype(self) -> str:
-        """What the operands of matrix products are stored in: torch's name."""
+        """torch's name for the dtype in which operands of matrix products are stored."""
         return {"tfloat32": "float32", "bfloat16_residual": "bfloat16"}.get(self.dtype, self.dtype)
 
     @property
     def recomputed_every(self) -> int | None:
-        """One block of so many is computed again as a whole; None: none is."""
+        """Recompute one block out of this many; None: no block."""
         kind, _, number = self.activation_checkpointing.partition("_")
         return int(number) if kind == "every" else 1 if kind == "block" else None
 
     @property
     def memory_budget(self) -> float | None:
-        """Part of a compiled graph's activations that may be kept, in [0, 1]; None: the plan sets no budget."""
+        """Fraction of a compiled graph's activations to keep, in [0, 1]; None: no budget."""
         kind, _, number = self.activation_checkpointing.partition("_")
         return float(number) if kind == "budget" else None
 
 
+def split_training(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A table in today's form. Older versions kept all keys of a training in `recipe`, and had the unfused AdamW, which
+    learns the same, as an optimizer of its own."""
+    recipe = table.get("recipe")
+    if not isinstance(recipe, Mapping):
+        return table
+    parts = {
+        part: {f.name: recipe[f.name] for f in fields(cls) if f.name in recipe} for part, cls in TRAINING_PARTS.items()
+    }
+    moved = {key for part in parts.values() for key in part}
+    rest = {key: value for key, value in recipe.items() if key not in moved}
+    if rest.get("optimizer") == "adamw_unfused":
+        rest["optimizer"] = "adamw"
+    return {**{part: values for part, values in parts.items() if values}, **table, "recipe": rest}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One point of a search: a recipe and a plan for it."""
+    """A recipe and a plan for it, and how its training is evaluated, saved and tracked."""
 
-    recipe: Recipe = field(default_factory=Recipe)
-    plan: Plan = field(default_factory=Plan)
+    recipe: Recipe = Recipe()
+    plan: Plan = Plan()
+    evaluation: Evaluation = Evaluation()
+    checkpointing: Checkpointing = Checkpointing()
+    tracking: Tracking = Tracking()
 
     def __post_init__(self) -> None:
         if self.plan.micro_batch_size > self.recipe.global_batch_size:
@@ -238,12 +323,12 @@ class Candidate:
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro steps per optimizer step; the last one is padded where the division leaves a rest."""
+        """Micro steps per optimizer step; the last one is padded if the division leaves a remainder."""
         return -(-self.recipe.global_batch_size // self.plan.micro_batch_size)
 
     @functools.cached_property
     def id(self) -> str:
-        """Equal for candidates that execute the same step: 10 hexadecimal digits."""
+        """10 hexadecimal digits, equal for candidates that execute the same step."""
         executed = {
             "shape": vars(self.shape),
             "plan": vars(self.plan),
@@ -252,36 +337,7 @@ class Candidate:
         }
         return hashlib.sha256(json.dumps(executed, sort_keys=True).encode()).hexdigest()[:10]
 
-
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ConfigError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ConfigError(f"{name} = {shown(value)} is not known; {suggest(str(value), allowed)}")
-
-
-def plain_texts(table: str, values: Mapping[str, object]) -> None:
-    """Raise ConfigError for a text with control characters: names and values end up on terminals, in spreadsheets, and
-    in a config file that nanoGPT executes."""
-    for name, value in values.items():
-        inside = value if isinstance(value, tuple) else (value,)
-        if isinstance(value, Mapping):
-            plain_texts(f"{table}{name}.", value)
-        for text in inside:
-            if isinstance(text, str) and (escaped := visible(text)) != text:
-                raise ConfigError(f'{table}{name} = "{escaped[:80]}" holds a control character; leave it out')
-
-
-def at_least(name: str, value: float, smallest: float) -> None:
-    """Raise ConfigError unless `value >= smallest`."""
-    if not value >= smallest:
-        raise ConfigError(f"{name} = {shown(value)} is not allowed; the smallest value is {smallest}")
-
-
-def between(name: str, value: float, smallest: float, largest: float) -> None:
-    """Raise ConfigError unless `smallest <= value <= largest`."""
-    at_least(name, value, smallest)
-    if value > largest:
-        raise ConfigError(f"{name} = {shown(value)} is not allowed; the largest value is {largest:,}")
+    upgrade = staticmethod(split_training)
 
 
 def parse_shape(text: str, default: Shape) -> Shape:

@@ -1,18 +1,18 @@
-"""nanoGPT's config files, in and out. Reading parses literals and arithmetic; nothing is executed."""
+"""nanoGPT's config files, read and written. Reading evaluates literals and arithmetic; no code is run."""
 
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from autotune.config.assignments import LARGEST, Assignment, UnreadableError, Value, read_assignments
-from autotune.config.candidate import Candidate, DType, Plan, Recipe, Shape, one_of
+from autotune.config.candidate import TRAINING_PARTS, Candidate, DType, Plan, Recipe, Shape, one_of
 from autotune.config.tables import read_table
 from autotune.errors import ConfigError, suggest
 from autotune.files import read_text
 from autotune.terminal import visible
 
-# The defaults of nanoGPT's train.py, and by them each key's type. An empty dtype depends on the device.
+# The defaults in nanoGPT's train.py, which also give each key its type. An empty dtype depends on the device.
 DEFAULTS: dict[str, Value] = {
     "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False,
     "always_save_checkpoint": True, "init_from": "scratch", "wandb_log": False, "wandb_project": "owt",
@@ -23,35 +23,33 @@ DEFAULTS: dict[str, Value] = {
     "backend": "nccl", "device": "cuda", "dtype": "", "compile": True,
 }  # fmt: skip
 
-# What a shape, and what a recipe, and train.py call by the same name.
-_SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-_SHARED = (
-    "learning_rate", "max_iters", "weight_decay", "beta1", "beta2", "grad_clip", "warmup_iters", "lr_decay_iters",
-    "min_lr", "eval_interval", "eval_iters", "log_interval", "always_save_checkpoint", "wandb_log", "wandb_project",
-    "wandb_run_name",
-)  # fmt: skip
 
-# What cannot change a step: a value of these that cannot be read is passed over, with a note.
-_HARMLESS = (
-    "out_dir", "dataset", "eval_interval", "eval_iters", "log_interval", "eval_only", "always_save_checkpoint",
-    "wandb_log", "wandb_project", "wandb_run_name", "backend", "device",
-)  # fmt: skip
-# What train.py does not know, and what is no concern of a training: sample.py's and bench.py's keys, for example.
+def _shared(cls: type) -> tuple[str, ...]:
+    """Fields of a dataclass that are keys of train.py, with the same name and meaning."""
+    return tuple(f.name for f in fields(cls) if f.name in DEFAULTS and f.name != "init_from")
+
+
+_SHAPE, _RECIPE = _shared(Shape), _shared(Recipe)
+_PARTS = {part: _shared(cls) for part, cls in TRAINING_PARTS.items()}
+_MONITORING = tuple(key for keys in _PARTS.values() for key in keys)
+_HARMLESS = (*_MONITORING, "out_dir", "dataset", "eval_only", "backend", "device")
+"""Keys that cannot change a step: an unreadable value is skipped, with a note."""
+# Keys of sample.py and bench.py, for example, which train.py does not know and a training does not need.
 _FOREIGN = (
     "seed", "start", "num_samples", "max_new_tokens", "temperature", "top_k", "real_data", "profile", "init_seed",
 )  # fmt: skip
 _FOREIGN_PREFIXES = ("_", "wandb_", "tensorboard", "tb_", "mlflow_")
 _VOCABULARY = "vocab_size"
-"""Not a key of nanoGPT's train.py, which takes it from the data's meta.pkl; one of many versions made from it."""
+"""Not a key of nanoGPT's train.py, which takes it from the data's meta.pkl, but of many scripts derived from it."""
 _KEYS: dict[str, Value] = {**DEFAULTS, _VOCABULARY: Shape().vocab_size}
 
-# train.py's own default of dtype, as files that were copied from it have it.
+# The default of dtype in train.py, which copies of it contain.
 _OWN_DTYPE = "'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'float16'"
 
 PRETRAINED = {
     "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
 }  # fmt: skip
-"""n_layer, n_head and n_embd of the weights that `init_from` can name; 1024 positions, 50257 words, biases."""
+"""n_layer, n_head and n_embd of GPT-2's weights by their name in `init_from`; 1024 positions, 50257 words, biases."""
 _PRETRAINED_POSITIONS, _PRETRAINED_WORDS = 1024, 50257
 
 _MOST_PROBLEMS = 20
@@ -59,31 +57,31 @@ _MOST_PROBLEMS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class NanoGPTFile:
-    """What a config file asks of nanoGPT's train.py."""
+    """The contents of a config file for nanoGPT's train.py."""
 
     candidate: Candidate
     vocab_size_given: bool
-    """The file names the vocabulary; otherwise the data's meta.pkl does, or it is nanoGPT's 50304."""
+    """Whether the file gives the vocabulary size; otherwise the data's meta.pkl does, or it is nanoGPT's 50304."""
     dataset: str
-    """nanoGPT's name of a folder in `data/`; train.py's default where the file names none."""
+    """Name of a folder in nanoGPT's `data/`; train.py's default if the file gives none."""
     out_dir: str
     notes: tuple[str, ...]
-    """What was passed over, as it cannot change a step; a line each."""
+    """One line for each thing that was skipped because it cannot change a step."""
 
 
 def read_nanogpt(path: Path, device: str, capability: tuple[int, ...] = ()) -> NanoGPTFile:
-    """A nanoGPT config file as train.py would run it on `device` (`cpu`, `cuda:0`); nothing is executed.
-    Raises ConfigError with every line that is code, an unknown key, or a value that is not allowed."""
+    """Read a nanoGPT config file as train.py would run it on `device` (`cpu`, `cuda:0`), without running it.
+    Raises ConfigError that names every line with code, an unknown key or a value that is not allowed."""
     return parse_nanogpt(read_text(path, "give a nanoGPT config file"), str(path), device, capability)
 
 
 def parse_nanogpt(text: str, where: str, device: str, capability: tuple[int, ...] = ()) -> NanoGPTFile:
-    """`read_nanogpt` of a text; `where` names it in messages."""
+    """`read_nanogpt` for a text that messages call `where`."""
     file = _File(text, where, device)
     values: dict[str, Any] = {**_KEYS, **file.values}
     dtype = _dtype(file, values["dtype"], device, capability)
     table = {
-        **{key: values[key] for key in _SHARED},
+        **{key: values[key] for key in (*_RECIPE, *_MONITORING)},
         "shape": _shape(file, values),
         "global_batch_size": values["batch_size"] * values["gradient_accumulation_steps"],
         "schedule": "cosine" if values["decay_lr"] else "constant",
@@ -91,11 +89,12 @@ def parse_nanogpt(text: str, where: str, device: str, capability: tuple[int, ...
         "checkpoint_interval": values["eval_interval"],
         "init_from": values["init_from"] if values["init_from"] in PRETRAINED else "",
     }
-    if not values["decay_lr"]:  # where its rate does not decay, nanoGPT does not warm up either
+    if not values["decay_lr"]:  # without decay nanoGPT has no warm-up either
         table["warmup_iters"] = 0
     if table["global_batch_size"] > LARGEST:
         file.problem("batch_size", f"batch_size * gradient_accumulation_steps is beyond {LARGEST:.0e}; lower one")
-    file.check_alone(Recipe, _SHARED)
+    for cls in (Recipe, *TRAINING_PARTS.values()):
+        file.check_alone(cls, _shared(cls))
     file.raise_problems()
     plan = Plan(
         micro_batch_size=values["batch_size"],
@@ -103,7 +102,7 @@ def parse_nanogpt(text: str, where: str, device: str, capability: tuple[int, ...
         dtype=dtype,
     )
     return NanoGPTFile(
-        candidate=Candidate(recipe=read_table(Recipe, table, where), plan=plan),
+        candidate=read_table(Candidate, {"recipe": table, "plan": vars(plan)}, where),
         vocab_size_given=_VOCABULARY in file.values or values["init_from"] in PRETRAINED,
         dataset=values["dataset"],
         out_dir=values["out_dir"],
@@ -112,7 +111,7 @@ def parse_nanogpt(text: str, where: str, device: str, capability: tuple[int, ...
 
 
 class _File:
-    """The keys that a file sets, and everything that is wrong with it, by line."""
+    """The keys that a file sets, and its problems by line."""
 
     def __init__(self, text: str, where: str, device: str) -> None:
         self.where = where
@@ -120,7 +119,7 @@ class _File:
         self.lines: dict[str, int] = {}
         self.refused: set[str] = set()
         self.problems: list[tuple[int, str]] = []
-        self.passed_over: list[tuple[int, str]] = []
+        self.skipped: list[tuple[int, str]] = []
         self.said: list[tuple[int, str]] = []
         statements, used = read_assignments(text, where, {**_KEYS, _OWN_DTYPE: ""})
         for one in statements:
@@ -129,26 +128,26 @@ class _File:
             elif one.problem:
                 self.problems.append((one.line, one.problem))
             else:
-                self.passed_over.append((one.line, f"`{one.code}`"))
+                self.skipped.append((one.line, f"`{one.code}`"))
         if self.values.get("eval_only"):
-            self.said.append((self.lines["eval_only"], "eval_only = True is passed over: training is what is measured"))
+            self.said.append((self.lines["eval_only"], "eval_only = True is skipped: training is what is measured"))
         asked = self.values.get("device")
         if isinstance(asked, str) and asked.partition(":")[0] != device.partition(":")[0]:
-            self.said.append((self.lines["device"], f"device = {asked!r} is passed over: {device} is measured"))
+            self.said.append((self.lines["device"], f"device = {asked!r} is skipped: {device} is measured"))
 
     def _assign(self, one: Assignment, used: set[str]) -> None:
         key = one.name
         if key not in _KEYS:
-            if key in used:  # by the value of a key
+            if key in used:  # another value refers to it
                 return
             if key in _FOREIGN or key.startswith(_FOREIGN_PREFIXES):
-                self.passed_over.append((one.line, key))
+                self.skipped.append((one.line, key))
             else:
                 near = suggest(key, _KEYS)
-                advice = near if near.startswith("did") else "remove it, what it does to a step is not known"
+                advice = near if near.startswith("did") else "remove it, its effect on a step is not known"
                 self.problems.append((one.line, f"{key} is not a key of nanoGPT's train.py; {advice}"))
         elif key == _VOCABULARY and one.value is None and not one.problem:
-            self.values.pop(key, None)  # train.py's own way to leave it to the data
+            self.values.pop(key, None)  # train.py leaves it to the data in this way
         else:
             self.lines[key] = one.line
             try:
@@ -168,11 +167,11 @@ class _File:
         self.said.append((line, f"{stays}, which changes no step: {why}"))
 
     def problem(self, key: str, what: str) -> None:
-        """A value that is not allowed, at the line that gives it (0: none does)."""
+        """Record a value that is not allowed, at the line that sets it (0: none does)."""
         self.problems.append((self.lines.get(key, 0), what))
 
-    def check_alone(self, cls: type[Recipe] | type[Shape], keys: tuple[str, ...]) -> None:
-        """Have `cls` refuse each of the file's values by itself, so that one does not hide another."""
+    def check_alone(self, cls: type, keys: tuple[str, ...]) -> None:
+        """Check each value of the file separately by `cls`, so that every bad one is reported."""
         for key in keys:
             if key in self.values:
                 try:
@@ -191,14 +190,14 @@ class _File:
 
     def notes(self) -> tuple[str, ...]:
         notes = [f"{self.where}, line {line}: {what}" for line, what in sorted(self.said)]
-        if self.passed_over:
-            names = ", ".join(f"{what} (line {line})" for line, what in self.passed_over)
-            notes.append(f"{self.where}: passed over, as it cannot change a step: {names}")
+        if self.skipped:
+            names = ", ".join(f"{what} (line {line})" for line, what in self.skipped)
+            notes.append(f"{self.where}: skipped, as it cannot change a step: {names}")
         return tuple(notes)
 
 
 def _shape(file: _File, values: dict[str, Any]) -> dict[str, Any]:
-    """The model's values; of weights that init_from names, their own."""
+    """The model's values; those of GPT-2 if init_from names its weights."""
     shape = {key: values[key] for key in (*_SHAPE, _VOCABULARY)}
     start = values["init_from"]
     if start in PRETRAINED:
@@ -223,12 +222,12 @@ def _shape(file: _File, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_key(error: ConfigError) -> str:
-    """The message by train.py's names, which know no tables."""
+    """The message with train.py's names, which have no tables."""
     return str(error).replace("model.", "").replace("training.", "")
 
 
 def nanogpt_dtype(device: str, capability: tuple[int, ...]) -> DType:
-    """train.py's default: no autocast on the CPU, else bfloat16 where the card has it."""
+    """The default in train.py: no autocast on the CPU, else bfloat16 if the card has it."""
     if device == "cpu":
         return "float32"
     return "bfloat16" if capability >= (8, 0) else "float16"
@@ -240,15 +239,15 @@ def _dtype(file: _File, written: str, device: str, capability: tuple[int, ...]) 
             one_of("dtype", written, ("float32", "bfloat16", "float16"))
         except ConfigError as error:
             file.problem("dtype", str(error))
-    if not written or device == "cpu":  # train.py heeds its dtype on CUDA only
+    if not written or device == "cpu":  # train.py uses dtype on CUDA only
         return nanogpt_dtype(device, capability)
     if capability >= (8, 0) and written == "float32":
-        return "tfloat32"  # train.py allows it
+        return "tfloat32"  # train.py enables it
     return written  # type: ignore[return-value]
 
 
 def _checked(key: str, value: Value) -> Value:
-    """The same types that train.py's command line insists on, whole floats (1e3) as whole numbers aside."""
+    """The value in the type that train.py's command line requires; a whole float (1e3) may be an int."""
     kind, shown = type(_KEYS[key]), f"{key} = {reprlib.repr(value)}"
     if kind in (bool, str) and type(value) is kind:
         return value
@@ -264,8 +263,8 @@ def _checked(key: str, value: Value) -> Value:
 
 
 def dataset_dir(dataset: str, config: Path) -> Path | None:
-    """The folder of tokens that train.py would read for `dataset`, or None: `data/<dataset>` in the working folder,
-    beside the config file, or beside its folder (a file in nanoGPT's `config/`)."""
+    """The folder of tokens that train.py would read for `dataset`: `data/<dataset>` in the working folder, beside the
+    config file, or beside its folder (for a file in nanoGPT's `config/`). None: not found."""
     for root in (Path(), config.parent, config.resolve().parent.parent):
         folder = root / "data" / dataset
         if dataset and folder.is_dir() and any(folder.glob("*.bin")):
@@ -274,12 +273,12 @@ def dataset_dir(dataset: str, config: Path) -> Path | None:
 
 
 def format_nanogpt(candidate: Candidate, heading: str, device: str, *, dataset: str = "", out_dir: str = "") -> str:
-    """A config file for nanoGPT's train.py that trains the same recipe on `device` (`cpu`, `cuda:0`); comments say
-    what it cannot express.
+    """A config file with which nanoGPT's train.py trains the same recipe on `device` (`cpu`, `cuda:0`). Comments name
+    what train.py cannot do.
 
-    dataset, out_dir: the user's own values of these keys; empty: not known.
+    dataset, out_dir: the user's values for these keys; empty: not known.
     """
-    recipe, plan = candidate.recipe, candidate.plan
+    recipe, plan, initial = candidate.recipe, candidate.plan, candidate.checkpointing.init_from
     values, notes = nanogpt_values(candidate, device), [heading]
     if dataset:
         values["dataset"] = dataset
@@ -290,36 +289,38 @@ def format_nanogpt(candidate: Candidate, heading: str, device: str, *, dataset: 
             f"The measured micro batch of {plan.micro_batch_size} does not divide the global batch of "
             f"{recipe.global_batch_size}; {micro} does, and nanoGPT pads nothing."
         )
-    plain, knobs = vars(Plan()), ("attention", "loss", "activation_checkpointing", "allocator")
-    lost = [f"{name} = {value}" for name, value in vars(plan).items() if name in knobs and value != plain[name]]
-    if plan.compile == "block":
-        lost.append("compile = block")
-    if device == "cpu" and plan.dtype != "float32":
-        lost.append(f"dtype = {plan.dtype} on the CPU")
-    elif plan.dtype == "bfloat16_residual":
-        lost.append("dtype = bfloat16_residual")
+    train_py_has = {
+        "micro_batch_size": True,
+        "compile": plan.compile != "block",
+        "dtype": plan.dtype == "float32" if device == "cpu" else plan.dtype != "bfloat16_residual",
+    }
+    lost = [
+        f"{name} = {value}"
+        for name, value in vars(plan).items()
+        if not train_py_has.get(name, value == getattr(Plan, name))
+    ]
     if lost:
         notes.append(f"nanoGPT has no {', '.join(lost)}: expect it to be slower or to need more memory than measured.")
-    if recipe.optimizer in ("muon", "adamw_8bit"):
+    if recipe.optimizer != "adamw":
         notes.append(f"nanoGPT has no {recipe.optimizer}: this trains with its AdamW.")
     if recipe.schedule == "wsd":
-        notes.append("nanoGPT has no schedule wsd: this is its cosine.")
-    if (words := candidate.shape.vocab_size) != _KEYS[_VOCABULARY] and recipe.init_from not in PRETRAINED:
+        notes.append("nanoGPT has no schedule wsd: this uses its cosine.")
+    if (words := candidate.shape.vocab_size) != _KEYS[_VOCABULARY] and initial not in PRETRAINED:
         values[_VOCABULARY] = words
         if not (Path(recipe.data) / "meta.pkl").exists():
-            notes.append(f"nanoGPT's own train.py takes its vocabulary from meta.pkl, and {words} only from there.")
-    if recipe.init_from and recipe.init_from not in PRETRAINED:
-        notes.append(f"nanoGPT cannot begin with the weights of {recipe.init_from!r}: this begins from scratch.")
+            notes.append(f"nanoGPT's own train.py takes its vocabulary, {words} here, from meta.pkl only.")
+    if initial and initial not in PRETRAINED:
+        notes.append(f"nanoGPT cannot start from the weights of {initial!r}: this starts from scratch.")
     if recipe.data and not (Path(recipe.data) / "train.bin").exists():
         wanted = "keep dataset only if it holds the same text" if dataset else "set dataset"
         notes.append(f"nanoGPT reads a train.bin and a val.bin, {recipe.data!r} holds shards: {wanted}.")
-    # nanoGPT executes the file: a note must not reach beyond its line, whoever chose the names in it
+    # nanoGPT executes the file, so no name in a note may end its comment line
     comments = [f"# {visible(note)}" for note in notes]
     return "\n".join([*comments, *(f"{key} = {value!r}" for key, value in values.items()), ""])
 
 
 def nanogpt_values(candidate: Candidate, device: str) -> dict[str, Value]:
-    """The candidate by the keys of train.py; its micro batch is the largest that divides the global batch."""
+    """The candidate in train.py's keys; the micro batch becomes the largest that divides the global batch."""
     recipe, shape, plan = candidate.recipe, candidate.shape, candidate.plan
     rows = recipe.global_batch_size
     micro = max(size for size in range(1, plan.micro_batch_size + 1) if rows % size == 0)
@@ -327,14 +328,15 @@ def nanogpt_values(candidate: Candidate, device: str) -> dict[str, Value]:
         "gradient_accumulation_steps": rows // micro,
         "batch_size": micro,
         **{key: getattr(shape, key) for key in _SHAPE},
-        **{key: getattr(recipe, key) for key in _SHARED},
+        **{key: getattr(recipe, key) for key in _RECIPE},
+        **{key: getattr(getattr(candidate, part), key) for part, keys in _PARTS.items() for key in keys},
         "decay_lr": recipe.schedule != "constant",
         "device": device,
-        "dtype": plan.matrix_dtype,  # train.py allows tfloat32 by itself
+        "dtype": plan.matrix_dtype,  # train.py enables tfloat32 itself
         "compile": plan.compile != "off",
     }
-    if recipe.init_from in PRETRAINED:
-        values["init_from"] = recipe.init_from
+    if candidate.checkpointing.init_from in PRETRAINED:
+        values["init_from"] = candidate.checkpointing.init_from
     if recipe.data and (Path(recipe.data) / "train.bin").exists():
-        values["dataset"] = recipe.data  # train.py joins it to data/, which an absolute path replaces
+        values["dataset"] = recipe.data  # train.py joins it to data/, and an absolute path replaces that
     return values

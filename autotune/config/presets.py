@@ -1,4 +1,4 @@
-"""The memory guide that circulates among nanoGPT's users, as candidates to be measured."""
+"""The memory guide that circulates among nanoGPT users, as candidates."""
 
 from typing import NamedTuple
 
@@ -7,13 +7,13 @@ from autotune.units import GIB
 
 
 class GuideRow(NamedTuple):
-    """One row of the guide: what it advises for a card, and what it claims."""
+    """The guide's configuration for a card, and its claim."""
 
     card: str
     memory_bytes: int
-    """The smallest card that the row is meant for."""
+    """Memory of the smallest card that the row is for."""
     claimed: str
-    """The size that the guide says the model has."""
+    """Parameters of the model according to the guide."""
     shape: Shape
     micro_batch_size: int
     gradient_accumulation_steps: int
@@ -29,6 +29,6 @@ GUIDE = (
 
 
 def guide_row(memory_bytes: int) -> GuideRow:
-    """The guide's advice for a card with this much memory. Cards report a little less than their name
-    says (a 24 GB card has 23.6 GiB), hence the 5 percent."""
+    """The guide's row for a card with this much memory. Cards report up to 5 % less than their nominal size: a 24 GB
+    card has 23.6 GiB."""
     return next(row for row in GUIDE if memory_bytes * 1.05 >= row.memory_bytes)

@@ -1,13 +1,24 @@
-"""The settings of one search, as `search.toml` keeps them."""
+"""The settings of one search, as in search.toml."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import tomli_w
 
-from autotune.config.candidate import Plan, Recipe, between, one_of, plain_texts
+from autotune.config.candidate import (
+    Candidate,
+    Checkpointing,
+    Evaluation,
+    Plan,
+    Recipe,
+    Tracking,
+    between,
+    one_of,
+    plain_texts,
+    split_training,
+)
 from autotune.config.storage import without_password
 from autotune.config.tables import parse_toml, read_table
 from autotune.config.toml import without_none
@@ -20,55 +31,59 @@ Objective = Literal["throughput", "loss"]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """What a search was asked to do, with every default resolved."""
+    """The settings of a search, with every default resolved."""
 
     name: str
-    """Of the run, and of its directory under results/."""
+    """Name of the run, and of its directory under results/."""
     device: str
     """`cpu` or `cuda:0`."""
     budget_seconds: float
-    """Hard wall clock, everything included."""
+    """Hard limit of the wall clock, everything included."""
     objective: Objective
     memory_limit_bytes: int
-    """What the process may take of the device."""
+    """Device memory that a training process may use."""
     train_seconds: float | None = None
-    """The training that `loss` predicts for lasts this long..."""
+    """Length of the training that `loss` predicts for, in time..."""
     train_tokens: int | None = None
-    """...or sees this many tokens. One of the two for `loss`."""
+    """...or in tokens. `loss` needs one of the two."""
     recipe: Recipe
-    """What is learned. For `loss`, its shape is only the first of those tried."""
+    """The recipe; if shapes are searched, its shape is only the first."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    tracking: Tracking = field(default_factory=Tracking)
+    """How the final training is evaluated, saved and tracked."""
     search_shape: bool
     """Shapes are searched too."""
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Dimensions of the space, by name, of which only these values are tried; all of what is not named."""
+    """The only values to try, by dimension of the space; other dimensions are searched in full."""
     baseline: Plan
-    """How trial 0 runs the recipe."""
+    """Plan of trial 0."""
     baseline_source: str = "plain nanoGPT"
-    """Where trial 0 comes from: `plain nanoGPT`, or the file given with --from."""
+    """Origin of trial 0: `plain nanoGPT`, or the file given with --from."""
     dataset: str = ""
-    """nanoGPT's name of the data, from the file given with --from; written into best_nanogpt.py."""
+    """nanoGPT's key `dataset` in the file given with --from; written into best_nanogpt.py."""
     out_dir: str = ""
-    """Where nanoGPT's own training goes, from that file too."""
+    """nanoGPT's key `out_dir` in that file."""
     notes: tuple[str, ...] = ()
-    """What was found, or passed over, in that file."""
+    """Notes on that file, such as keys that were skipped."""
     keep_schedule: bool = False
-    """The recipe's iterations and learning rate are the user's own; otherwise they follow from size and tokens."""
+    """Keep the recipe's iterations and learning rate; otherwise they are derived from model size and tokens."""
     law: str = "lingle"
     """The scaling law of `loss`: a row of `autotune.runs.objective.LAWS`."""
     law_offset: float = 0.0
     """Nats to add to the law's constant term, from --calibrate-loss."""
     law_band: float | None = None
-    """Of the law when it is moved so; None: its own."""
+    """Uncertainty in nats of the law with this offset; None: the law's own."""
     workers: int = 1
     storage: str = ""
-    """An Optuna storage URL, of which no password is kept; empty: study.db in the run directory."""
+    """An Optuna storage URL, kept without its password; empty: study.db in the run directory."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         one_of("--objective", self.objective, get_args(Objective))
         plain_texts("--", {"name": self.name})
         plain_texts("search.", {key: value for key, value in vars(self).items() if key != "storage"})
-        if visible(self.storage) != self.storage:  # not shown: it may hold a password
+        if visible(self.storage) != self.storage:  # not shown, as it may contain a password
             raise ConfigError("--storage holds a control character; leave it out")
         if not _is_plain(self.name):
             raise ConfigError(
@@ -87,19 +102,25 @@ class SearchSettings:
         if self.objective == "loss" and self.train_seconds is None and self.train_tokens is None:
             raise ConfigError("--objective loss needs the length of the training; give --train-time or --train-tokens")
 
+    upgrade = staticmethod(split_training)
+
+    def completed(self, candidate: Candidate) -> Candidate:
+        """The candidate with the evaluation, checkpoints and trackers of its training."""
+        return replace(candidate, evaluation=self.evaluation, checkpointing=self.checkpointing, tracking=self.tracking)
+
 
 _LONGEST_NAME = 200
-"""In bytes. File systems allow 255, and names of temporary files are longer."""
+"""Bytes of a name. File systems allow 255, and names of temporary files are longer."""
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a directory can be called so, and a command be given it without quotes around its first letter."""
+    """Whether the name suits a directory, and is neither hidden nor taken for a command-line option."""
     forbidden = name.startswith((".", "-")) or name != name.strip() or set(name) & {"/", "\\"}
     return 0 < len(name.encode()) <= _LONGEST_NAME and not forbidden
 
 
 def write_settings(path: Path, settings: SearchSettings) -> None:
-    """Replace search.toml as a whole."""
+    """Replace search.toml atomically."""
     write_atomically(path, tomli_w.dumps(without_none(asdict(settings))))
 
 

@@ -1,7 +1,7 @@
-"""URLs of Optuna storages, and the passwords in them: used to connect, never recorded and never shown.
+"""URLs of Optuna storages. Passwords in them are used to connect, but never recorded or shown.
 
-A password belongs into AUTOTUNE_STORAGE_PASSWORD, or where the database's own client looks for it (PGPASSWORD and
-~/.pgpass for PostgreSQL): from there a resumed search takes it too.
+A password belongs in AUTOTUNE_STORAGE_PASSWORD, or where the database's own client looks for it (PGPASSWORD and
+~/.pgpass for PostgreSQL), so that a resumed search finds it too.
 """
 
 import os
@@ -12,19 +12,20 @@ from urllib.parse import unquote
 
 from autotune.errors import ConfigError
 
-if TYPE_CHECKING:  # a quarter of a second, which only a search with a storage of its own pays
+if TYPE_CHECKING:  # importing it takes a quarter of a second
     import sqlalchemy
 
 PASSWORD_VARIABLE = "AUTOTUNE_STORAGE_PASSWORD"
 _SECRET_KEY = re.compile(r"pass|pwd|secret|token|key", re.IGNORECASE)
-"""Of the parameters in a URL's query."""
+"""Names of secret parameters in a URL's query."""
 _IN_TEXT = re.compile(
     r"://[^\s/]*?:(?P<login>[^\s@]+)@|[?&;\s]\w*(?:pass|pwd|secret|token)\w*=(?P<query>[^\s&;]+)", re.IGNORECASE
 )
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be recorded and shown. Raises ConfigError, which does not repeat it, for what is no URL."""
+    """The URL without its password, for records and messages. Raises ConfigError, without showing it, for an invalid
+    URL."""
     if not url:
         return ""
     parsed = _parsed(url)
@@ -35,7 +36,7 @@ def without_password(url: str) -> str:
 
 
 def connect_url(url: str) -> "sqlalchemy.URL":
-    """The URL to connect with: its own password, else that of the environment."""
+    """The URL to connect with: with its own password, else with the one in the environment."""
     parsed = _parsed(url)
     password = os.environ.get(PASSWORD_VARIABLE)
     return parsed.set(password=password) if password and parsed.username and not parsed.password else parsed
@@ -47,16 +48,16 @@ def _parsed(url: str) -> "sqlalchemy.URL":
     advice = "give for example sqlite:///studies.db or postgresql://user@host/database"
     try:
         parsed = sqlalchemy.make_url(url)
-    except (sqlalchemy.exc.ArgumentError, ValueError):  # whose texts repeat the URL
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # their messages contain the URL
         raise ConfigError(f"--storage cannot be opened: it is not a URL; {advice}") from None
     around = (parsed.username, parsed.host, None if parsed.get_backend_name() == "sqlite" else parsed.database)
-    if any("@" in part for part in around if part):  # `user:p@ss@host`: half of the password would be the host
+    if any("@" in part for part in around if part):  # as in `user:p@ss@host`, where `ss@host` is the host
         raise ConfigError(f"--storage cannot be opened: write an @ in its password as %40; {advice}")
     return parsed
 
 
 def secrets_in(texts: Iterable[str]) -> set[str]:
-    """The passwords in these texts, as they stand there and decoded, and those of the environment."""
+    """The passwords in these texts, as written and decoded, and those in the environment."""
     found = {os.environ.get(name, "") for name in (PASSWORD_VARIABLE, "PGPASSWORD")}
     for text in texts:
         for match in _IN_TEXT.finditer(text):
@@ -65,7 +66,7 @@ def secrets_in(texts: Iterable[str]) -> set[str]:
 
 
 def scrub(text: str, secrets: Iterable[str]) -> str:
-    """The text with *** in the place of each secret."""
-    for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+    """The text with *** in place of each secret."""
+    for secret in sorted(secrets, key=len, reverse=True):  # one may contain another
         text = text.replace(secret, "***")
     return text

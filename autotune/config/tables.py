@@ -1,11 +1,11 @@
-"""Dataclasses from plain tables (TOML, JSON) and back; the boundary where types are checked."""
+"""Dataclasses from plain tables (TOML, JSON), with their types checked."""
 
 import json
 import math
 import sys
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -16,15 +16,15 @@ T = TypeVar("T")
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """The tables of a TOML text that `where` names in messages. Raises ConfigError."""
+    """The tables of a TOML text that messages call `where`. Raises ConfigError."""
     try:
         return tomllib.loads(text.removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError that is no TOMLDecodeError
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits raises a plain ValueError
         raise ConfigError(f"{where} is not valid TOML: {_reason(error)}") from None
 
 
 def parse_json(text: str, where: str, advice: str = "") -> Any:
-    """The value of a JSON text that `where` names in messages, where `advice` says what to do. Raises ConfigError."""
+    """The value of a JSON text that messages call `where`. Raises ConfigError, which ends with `advice`."""
     try:
         return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
@@ -65,21 +65,28 @@ def _and(advice: str) -> str:
 
 
 LARGEST = 2**63 - 1
-"""Of a whole number in a file: what 64 bits hold, as in TOML."""
+"""Largest whole number in a file: 64 bits, as in TOML."""
+
+
+def check_keys(table: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Raise ConfigError for a key that is not known, with the nearest known one."""
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{where}.{one_line(str(key), SHOWN)} is not a known key; {suggest(str(key), known)}")
 
 
 def read_table(cls: type[T], table: Mapping[str, Any] | None, where: str) -> T:
-    """Build the dataclass `cls` from `table`, whose place is called `where` in messages.
+    """Build the dataclass `cls` from `table`, whose place is called `where` in messages. A method `upgrade` of the
+    class turns tables of older versions into today's form.
 
-    Raises ConfigError for an unknown key (with the nearest known one), a missing key, or a value
-    of another type than the field's.
+    Raises ConfigError for an unknown key (with the nearest known one), a missing key, or a value of another type than
+    the field's.
     """
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where} = {shown(table)} is not a table")
-    for key in table:
-        if key not in known:
-            raise ConfigError(f"{where}.{one_line(str(key), SHOWN)} is not a known key; {suggest(str(key), known)}")
+    table = getattr(cls, "upgrade", dict)(table)
+    check_keys(table, known, where)
     hints = get_type_hints(cls)
     values = {}
     for name, spec in known.items():

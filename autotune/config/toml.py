@@ -1,28 +1,31 @@
-"""best.toml and every other candidate file: tables [model] [training] [plan] [measured] [environment]."""
+"""best.toml and every other candidate file: tables [model] [training] [plan] [measured] [environment].
+
+[training] holds the recipe and the settings of its evaluation, checkpoints and trackers, in one flat table.
+"""
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from autotune.config.candidate import Candidate, Plan, Recipe, Shape
-from autotune.config.tables import parse_toml, read_table
+from autotune.config.candidate import TRAINING_PARTS, Candidate, Plan, Recipe, Shape, split_training
+from autotune.config.tables import check_keys, parse_toml, read_table
 from autotune.errors import SHOWN, ConfigError, one_line, shown, suggest
 from autotune.files import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateFile:
-    """A candidate as it lies on disk, with what was measured of it, where it was."""
+    """A candidate on disk, with its measurement if there is one."""
 
     candidate: Candidate
     measured: Mapping[str, Any] = field(default_factory=dict)
-    """Units in the names; empty for a file that a person wrote."""
+    """Figures by name, with units in the names; empty for a file that a person wrote."""
     environment: Mapping[str, Any] = field(default_factory=dict)
-    """The machine of the measurement."""
+    """The machine that measured it."""
 
 
 _FIGURES = r"trial|mfu|predicted_loss|tokens_per_second.*|.*_(seconds|bytes|hits|misses|p50)"
@@ -45,9 +48,14 @@ def parse_candidate(text: str, where: str, overrides: tuple[str, ...] = ()) -> C
     shape = read_table(Shape, tables["model"], "model")
     training = tables.get("training", {})
     if "shape" in training:
-        raise ConfigError("training.shape is not a known key; the shape stands in [model]")
-    recipe = read_table(Recipe, {**training, "shape": asdict(shape)}, "training")
-    plan = read_table(Plan, tables["plan"], "plan")
+        raise ConfigError("training.shape is not a known key; write the shape's values in [model]")
+    check_keys(training, [f.name for cls in (Recipe, *TRAINING_PARTS.values()) for f in fields(cls)], "training")
+    parts = split_training({"recipe": training})
+    candidate = Candidate(
+        recipe=read_table(Recipe, {**parts["recipe"], "shape": asdict(shape)}, "training"),
+        plan=read_table(Plan, tables["plan"], "plan"),
+        **{part: read_table(cls, parts.get(part, {}), "training") for part, cls in TRAINING_PARTS.items()},
+    )
     measured, environment = tables.get("measured", {}), tables.get("environment", {})
     for name, table in (("measured", measured), ("environment", environment)):
         for key, value in table.items():
@@ -55,7 +63,7 @@ def parse_candidate(text: str, where: str, overrides: tuple[str, ...] = ()) -> C
             if not (_is_number(value) if figure else _is_plain(value)):
                 what, key = "not a number" if figure else "neither text nor a number", one_line(key, SHOWN)
                 raise ConfigError(f"{where}: {name}.{key} = {shown(value)} is {what}; correct it or leave it out")
-    return CandidateFile(candidate=Candidate(recipe=recipe, plan=plan), measured=measured, environment=environment)
+    return CandidateFile(candidate=candidate, measured=measured, environment=environment)
 
 
 def _is_number(value: object) -> bool:
@@ -63,7 +71,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    """What JSON can hold too."""
+    """Whether JSON can hold the value, too."""
     if isinstance(value, list):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
@@ -92,13 +100,14 @@ def _assign(tables: dict[str, Any], assignment: str) -> None:
 
 
 def format_candidate(file: CandidateFile) -> str:
-    """The text of a candidate file; unknown (None) values are left out, as TOML has no null."""
+    """The text of a candidate file, without unknown (None) values."""
     candidate = file.candidate
-    training = {key: value for key, value in asdict(candidate.recipe).items() if key != "shape"}
+    table = asdict(candidate)
+    model = table["recipe"].pop("shape")
     tables = {
-        "model": asdict(candidate.shape),
-        "training": training,
-        "plan": asdict(candidate.plan),
+        "model": model,
+        "training": table["recipe"] | {key: value for part in TRAINING_PARTS for key, value in table[part].items()},
+        "plan": table["plan"],
         "measured": file.measured,
         "environment": file.environment,
     }
@@ -106,7 +115,7 @@ def format_candidate(file: CandidateFile) -> str:
 
 
 def without_none(value: Any) -> Any:
-    """Tables without the keys whose value is None: TOML has no null."""
+    """A table without the keys whose value is None, as TOML has no null."""
     if isinstance(value, Mapping):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return value

@@ -104,6 +104,18 @@ class MemoryMeter:
         )
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error, or one in its chain of causes, is a failed allocation. Decided by type, except for torch's CPU
+    allocator, which raises RuntimeError and is recognised by its file name in the message
+    (pytorch: c10/core/impl/alloc_cpu.cpp)."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and out_of_memory(cause)
+
+
 def _known(combine: Callable[[list[int]], int], values: list[int | None]) -> int | None:
     known = [value for value in values if value is not None]
     return combine(known) if known else None

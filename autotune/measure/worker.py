@@ -27,19 +27,16 @@ from autotune.errors import AutotuneError, UnsupportedError
 from autotune.files import write_atomically
 from autotune.measure.blame import remedy
 from autotune.measure.limit import limit_data
-from autotune.measure.memory import MemoryMeter
+from autotune.measure.memory import MemoryMeter, out_of_memory
 from autotune.measure.ran import check_ran
 from autotune.measure.timing import MIN_SAMPLES, TARGET, Stopwatch, Timing, summarise, warm_up
 from autotune.measure.types import Status, TrialRequest, TrialResult, from_json, to_json
 from autotune.model.checkpoint import TrainState, save_checkpoint
 from autotune.model.compile_cache import compile_cache
-from autotune.model.step import TrainStep, build
+from autotune.model.step import COMPILING_STEPS, TrainStep, build
 
 CYCLE = 4
 """Micro steps before each optimizer step while timing; a longer accumulation is composed from them."""
-COMPILING_STEPS = 2
-"""Dynamo guards on autograd's state, which is another one inside a first call than in all later ones: an operator
-that compiles a part of itself is compiled twice."""
 LOSS_TOLERANCE = 0.3
 """Nats by which the first loss may differ from what the initialisation gives."""
 REPEAT_FAVOUR = 1.3
@@ -288,7 +285,7 @@ def rehearse(step: TrainStep, batches: list[MicroBatch], meter: MemoryMeter, fol
     which is removed also where this process is killed."""
     torch.compiler.set_stance("default")  # the forward without gradients is compiled here
     tokens, targets, _ = batches[0]
-    rows = step.candidate.recipe.eval_batch_size or step.candidate.plan.micro_batch_size
+    rows = step.candidate.evaluation.eval_batch_size or step.candidate.plan.micro_batch_size
     repeats = -(-rows // tokens.shape[0])
     with meter.stage("evaluation"):
         step.evaluate(tokens.repeat(repeats, 1)[:rows], targets.repeat(repeats, 1)[:rows])
@@ -318,17 +315,6 @@ def failure(error: BaseException) -> dict[str, object]:
     if isinstance(error, AutotuneError):
         return {"status": "unsupported" if isinstance(error, UnsupportedError) else "crashed", "message": text}
     return {"status": "crashed", "message": f"{type(error).__name__}: {text}"}
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """By type, wherever in the chain of causes it stands. Only torch's CPU allocator has no type of its own
-    (pytorch: c10/core/impl/alloc_cpu.cpp) and is told by the place it names."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
-        return True
-    cause = error.__cause__ or error.__context__
-    return cause is not None and out_of_memory(cause)
 
 
 def wanted_bytes(message: str) -> int | None:

@@ -1,14 +1,14 @@
-"""Checkpoints: all that a training needs to go on exactly where it stopped.
+"""Checkpoints: all that a training needs to continue exactly where it stopped.
 
     checkpoints/
-      step_00000100/            written beside and renamed: it is there as a whole, or not at all
+      step_00000100/            written under another name and renamed, so that it is never there in part
         model.safetensors       weights by nanoGPT's names
-        optimizer.safetensors   `<weight>.<state>`: AdamW's step, exp_avg and exp_avg_sq, for example
-        state.json              format, TrainState, random and scaler states, sha256 of everything
+        optimizer.safetensors   `<weight>.<state>`, such as AdamW's step, exp_avg and exp_avg_sq
+        state.json              format, TrainState, random and scaler states, sha256 of the other files and of itself
       step_00000200/
-      best -> step_00000100     the lowest validation loss
+      best -> step_00000100     lowest validation loss
 
-The last two and the best one are kept. Nothing in a checkpoint is executed when it is read.
+The last two and the best are kept. Reading a checkpoint executes nothing in it.
 """
 
 import base64
@@ -33,7 +33,9 @@ from autotune.files import sha256, sync
 from autotune.model.gpt import GPT
 from autotune.model.step import TrainStep
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, FORMAT)
+"""Format 1 kept evaluation, checkpoint and tracker settings inside the recipe; `Candidate.upgrade` reads it."""
 BEST = "best"
 KEPT = 2
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -41,7 +43,7 @@ _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "stat
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Where a training stands, apart from its tensors."""
+    """The progress of a training, apart from its tensors."""
 
     iteration: int
     """Optimizer steps done."""
@@ -53,14 +55,14 @@ class TrainState:
     best_iteration: int | None = None
     data_fingerprint: str = ""
     skipped_batches: int = 0
-    """Batches that were passed over so far: the next one is number `iteration + skipped_batches`."""
+    """Batches skipped by rollbacks so far: the next batch is number `iteration + skipped_batches`."""
     recent_losses: tuple[float, ...] = ()
-    """Of the last steps, oldest first: what a spike is told from."""
+    """Losses of the last steps, oldest first, for the detection of loss spikes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Body:
-    """What state.json holds under its sha256."""
+    """The content of state.json that its sha256 covers."""
 
     train: TrainState
     random: Mapping[str, str]
@@ -69,12 +71,12 @@ class _Body:
 
 
 class _DamagedError(CheckpointError):
-    """A checkpoint whose content is not what was written. Others, such as a newer format, are no damage."""
+    """A checkpoint with other content than was written. A newer format, for example, is not damage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint whose hashes were verified. Made by `read_checkpoint`."""
+    """A checkpoint with verified hashes; `read_checkpoint` makes it."""
 
     path: Path
     state: TrainState
@@ -83,17 +85,17 @@ class Checkpoint:
     scaler: dict[str, Any]
 
     def load_weights(self, model: GPT) -> None:
-        """Copy the weights into `model`. Raises CheckpointError if they are of another shape or not finite."""
+        """Copy the weights into `model`. Raises CheckpointError if their shapes differ or they are not finite."""
         weights = _load(self.path / _MODEL)
         check_finite(weights, self.path / _MODEL)
         try:
             model.load_state_dict(weights)
         except (RuntimeError, SafetensorError) as error:
             difference = str(error).splitlines()[-1].strip()
-            raise CheckpointError(f"{self.path / _MODEL} is of another model: {difference}") from None
+            raise CheckpointError(f"{self.path / _MODEL} belongs to another model: {difference}") from None
 
     def restore(self, step: TrainStep) -> None:
-        """Put weights, optimizer, scaler and random states into `step`, bit for bit."""
+        """Restore weights, optimizer, scaler and random states in `step`, bit for bit."""
         self.load_weights(step.model)
         try:
             _load_optimizer(step, _load(self.path / _OPTIMIZER))
@@ -103,21 +105,21 @@ class Checkpoint:
             if step.device.type == "cuda" and "cuda" in self.random:
                 torch.cuda.set_rng_state(_tensor(self.random["cuda"]), step.device)
         except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"{self.path} is not of this training: {one_line(str(error))}") from None
+            raise CheckpointError(f"{self.path} does not fit this training: {one_line(str(error))}") from None
 
 
 def save_checkpoint(directory: Path, step: TrainStep, state: TrainState) -> Path:
-    """Write `directory/step_%08d`, point `best` at it where it is, and drop what is older than the last two.
+    """Write `directory/step_%08d`, point `best` at it if it is, and remove checkpoints older than the last two.
 
-    Raises CheckpointError when it cannot be written (a full disk, say); earlier checkpoints are intact then
-    and nothing half-written stays.
+    Raises CheckpointError if it cannot be written (on a full disk, for example), with earlier checkpoints intact and
+    no partial one left.
     """
     path = directory / f"step_{state.iteration:08d}"
     temporary = directory / f".{path.name}.tmp"
     try:
         temporary.mkdir(parents=True)
         _write(temporary, step, state)
-        if path.exists():  # of the same iteration: moved aside first, as a rename cannot replace a directory
+        if path.exists():  # a rename cannot replace a directory, so the old one is moved first
             path.rename(directory / f".{path.name}.old.tmp")
         temporary.rename(path)
         sync(directory)
@@ -133,7 +135,7 @@ def save_checkpoint(directory: Path, step: TrainStep, state: TrainState) -> Path
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(
-            f"checkpoint {path} cannot be written: {reason}; earlier ones are kept, make room and go on with --resume"
+            f"checkpoint {path} cannot be written: {reason}; earlier ones are kept; free space, then use --resume"
         ) from error
     finally:
         clean(directory)
@@ -150,28 +152,28 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except ConfigError as error:
         raise _DamagedError(f"{path / _STATE} is damaged: {error}") from None
     if not isinstance(written_as, int) or isinstance(written_as, bool):
-        raise _DamagedError(f"{path / _STATE} is damaged: format = {shown(written_as)} is no number")
-    if written_as != FORMAT:
+        raise _DamagedError(f"{path / _STATE} is damaged: format = {shown(written_as)} is not a number")
+    if written_as not in _READABLE:
         raise CheckpointError(
-            f"{path} has checkpoint format {shown(written_as)}, this version reads {FORMAT}; "
+            f"{path} has checkpoint format {shown(written_as)}, this version reads up to {FORMAT}; "
             "use the autotune that wrote it, or a newer one"
         )
     if digest != _digest(body):
-        raise _DamagedError(f"{path / _STATE} is damaged: its content does not have its sha256")
+        raise _DamagedError(f"{path / _STATE} is damaged: its content does not match its sha256")
     try:
         read = read_table(_Body, body, _STATE)
     except ConfigError as error:
-        raise CheckpointError(f"{path / _STATE} is not understood: {error}") from None
+        raise CheckpointError(f"{path / _STATE} cannot be read: {error}") from None
     for name in (_MODEL, _OPTIMIZER):
         if not (path / name).is_file() or sha256(path / name) != read.files.get(name):
-            raise _DamagedError(f"{path / name} is damaged or missing: its sha256 is not that of {_STATE}")
+            raise _DamagedError(f"{path / name} is damaged or missing: its sha256 is not the one in {_STATE}")
     return Checkpoint(path=path, state=read.train, random=dict(read.random), scaler=dict(read.scaler))
 
 
 def latest_good(directory: Path) -> tuple[Checkpoint, tuple[str, ...]]:
-    """The newest checkpoint of `directory` that is whole, and one note for each damaged one that is newer.
+    """The newest undamaged checkpoint of `directory`, and a note for each newer, damaged one.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError if there is none.
     """
     notes: list[str] = []
     for path in reversed(checkpoints(directory)):
@@ -180,12 +182,14 @@ def latest_good(directory: Path) -> tuple[Checkpoint, tuple[str, ...]]:
         except _DamagedError as error:
             notes.append(str(error))
     if notes:
-        raise CheckpointError(f"no checkpoint in {directory} is whole: {notes[-1]}; start again with another --out")
-    raise CheckpointError(f"{directory} holds no checkpoint; give a directory that a training has written")
+        raise CheckpointError(
+            f"all checkpoints in {directory} are damaged: {notes[-1]}; start over with another --out"
+        )
+    raise CheckpointError(f"{directory} holds no checkpoint; give the directory of a training")
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of a directory, damaged or not, oldest first; empty where it does not exist."""
+    """The checkpoints of a directory, damaged or not, oldest first; empty if it does not exist."""
     named = [path for path in directory.glob("step_*") if re.fullmatch(r"step_[0-9]+", path.name)]
     return sorted((path for path in named if path.is_dir()), key=_iteration)
 
@@ -195,7 +199,7 @@ def _iteration(path: Path) -> int:
 
 
 def set_aside(directory: Path, iteration: int) -> None:
-    """Rename what is newer than `iteration` (it is damaged) to `damaged_*`, and drop `best` if it pointed there."""
+    """Rename checkpoints newer than `iteration`, which are damaged, to `damaged_*`; remove `best` if it was one."""
     for path in checkpoints(directory):
         if _iteration(path) > iteration:
             aside = directory / f"damaged_{path.name}"
@@ -207,7 +211,7 @@ def set_aside(directory: Path, iteration: int) -> None:
 
 
 def clean(directory: Path) -> None:
-    """Remove what a process that was killed while writing has left behind."""
+    """Remove partial checkpoints of a process that was killed while writing."""
     for path in directory.glob(".step_*.tmp"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -219,7 +223,7 @@ def _write(directory: Path, step: TrainStep, state: TrainState) -> None:
     names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
     weights = {name: parameter.detach() for parameter, name in names.items()}
     moments = {
-        f"{names[parameter]}.{key}": _alone(key, value)
+        f"{names[parameter]}.{key}": _storable(key, value)
         for parameter, held in step.optimizer.state.items()
         for key, value in held.items()
     }
@@ -241,7 +245,7 @@ def _write(directory: Path, step: TrainStep, state: TrainState) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file with the mode that any new file has here; `save_file` alone keeps it from other users."""
+    """Write a safetensors file with the default mode of new files; `save_file` alone makes it private."""
     path.touch()
     mode = path.stat().st_mode & 0o666
     save_file(tensors, path, metadata=metadata)
@@ -249,7 +253,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def check_finite(weights: Mapping[str, Tensor], where: Path) -> None:
-    """Raise CheckpointError, naming the tensor, for weights that hold NaN or infinity."""
+    """Raise CheckpointError, naming the tensor, for weights with NaN or infinity."""
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
@@ -258,20 +262,20 @@ def check_finite(weights: Mapping[str, Tensor], where: Path) -> None:
             )
 
 
-def _alone(key: str, value: Tensor | int) -> Tensor:
-    """A state as safetensors takes it: bitsandbytes counts its steps in an int and has one map for all weights."""
+def _storable(key: str, value: Tensor | int) -> Tensor:
+    """An optimizer state as safetensors accepts it: bitsandbytes has int steps, and one map shared by all weights."""
     if isinstance(value, int):
         return torch.tensor(value)
     return value.clone() if key.startswith("qmap") else value
 
 
 def _load_optimizer(step: TrainStep, moments: dict[str, Tensor]) -> None:
-    """State goes in through load_state_dict, which knows where each optimizer wants its `step` to live."""
+    """Load through load_state_dict, which puts each optimizer's `step` on the right device."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
     held: dict[str, dict[str, Tensor | int]] = {}
     for key, value in moments.items():
         name, _, part = key.rpartition(".")
-        # of torch's own optimizers `step` is a float tensor, of bitsandbytes an int
+        # `step` is a float tensor in torch's optimizers, an int in bitsandbytes
         held.setdefault(name, {})[part] = int(value) if value.dtype == torch.int64 else value
     parameters = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
     states = {index: held[names[parameter]] for index, parameter in enumerate(parameters) if names[parameter] in held}
@@ -279,7 +283,7 @@ def _load_optimizer(step: TrainStep, moments: dict[str, Tensor]) -> None:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    # Clones: safetensors hands out views of the mapped file, at any alignment, and lets a later change of it in.
+    # Clones, as safetensors returns views of the mapped file, which may be unaligned or change later.
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 

@@ -27,17 +27,17 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             blocks, lr=rate, weight_decay=decay, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
         )
         others = [{"params": embeddings, "weight_decay": decay}, vectors]
-        return Together(of_blocks, torch.optim.AdamW(others, lr=rate, betas=betas, fused=True))
+        return CombinedOptimizer(of_blocks, torch.optim.AdamW(others, lr=rate, betas=betas, fused=True))
     groups = [{"params": [*embeddings, *blocks], "weight_decay": decay}, vectors]
     if recipe.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
         eight_bit: torch.optim.Optimizer = AdamW8bit(groups, lr=rate, betas=betas)
         return eight_bit
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=recipe.optimizer == "adamw")
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
 
 
-class Together(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """Optimizers of different parameters as one: one list of groups and one state. A loss scaler so skips
     the step of all of them, whichever's gradient has overflowed."""
 

@@ -21,6 +21,9 @@ from autotune.model.gpt import GPT
 from autotune.model.optim import make_optimizer
 from autotune.model.recompute import budget, compile_blocks, run_block
 
+COMPILING_STEPS = 2
+"""Steps until all is compiled. Dynamo guards on autograd's state, which differs between a first call and later ones, so
+an operator that compiles a part of itself is compiled twice."""
 RECOMPILE_LIMIT = 32
 """Versions of one code (sizes, training or evaluation) that a process may compile; one more is an error."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

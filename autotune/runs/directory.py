@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from autotune.environment import Environment, differences
 from autotune.errors import ConfigError, InterruptedByUser
 from autotune.files import write_atomically
 from autotune.measure.scratch import alive
-from autotune.runs.objective import finish_recipe, loss_at, training_tokens
+from autotune.runs.objective import finish_candidate, loss_at, training_tokens
 from autotune.runs.records import TrialRecord, write_csv
 from autotune.runs.verdict import Verdict
 
@@ -52,10 +52,9 @@ def _write_if_new(path: Path, text: str) -> None:
 
 def _best(state: Verdict, settings: SearchSettings, environment: Environment) -> CandidateFile:
     winner, result = state.winner, state.winner.result
-    recipe = winner.candidate.recipe
+    candidate = settings.completed(winner.candidate)
     if not settings.keep_schedule:
-        tokens = training_tokens(settings, state.speed.tokens_per_second)
-        recipe = finish_recipe(recipe, tokens, winner.candidate.plan.micro_batch_size)
+        candidate = finish_candidate(candidate, training_tokens(settings, state.speed.tokens_per_second))
     measured = {
         "trial": winner.trial,
         "status": state.status,
@@ -74,7 +73,6 @@ def _best(state: Verdict, settings: SearchSettings, environment: Environment) ->
         "compile_cache_hits": result.compile_cache_hits,
         "compile_cache_misses": result.compile_cache_misses,
     }
-    candidate = replace(winner.candidate, recipe=recipe)
     return CandidateFile(candidate=candidate, measured=measured, environment=_facts(environment))
 
 

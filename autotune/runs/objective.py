@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from autotune.config.candidate import Candidate, Recipe, Shape
+from autotune.config.candidate import Candidate, Shape
 from autotune.config.search import SearchSettings
 from autotune.errors import ConfigError, suggest
 from autotune.runs.records import TrialRecord
@@ -168,29 +168,34 @@ def _signed(record: TrialRecord, maximise: bool) -> float:
     return -record.objective if maximise else record.objective
 
 
-def finish_recipe(recipe: Recipe, tokens: float, micro_batch_size: int) -> Recipe:
-    """The recipe with iterations, learning rate, warm-up and intervals for a training over `tokens`.
+def finish_candidate(candidate: Candidate, tokens: float) -> Candidate:
+    """The candidate with iterations, learning rate, warm-up and intervals for a training over `tokens`.
 
     Learning rate: 1.79 N^-0.713 D^0.307 (Step Law, Li et al. 2025, arXiv:2503.04715; N non-embedding parameters,
     D tokens), kept within 1e-4 and 3e-3 because it was fitted from 60M parameters up. Warm-up is a tenth of
     the iterations, at most llm.c's 700; the rate ends at a tenth, as nanoGPT's does. Evaluations take about a
     tenth of the time at most: a forward alone costs a third of a step, so a quarter of the tokens between two.
     """
+    recipe, evaluation = candidate.recipe, candidate.evaluation
     iterations = max(1, round(tokens / recipe.tokens_per_step))
     rate = 1.79 * recipe.shape.parameters_non_embedding**-0.713 * (iterations * recipe.tokens_per_step) ** 0.307
     rate = float(f"{min(max(rate, 1e-4), 3e-3):.2g}")  # more digits would claim to know more than the rule does
     interval = max(1, min(250, iterations // 5))
-    rows = recipe.eval_batch_size or micro_batch_size
+    rows = evaluation.eval_batch_size or candidate.plan.micro_batch_size
     evaluated = round(0.25 * interval * recipe.global_batch_size / rows)
     return replace(
-        recipe,
-        max_iters=iterations,
-        lr_decay_iters=iterations,
-        warmup_iters=min(700, iterations // 10),
-        learning_rate=rate,
-        min_lr=float(f"{rate / 10:.2g}"),
-        eval_interval=interval,
-        eval_iters=max(1, min(recipe.eval_iters, evaluated)),
-        checkpoint_interval=interval,
-        log_interval=max(1, min(10, iterations // 100)),
+        candidate,
+        recipe=replace(
+            recipe,
+            max_iters=iterations,
+            lr_decay_iters=iterations,
+            warmup_iters=min(700, iterations // 10),
+            learning_rate=rate,
+            min_lr=float(f"{rate / 10:.2g}"),
+        ),
+        evaluation=replace(
+            evaluation, eval_interval=interval, eval_iters=max(1, min(evaluation.eval_iters, evaluated))
+        ),
+        checkpointing=replace(candidate.checkpointing, checkpoint_interval=interval),
+        tracking=replace(candidate.tracking, log_interval=max(1, min(10, iterations // 100))),
     )

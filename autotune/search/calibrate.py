@@ -16,7 +16,7 @@ from autotune.errors import AutotuneError, ConfigError
 from autotune.files import write_atomically
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.model.compile_cache import compile_cache_dir
-from autotune.runs.objective import finish_recipe, law_of, raw_loss, unlimited
+from autotune.runs.objective import finish_candidate, law_of, raw_loss, unlimited
 from autotune.search.budget import Budget
 from autotune.units import format_duration
 
@@ -82,9 +82,8 @@ def calibrate_law(
             why = f"{result.status} ({result.message or result.phase})"
             raise AutotuneError(f"--calibrate-loss: the pilot of {shape.parameters:,} parameters ended as {why}")
         left = ends - budget.elapsed()
-        recipe = finish_recipe(candidate.recipe, 0.7 * left * result.tokens_per_second, candidate.plan.micro_batch_size)
-        recipe = replace(recipe, wandb_log=False, tensorboard=False)  # those are for the real training
-        write_atomically(file, format_candidate(CandidateFile(candidate=replace(candidate, recipe=recipe))))
+        pilot = finish_candidate(candidate, 0.7 * left * result.tokens_per_second)
+        write_atomically(file, format_candidate(CandidateFile(candidate=pilot)))
         summary = train(file, settings.device, left)
         predicted = raw_loss(law_of(settings), shape, summary["tokens"])
         shifts.append(unlimited(summary["validation_loss"], shape) - predicted)

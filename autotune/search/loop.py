@@ -344,7 +344,7 @@ def _measure(
     log = run.directory / "logs" / f"trial-{number:04d}.log"
     best = decide(run.found, settings)
     request = TrialRequest(
-        candidate=candidate,
+        candidate=settings.completed(candidate),
         device=settings.device,
         result_path=str(log.with_suffix(".json")),
         memory_limit_bytes=settings.memory_limit_bytes,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from autotune.config.candidate import Plan, Recipe, Shape, at_least, parse_shape
+from autotune.config.candidate import TRAINING_PARTS, Plan, Recipe, Shape, at_least, parse_shape
 from autotune.config.nanogpt import NanoGPTFile, dataset_dir, nanogpt_dtype, read_nanogpt
 from autotune.config.search import Objective, SearchSettings
 from autotune.data.batches import open_batches
@@ -84,6 +84,7 @@ def resolve(
         train_seconds=seconds,
         train_tokens=tokens,
         recipe=replace(recipe, data=_data_dir(data, recipe)),
+        **({part: getattr(read.candidate, part) for part in TRAINING_PARTS} if read else {}),
         search_shape=not fixed,
         choices=dict(_choices(words) for words in choices),
         baseline=baseline,

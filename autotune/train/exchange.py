@@ -116,7 +116,7 @@ def _write_hf(found: Checkpoint, directory: Path, words: int) -> str:
 def _write_nanogpt(found: Checkpoint, directory: Path) -> str:
     """The keys that nanoGPT's train.py saves, all of them tensors, numbers and text."""
     candidate, state = found.state.candidate, found.state
-    own = candidate.recipe.optimizer in ("adamw", "adamw_unfused")
+    own = candidate.recipe.optimizer == "adamw"
     recipe = candidate.recipe if own else replace(candidate.recipe, optimizer="adamw")
     step = build(Candidate(recipe=recipe, plan=INFERENCE), _CPU)
     if own:

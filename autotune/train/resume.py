@@ -1,78 +1,93 @@
-"""Where a training begins: at the start, or where its newest good checkpoint left off."""
+"""Where a training starts or returns to: iteration 0, or a checkpoint; and the loss spikes that make it return."""
 
-from dataclasses import asdict
+import math
+import statistics
+from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from autotune.config.candidate import Recipe
+from autotune.config.train_settings import CHECKPOINTS, RECIPE, TrainSettings
 from autotune.data.batches import fingerprint
 from autotune.errors import CheckpointError
 from autotune.model.checkpoint import Checkpoint, TrainState, checkpoints, clean, latest_good, set_aside
 from autotune.model.step import TrainStep
-from autotune.train.processes import Processes
-from autotune.train.progress import TrainProgress
-from autotune.train.settings import CHECKPOINTS, RECIPE, TrainSettings
+from autotune.train.distributed import DistributedContext
+from autotune.train.output import TrainProgress
 
-_SAME_LEARNING = {
-    "max_iters", "eval_interval", "eval_iters", "eval_batch_size", "log_interval", "checkpoint_interval",
-    "always_save_checkpoint", "init_from", "tensorboard", "wandb_log", "wandb_project", "wandb_run_name",
-}  # fmt: skip
-"""Keys of a recipe that may change on resume: they say when to stop and to look, not what is learned."""
+WINDOW = 32
+"""Steps whose losses define the usual loss."""
+SUSTAINED = 4
+"""Consecutive high losses that make a spike; fewer may be an odd batch."""
+SPIKE_NATS = 1.0
+SPIKE_DEVIATIONS = 5
+"""A high loss exceeds the median by both: this many nats, and this many times the median absolute deviation."""
 
 
-def restore(settings: TrainSettings, group: Processes, step: TrainStep, progress: TrainProgress) -> TrainState:
-    """The state to begin from: with --resume the newest good checkpoint's, put into `step`; else iteration 0.
+def restore(
+    settings: TrainSettings, context: DistributedContext, step: TrainStep, progress: TrainProgress
+) -> TrainState:
+    """The state to start from: with --resume the newest undamaged checkpoint, put into `step`; else iteration 0.
 
-    Raises CheckpointError where that is of another training, with nothing changed.
+    Raises CheckpointError, with nothing changed, if the checkpoint belongs to another training.
     """
     directory, candidate = settings.out / CHECKPOINTS, settings.file.candidate
-    if group.first:
+    if context.is_main:
         clean(directory)
     else:
-        group.largest(0)  # the first one tidies up before the others look
+        context.barrier()  # until the main process has cleaned and restored
     data_fingerprint = fingerprint(Path(candidate.recipe.data))
     if settings.resume and checkpoints(directory):
-        found, damages = latest_good(directory)
-        _check_same_training(found.state, candidate.recipe, data_fingerprint, settings.out)
+        checkpoint, damages = latest_good(directory)
+        _check_same_training(checkpoint.state, candidate.recipe, data_fingerprint, settings.out)
         for damage in damages:
             progress.note(f"warning: {damage}")
         if damages:
-            progress.note(f"going back to {found.path}; the damaged ones are renamed damaged_*")
-        set_aside(directory, found.state.iteration)
-        progress.note(f"going on from iteration {found.state.iteration}")
-        state = _put(found, step, group)
+            progress.note(f"going back to {checkpoint.path}; damaged checkpoints are renamed damaged_*")
+        set_aside(directory, checkpoint.state.iteration)
+        progress.note(f"resuming at iteration {checkpoint.state.iteration}")
+        state = _load(checkpoint, step, context)
     else:
         if settings.resume:
-            progress.note(f"{settings.out} has no checkpoint yet: it begins again at iteration 0")
+            progress.note(f"{settings.out} has no checkpoint yet: starting again at iteration 0")
         state = TrainState(iteration=0, tokens=0, candidate=candidate, data_fingerprint=data_fingerprint)
-    if group.first:
-        group.largest(0)
+    if context.is_main:
+        context.barrier()
     return state
 
 
-def go_back(directory: Path, step: TrainStep, group: Processes) -> TrainState:
-    """Put the newest good checkpoint into a running training. Raises CheckpointError where none is whole."""
-    return _put(latest_good(directory)[0], step, group)
+def roll_back(directory: Path, step: TrainStep, context: DistributedContext) -> TrainState:
+    """Load the newest undamaged checkpoint into a running training. Raises CheckpointError if there is none."""
+    return _load(latest_good(directory)[0], step, context)
 
 
-def _put(found: Checkpoint, step: TrainStep, group: Processes) -> TrainState:
-    found.restore(step)
-    if not group.first:  # a checkpoint holds the first one's random state; dropout shall differ
-        torch.manual_seed(found.state.candidate.recipe.seed + found.state.iteration * group.count + group.rank)
-    return found.state
+def _load(checkpoint: Checkpoint, step: TrainStep, context: DistributedContext) -> TrainState:
+    checkpoint.restore(step)
+    state = checkpoint.state
+    if not context.is_main:  # a checkpoint has the main process's random state, but dropout must differ by rank
+        torch.manual_seed(state.candidate.recipe.seed + state.iteration * context.world_size + context.rank)
+    return state
 
 
 def _check_same_training(state: TrainState, recipe: Recipe, data_fingerprint: str, out: Path) -> None:
-    """Raise CheckpointError, saying what differs, unless the checkpoint is of this recipe and data and not beyond."""
-    was, now = _learning(state.candidate.recipe), _learning(recipe)
-    different = [f"{key} = {now[key]!r} (checkpoint: {was[key]!r})" for key in now if now[key] != was[key]]
+    """Raise CheckpointError, naming the differences, unless the checkpoint has this recipe and data, and is not beyond
+    its last iteration."""
+    was = state.candidate.recipe
+    now = replace(recipe, max_iters=was.max_iters, data=was.data)  # it may be longer, and its data may have moved
+    different = [
+        f"{table}.{key} = {value!r} (checkpoint: {vars(before)[key]!r})"
+        for table, before, after in (("model", was.shape, now.shape), ("training", was, now))
+        for key, value in vars(after).items()
+        if key != "shape" and value != vars(before)[key]
+    ]
     if state.data_fingerprint != data_fingerprint:
         prints = f"{data_fingerprint[:10]}, {state.data_fingerprint[:10]}"
         different.append(f"the tokens in {recipe.data} (fingerprint {prints})")
     if different:
         raise CheckpointError(
-            f"{out} holds another training: {', '.join(different)}; go on with {out / RECIPE}, or give another --out"
+            f"{out} holds another training: {', '.join(different)}; continue with {out / RECIPE}, or give another --out"
         )
     if recipe.max_iters < state.iteration:
         raise CheckpointError(
@@ -81,8 +96,21 @@ def _check_same_training(state: TrainState, recipe: Recipe, data_fingerprint: st
         )
 
 
-def _learning(recipe: Recipe) -> dict[str, object]:
-    """What must be equal for a checkpoint to be of this training; the data are compared by their fingerprint."""
-    table = asdict(recipe)
-    shape = {f"model.{key}": value for key, value in table.pop("shape").items()}
-    return shape | {f"training.{k}": v for k, v in table.items() if k not in _SAME_LEARNING | {"data"}}
+def loss_spike(recent: deque[float], loss: float, grad_norm: float) -> str:
+    """A description of a NaN or a loss spike after a step; empty if there is none.
+
+    recent: losses of the last WINDOW steps, oldest first; a finite `loss` is appended.
+    """
+    if not math.isfinite(loss):
+        return f"the training loss is {loss}"
+    if not math.isfinite(grad_norm):
+        return f"the gradient norm is {grad_norm}"
+    recent.append(loss)
+    usual, last = list(recent)[:-SUSTAINED], list(recent)[-SUSTAINED:]
+    if len(usual) < WINDOW // 2:
+        return ""
+    median = statistics.median(usual)
+    deviation = statistics.median(abs(value - median) for value in usual)
+    if min(last) <= median + max(SPIKE_NATS, SPIKE_DEVIATIONS * deviation):
+        return ""
+    return f"the training loss has jumped from {median:.2f} to {loss:.2f}"

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from autotune.config.candidate import Plan, at_least
+from autotune.config.train_settings import CHECKPOINTS
 from autotune.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, decode, encode
 from autotune.data.vocabulary import META, data_vocabulary, read_meta
 from autotune.errors import CheckpointError, ConfigError
 from autotune.model.checkpoint import Checkpoint, checkpoints, latest_good, read_checkpoint
 from autotune.model.gpt import GPT
 from autotune.model.step import build
-from autotune.train.settings import CHECKPOINTS
 
 INFERENCE = Plan(micro_batch_size=1, compile="off", dtype="float32")
 """By torch's own kernels, whatever plan trained it."""

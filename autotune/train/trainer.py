@@ -1,82 +1,82 @@
-"""`train`: a candidate to completion, by the very step that was measured. Imports torch only when called."""
+"""`train`: train a candidate to completion with the same step that was measured. Imports torch only when called."""
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from autotune import files, places
+from autotune import places
 from autotune.config.candidate import Plan
 from autotune.config.toml import CandidateFile
+from autotune.config.train_settings import CHECKPOINTS, LOG, RECIPE, TrainSettings
 from autotune.data.vocabulary import check_ids
 from autotune.environment import worker_environment
 from autotune.errors import CheckpointError, ConfigError
 from autotune.model.compile_cache import compile_cache_dir, make_cache
-from autotune.train.processes import processes
-from autotune.train.settings import CHECKPOINTS, LOG, RECIPE, TrainSettings, TrainSummary
-from autotune.train.track import check_trackers
+from autotune.train.distributed import distributed_context
+from autotune.train.output import TrainSummary, check_trackers
 
 
 def train(settings: TrainSettings) -> TrainSummary | None:
     """Train `settings.file` in `settings.out` until its max_iters, --max-tokens or --max-time.
 
     Call it from the main thread: Ctrl-C, SIGTERM and SIGHUP save a checkpoint and raise InterruptedByUser. Progress and
-    notes go to stderr. Under torchrun all processes train one model; only the first writes, prints and answers,
-    the others return None. Raises ConfigError, UnsupportedError or DataError for what cannot be trained,
-    CheckpointError where --resume finds nothing whole or another training, or where a checkpoint cannot be
-    written, AutotuneError when the loss stays bad or the device runs out of memory. Every checkpoint written
-    before stays whole.
+    notes go to stderr. Under torchrun all processes train one model; only rank 0 writes, prints and returns the
+    summary, the others return None.
+
+    Raises ConfigError, UnsupportedError or DataError for what cannot be trained; CheckpointError if --resume finds no
+    undamaged checkpoint or another training, or if a checkpoint cannot be written; AutotuneError if loss spikes
+    persist or the device runs out of memory. Checkpoints written before stay intact.
     """
     file, notes = _resolved(settings)
-    recipe, group = file.candidate.recipe, processes()
+    recipe, context = file.candidate.recipe, distributed_context()
     if not recipe.data:
         raise ConfigError(
             "training.data is empty, a training needs text; write a data directory there, "
             "or make one with `autotune data prepare`"
         )
-    if recipe.global_batch_size < group.count:
+    if recipe.global_batch_size < context.world_size:
         raise ConfigError(
             f"training.global_batch_size = {recipe.global_batch_size} is less than one sequence for each of "
-            f"{group.count} processes; start fewer"
+            f"{context.world_size} processes; start fewer"
         )
-    check_trackers(recipe)
-    if group.first:
+    check_trackers(file.candidate.tracking)
+    if context.is_main:
         _check_directory(settings)
         check_ids(Path(recipe.data), recipe.shape.vocab_size)
     _prepare_process(file.candidate.plan)
-    from autotune.train.loop import run  # torch loads here, after what it reads from the environment is set
+    from autotune.train.training_loop import run  # loads torch, after its environment variables are set
 
-    return run(replace(settings, file=file), group, notes)
+    return run(replace(settings, file=file), context, notes)
 
 
 def _resolved(settings: TrainSettings) -> tuple[CandidateFile, tuple[str, ...]]:
-    """The candidate file with --init-from, and --max-tokens as max_iters, and what to say about it."""
-    recipe = settings.file.candidate.recipe
+    """The candidate file with --init-from and --max-tokens put into it, and notes for the user."""
+    candidate = settings.file.candidate
     notes: tuple[str, ...] = ()
     if settings.init_from is not None:
-        recipe = replace(recipe, init_from=str(settings.init_from.resolve()))
-    if (asked := settings.max_tokens) is not None:
-        each = recipe.tokens_per_step
-        steps = -(-asked // each)
-        recipe = replace(recipe, max_iters=steps)
-        notes = (f"--max-tokens {asked:,} is {steps:,} whole steps of {each:,}: {steps * each:,} tokens",)
-    return replace(settings.file, candidate=replace(settings.file.candidate, recipe=recipe)), notes
+        initial = replace(candidate.checkpointing, init_from=str(settings.init_from.resolve()))
+        candidate = replace(candidate, checkpointing=initial)
+    if (tokens := settings.max_tokens) is not None:
+        per_step = candidate.recipe.tokens_per_step
+        steps = -(-tokens // per_step)
+        candidate = replace(candidate, recipe=replace(candidate.recipe, max_iters=steps))
+        notes = (f"--max-tokens {tokens:,} is {steps:,} whole steps of {per_step:,}: {steps * per_step:,} tokens",)
+    return replace(settings.file, candidate=candidate), notes
 
 
 def _check_directory(settings: TrainSettings) -> None:
-    """Nothing is overwritten without --resume, and nothing begins by accident with it."""
+    """Refuse to overwrite a training without --resume, and to start one with it."""
     out = settings.out
-    begun = any((out / name).exists() for name in (RECIPE, LOG, CHECKPOINTS))
-    if begun and not settings.resume:
-        raise ConfigError(f"{out} already holds a training; go on with --resume, or give another --out")
-    if settings.resume and not begun:
+    exists = any((out / name).exists() for name in (RECIPE, LOG, CHECKPOINTS))
+    if exists and not settings.resume:
+        raise ConfigError(f"{out} already holds a training; continue it with --resume, or give another --out")
+    if settings.resume and not exists:
         raise CheckpointError(f"{out} holds no training to resume; leave --resume out, or give the right --out")
 
 
 def _prepare_process(plan: Plan) -> None:
-    """The same environment that a trial's worker has."""
+    """Set the environment variables that a trial's worker has."""
     places.settle(os.environ)
     if plan.compile != "off":
         make_cache(compile_cache_dir())
@@ -90,20 +90,4 @@ def _prepare_process(plan: Plan) -> None:
     for name in (allocator, "TORCHINDUCTOR_CACHE_DIR", "GOMP_SPINCOUNT", "PYTHONPATH", "PYTHONSAFEPATH"):
         if name in variables:
             os.environ[name] = variables[name]
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler writes lines of its own
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Make the training directory, and keep other processes out of it for the block's duration.
-
-    Raises ConfigError where it cannot be written or another process trains in it.
-    """
-    taken = ConfigError(f"another process trains in {out}; wait for it, or give another --out")
-    with ExitStack() as stack:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(files.locked(out / ".lock", taken))
-        except OSError as error:
-            raise ConfigError(f"--out {out} cannot be written: {error.strerror}; give another directory") from None
-        yield
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences lines that torch's profiler prints

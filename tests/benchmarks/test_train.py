@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trainings import curve, settings, start
+from trainings import PLAN, changed, curve, settings, start
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.data.batches import open_batches
@@ -22,8 +22,8 @@ from autotune.measure.runner import run_trial
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.model.checkpoint import checkpoints
 from autotune.model.step import build
-from autotune.train.feed import Feed
-from autotune.train.processes import Processes
+from autotune.train.distributed import DistributedContext
+from autotune.train.prefetch import Prefetcher
 from autotune.train.trainer import train
 
 KILLS = 40
@@ -45,13 +45,15 @@ def test_a_training_is_as_fast_as_its_bare_step(benchmark: Any, text: Path, tmp_
     compilation and profiled steps before nor evaluation and checkpoint after."""
     recipe = Recipe(
         shape=Shape(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=8192), data=str(text),
-        global_batch_size=16, max_iters=STEPS, eval_interval=STEPS, eval_iters=1, checkpoint_interval=STEPS,
-        log_interval=SKIPPED,
+        global_batch_size=16, max_iters=STEPS,
     )  # fmt: skip
-    candidate = Candidate(recipe=recipe, plan=Plan(micro_batch_size=8, dtype="bfloat16", loss="chunked"))
+    candidate = changed(
+        Candidate(recipe=recipe, plan=Plan(micro_batch_size=8, dtype="bfloat16", loss="chunked")),
+        eval_interval=STEPS, eval_iters=1, checkpoint_interval=STEPS, log_interval=SKIPPED,
+    )  # fmt: skip
     step = build(candidate, torch.device("cpu"))
     source = open_batches(text, seed=recipe.seed, global_batch_size=16, block_size=128, vocab_size=8192)
-    feed = Feed(source, Processes(), candidate, step.device)
+    feed = Prefetcher(source, DistributedContext(), candidate, step.device)
     batches = [feed.batch(number) for number in range(STEPS)]
 
     def bare() -> float:
@@ -63,7 +65,7 @@ def test_a_training_is_as_fast_as_its_bare_step(benchmark: Any, text: Path, tmp_
 
     def trained(name: str) -> float:
         out = tmp_path / name
-        train(settings(recipe, out, candidate.plan))
+        train(settings(candidate, out, candidate.plan))
         rows = [line.split(",") for line in (out / "train_log.csv").read_text().splitlines()[1:]]
         wall = {int(row[0]): float(row[-1]) for row in rows}
         return wall[STEPS - SKIPPED] - wall[SKIPPED]
@@ -91,16 +93,19 @@ def test_two_hundred_steps_come_out_as_measured(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     recipe = Recipe(
         shape=Shape(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=8192), data=str(text),
-        global_batch_size=16, max_iters=200, eval_interval=100, eval_iters=4, checkpoint_interval=100, log_interval=20,
+        global_batch_size=16, max_iters=200,
     )  # fmt: skip
-    candidate = Candidate(recipe=recipe, plan=Plan(micro_batch_size=8, dtype="bfloat16", loss="chunked"))
+    candidate = changed(
+        Candidate(recipe=recipe, plan=Plan(micro_batch_size=8, dtype="bfloat16", loss="chunked")),
+        eval_interval=100, eval_iters=4, checkpoint_interval=100, log_interval=20,
+    )  # fmt: skip
 
     def trial() -> TrialResult:
         asked = TrialRequest(candidate=candidate, device="cpu", result_path="", measure_seconds=5.0, final=True)
         return run_trial(asked, tmp_path / "trial.log")
 
     def trained() -> dict[str, Any]:
-        process = start(recipe, tmp_path / "train", candidate.plan)
+        process = start(candidate, tmp_path / "train", candidate.plan)
         process.communicate()
         found: dict[str, Any] = json.loads((tmp_path / "train" / "summary.json").read_text())
         return found
@@ -129,16 +134,18 @@ def test_forty_kills_of_a_training_change_nothing(benchmark: Any, tmp_path: Path
     write_shard(tmp_path / "walk_train_000001.bin", walk[4000:])
     recipe = Recipe(
         shape=Shape(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=256, dropout=0.1), data=str(tmp_path),
-        global_batch_size=7, max_iters=400, lr_decay_iters=400, warmup_iters=4, learning_rate=5e-3, eval_interval=10,
-        eval_iters=2, checkpoint_interval=3, log_interval=1,
+        global_batch_size=7, max_iters=400, lr_decay_iters=400, warmup_iters=4, learning_rate=5e-3,
     )  # fmt: skip
+    candidate = changed(
+        Candidate(recipe=recipe, plan=PLAN), eval_interval=10, eval_iters=2, checkpoint_interval=3, log_interval=1
+    )
     torch.set_num_threads(1)
-    train(settings(recipe, tmp_path / "whole"))
+    train(settings(candidate, tmp_path / "whole"))
     out, chance, reached = tmp_path / "killed", random.Random(0), []
 
     def life(rows: int, seconds: float) -> None:
         flags = ("--resume",) if (out / "train_log.csv").exists() else ()
-        process = start(recipe, out, flags=flags)
+        process = start(candidate, out, flags=flags)
         assert process.stderr is not None
         while rows and "iteration" in process.stderr.readline():
             rows -= 1
@@ -152,7 +159,7 @@ def test_forty_kills_of_a_training_change_nothing(benchmark: Any, tmp_path: Path
         for _ in range(KILLS - 1):
             rows = chance.choice((0, 2, 5, 10, 15))
             life(rows, chance.uniform(0.0, 0.1) if rows else chance.uniform(0.0, 4.0))
-        train(settings(recipe, out, resume=True))
+        train(settings(candidate, out, resume=True))
 
     benchmark.pedantic(lives, rounds=1)
     print(f"\nkilled at iterations {reached}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_machine import CUDA, settings
 
-from autotune.config.candidate import Candidate, Recipe
+from autotune.config.candidate import Candidate, Checkpointing, Recipe, Tracking
 from autotune.config.nanogpt import format_nanogpt, parse_nanogpt
 from autotune.config.search import SearchSettings
 from autotune.config.toml import parse_candidate
@@ -23,7 +23,9 @@ def test_control_characters_are_refused_everywhere(control: str) -> None:
     text = f"a{control}b"
     changes: list[tuple[object, str]] = [
         *((settings(), name) for name in ("name", "device", "baseline_source", "law", "storage")),
-        *((Recipe(), name) for name in ("data", "init_from", "wandb_project", "wandb_run_name")),
+        (Recipe(), "data"),
+        (Checkpointing(), "init_from"),
+        *((Tracking(), name) for name in ("wandb_project", "wandb_run_name")),
         *((CUDA, name) for name in ("device_name", "driver", "torch", "platform")),
     ]
     for before, name in changes:
@@ -60,7 +62,7 @@ def test_files_do_not_bring_them_in() -> None:
     with pytest.raises(ConfigError, match=r"training.wandb_run_name = .a\\nb. holds a control character"):
         parse_candidate('[model]\n[plan]\n[training]\nwandb_run_name = "a\\nb"\n', "x.toml")
     read = parse_nanogpt("wandb_project = 'a\\u202eb'\n", "x.py", "cpu")  # changes no step: a note, and not kept
-    assert read.candidate.recipe.wandb_project == "owt"
+    assert read.candidate.tracking.wandb_project == "owt"
     assert "wandb_project stays 'owt'" in read.notes[0]
     assert read.notes[0].isprintable()
 
@@ -70,11 +72,11 @@ def test_a_note_cannot_leave_its_line(tmp_path: Path, monkeypatch: pytest.Monkey
     """The second line of defence: whatever the heading and the values hold, nanoGPT executes assignments only."""
     monkeypatch.chdir(tmp_path)
     code = f"x{separator}open('trace', 'w'){separator}"
-    recipe = Recipe()
-    for name in ("data", "wandb_project", "wandb_run_name"):
-        object.__setattr__(recipe, name, code)  # past what refuses it
+    recipe, tracking = Recipe(), Tracking()
+    for part, name in ((recipe, "data"), (tracking, "wandb_project"), (tracking, "wandb_run_name")):
+        object.__setattr__(part, name, code)  # past what refuses it
     found: dict[str, object] = {}
-    exec(format_nanogpt(Candidate(recipe=recipe), f"Found: {code}", code), found)
+    exec(format_nanogpt(Candidate(recipe=recipe, tracking=tracking), f"Found: {code}", code), found)
     assert found["wandb_project"] == found["device"] == code
     assert list(tmp_path.iterdir()) == []
 

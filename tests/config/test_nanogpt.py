@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.cli import run
-from autotune.config.candidate import Candidate, Plan, Recipe, Shape
+from autotune.config.candidate import Candidate, Checkpointing, Evaluation, Plan, Recipe, Shape, Tracking
 from autotune.config.nanogpt import DEFAULTS, format_nanogpt, parse_nanogpt, read_nanogpt
 from autotune.config.search import read_settings, write_settings
 from autotune.errors import ConfigError
@@ -54,11 +54,13 @@ def test_the_guides_file_becomes_its_recipe_and_baseline() -> None:
     assert (read.recipe.max_iters, read.recipe.lr_decay_iters, read.recipe.beta2) == (50000, 50000, 0.99)
     assert read.recipe.max_tokens == 26_214_400_000
     assert read.plan == Plan(micro_batch_size=32, compile="full", dtype="bfloat16")
-    looked = read.recipe
-    assert (looked.eval_interval, looked.eval_iters, looked.log_interval) == (1000, 200, 100)
-    assert (looked.wandb_log, looked.wandb_project, looked.wandb_run_name) == (True, "fineweb", "160M-fineweb")
-    assert looked.always_save_checkpoint
-    assert not parse_nanogpt("always_save_checkpoint = False", "x.py", "cpu").candidate.recipe.always_save_checkpoint
+    assert read.evaluation == Evaluation(eval_interval=1000, eval_iters=200, eval_batch_size=32)
+    assert read.tracking == Tracking(
+        log_interval=100, wandb_log=True, wandb_project="fineweb", wandb_run_name="160M-fineweb"
+    )
+    assert read.checkpointing == Checkpointing(checkpoint_interval=1000)
+    rarely = parse_nanogpt("always_save_checkpoint = False", "x.py", "cpu").candidate.checkpointing
+    assert not rarely.always_save_checkpoint
 
 
 def test_what_is_left_out_is_train_pys_default() -> None:
@@ -191,13 +193,15 @@ print('configured')
     file = parse_nanogpt(text, "ft.py", "cpu")
     recipe = file.candidate.recipe
     assert recipe.shape == Shape(n_layer=48, n_head=25, n_embd=1600, vocab_size=50257, bias=True)
-    assert (recipe.init_from, recipe.wandb_run_name, recipe.wandb_project) == ("gpt2-xl", "", "shakespeare")
+    assert file.candidate.checkpointing.init_from == "gpt2-xl"
+    tracking = file.candidate.tracking
+    assert (tracking.wandb_run_name, tracking.wandb_project) == ("", "shakespeare")
     assert (file.vocab_size_given, file.dataset, file.out_dir) == (True, "shakespeare", "out-shakespeare")
     notes = "\n".join(file.notes)
     for said in ("line 8: wandb chooses the run's name", "line 12: gpt2-xl's shape is measured, 48x25x1600",
-                 "line 20: device = 'cuda' is passed over: cpu is measured", "line 21: eval_only = True"):  # fmt: skip
+                 "line 20: device = 'cuda' is skipped: cpu is measured", "line 21: eval_only = True"):  # fmt: skip
         assert f"ft.py, {said}" in notes
-    passed = "passed over, as it cannot change a step: `import time` (line 1), wandb_entity (line 9), seed (line 19), "
+    passed = "skipped, as it cannot change a step: `import time` (line 1), wandb_entity (line 9), seed (line 19), "
     assert passed + "`print('configured')` (line 22)" in notes
     again = format_nanogpt(file.candidate, "", "cpu", dataset=file.dataset, out_dir=file.out_dir)
     assert parse_nanogpt(again, "again.py", "cpu").candidate.shape == recipe.shape
@@ -258,7 +262,7 @@ def test_ways_to_write_a_value(tmp_path: Path, text: str, shape: dict[str, float
 def test_texts_are_put_together() -> None:
     text = "n_layer = 2\nwandb_run_name = 'run' + '-a'\nout_dir = f'out-{n_layer}-' 'x'"
     read = parse_nanogpt(text, "x.py", "cpu")
-    assert (read.candidate.recipe.wandb_run_name, read.out_dir, read.notes) == ("run-a", "out-2-x", ())
+    assert (read.candidate.tracking.wandb_run_name, read.out_dir, read.notes) == ("run-a", "out-2-x", ())
 
 
 def test_the_dtype_that_train_py_computes_is_its_default() -> None:
@@ -291,7 +295,7 @@ def test_the_files_dataset_is_what_is_measured(
     assert re.search(r"data +synthetic tokens", out)
     assert "note: " in told
     assert "dataset 'chars' has no folder of tokens here (data/chars); synthetic tokens are measured" in told
-    assert "passed over, as it cannot change a step: `import time` (line 1)" in told
+    assert "skipped, as it cannot change a step: `import time` (line 1)" in told
     folder = (tmp_path / place / "chars").resolve()
     folder.mkdir(parents=True)
     for split in ("train", "val"):
@@ -350,10 +354,10 @@ def test_data_and_folder_go_back_to_nanogpt(tmp_path: Path) -> None:
     text = format_nanogpt(candidate, "", "cpu", dataset="chars", out_dir="out-chars")
     assert "\ndataset = 'chars'\n" in text
     assert "\nout_dir = 'out-chars'\n" in text
-    assert "only from there" in text
+    assert "from meta.pkl only" in text
     (tmp_path / "meta.pkl").touch()
     text = format_nanogpt(candidate, "", "cpu", dataset="chars", out_dir="out-chars")
-    assert "only from there" not in text
+    assert "from meta.pkl only" not in text
     read = parse_nanogpt(text, "again.py", "cpu")
     assert (read.dataset, read.out_dir, read.candidate.shape.vocab_size) == ("chars", "out-chars", 65)
 
@@ -387,21 +391,24 @@ recipes = st.builds(
     beta1=st.floats(0, 0.99),
     beta2=st.floats(0, 0.99),
     grad_clip=st.floats(0, 5),
-    eval_interval=st.integers(1, 5000),
-    eval_iters=st.integers(1, 500),
-    log_interval=st.integers(1, 500),
 )
+evaluations = st.builds(Evaluation, eval_interval=st.integers(1, 5000), eval_iters=st.integers(1, 500))
+trackings = st.builds(Tracking, log_interval=st.integers(1, 500))
 
 
-@given(recipe=recipes, micro=st.integers(1, 1024), compiled=st.sampled_from(["off", "full"]))
-def test_what_is_written_reads_as_the_same_recipe(recipe: Recipe, micro: int, compiled: str) -> None:
+@given(recipes, evaluations, trackings, st.integers(1, 1024), st.sampled_from(["off", "full"]))
+def test_what_is_written_reads_as_the_same_recipe(
+    recipe: Recipe, evaluation: Evaluation, tracking: Tracking, micro: int, compiled: str
+) -> None:
     micro = min(micro, recipe.global_batch_size)
     plan = Plan(micro_batch_size=micro, compile=compiled)  # type: ignore[arg-type]
-    text = format_nanogpt(Candidate(recipe=recipe, plan=plan), "A heading.", "cuda:0")
+    candidate = Candidate(recipe=recipe, plan=plan, evaluation=evaluation, tracking=tracking)
+    text = format_nanogpt(candidate, "A heading.", "cuda:0")
     read = parse_nanogpt(text, "best_nanogpt.py", "cuda:0", (8, 0)).candidate
     # nanoGPT has no name for these
-    expected = replace(recipe, eval_batch_size=read.plan.micro_batch_size, checkpoint_interval=recipe.eval_interval)
-    assert read.recipe == expected
+    assert read.evaluation == replace(evaluation, eval_batch_size=read.plan.micro_batch_size)
+    assert read.checkpointing == Checkpointing(checkpoint_interval=evaluation.eval_interval)
+    assert (read.recipe, read.tracking) == (recipe, tracking)
     assert read.plan.compile == plan.compile
     assert read.plan.micro_batch_size <= micro
 

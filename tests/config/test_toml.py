@@ -1,13 +1,18 @@
 """Candidate files: the way out and back, overrides, mistakes, and writes that are never half done."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import tomli_w
+from fake_machine import settings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.config.candidate import Candidate, Plan, Recipe, Shape
+from autotune.config.candidate import Candidate, Checkpointing, Evaluation, Plan, Recipe, Shape, Tracking
+from autotune.config.search import SearchSettings
+from autotune.config.tables import read_table
 from autotune.config.toml import CandidateFile, format_candidate, parse_candidate, read_candidate
 from autotune.errors import ConfigError
 from autotune.files import write_atomically
@@ -71,7 +76,7 @@ def test_assignments_override() -> None:
         ("[model]\n", (), "x.toml has no table [plan]"),
         ("[plan]\n", (), "x.toml has no table [model]"),
         ("[model]\nn_layers = 3\n[plan]\n", (), "model.n_layers is not a known key; did you mean 'n_layer'?"),
-        ("[model]\n[plan]\n[training]\nshape = 3\n", (), "the shape stands in [model]"),
+        ("[model]\n[plan]\n[training]\nshape = 3\n", (), "write the shape's values in [model]"),
         ("[model]\n[plan]\nmicro_batch_size = 600\n", (), "plan.micro_batch_size = 600 is larger than"),
         (TEXT, ("plan.los=chunked",), "plan.los is not a known key; did you mean 'loss'?"),
         (TEXT, ("plan.loss",), "--set 'plan.loss' is not understood"),
@@ -121,3 +126,40 @@ def test_a_file_of_a_windows_editor_is_read(tmp_path: Path) -> None:
     text = format_candidate(CandidateFile(candidate=Candidate()))
     (tmp_path / "best.toml").write_bytes(("\ufeff" + text).replace("\n", "\r\n").encode())
     assert read_candidate(tmp_path / "best.toml").candidate == Candidate()
+
+
+OLD = {
+    "global_batch_size": 4, "optimizer": "adamw_unfused", "eval_interval": 7, "always_save_checkpoint": False,
+    "log_interval": 3, "wandb_log": True,
+}  # fmt: skip
+"""Keys of a training as version 0.1.0 wrote them: all in the recipe."""
+READ = Candidate(
+    recipe=Recipe(global_batch_size=4),
+    plan=Plan(micro_batch_size=4),
+    evaluation=Evaluation(eval_interval=7),
+    checkpointing=Checkpointing(always_save_checkpoint=False),
+    tracking=Tracking(log_interval=3, wandb_log=True),
+)
+
+
+def test_files_of_version_0_1_0_are_read() -> None:
+    text = tomli_w.dumps({"model": {}, "training": OLD, "plan": {"micro_batch_size": 4}})
+    assert parse_candidate(text, "best.toml").candidate == READ
+    assert read_table(Candidate, {"recipe": OLD, "plan": {"micro_batch_size": 4}}, "candidate") == READ
+    search = asdict(settings()) | {"recipe": OLD}
+    for part in ("evaluation", "checkpointing", "tracking"):
+        search.pop(part)
+    assert read_table(SearchSettings, search, "search").completed(Candidate(recipe=READ.recipe, plan=READ.plan)) == READ
+
+
+def test_a_key_of_any_part_of_a_training_is_suggested() -> None:
+    with pytest.raises(ConfigError, match=r"training\.eval_intervall is not a known key; did you mean 'eval_interval'"):
+        parse_candidate("[model]\n[plan]\n[training]\neval_intervall = 3\n", "x.toml")
+
+
+def test_ids_stay() -> None:
+    """They are in every trials.csv and study: equal for the same step, in all versions."""
+    assert Candidate().id == "2f95b33fe6"
+    shape = Shape(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=128, dropout=0.2, bias=True)
+    plan = Plan(micro_batch_size=4, compile="off", dtype="float32")
+    assert Candidate(recipe=Recipe(shape=shape, global_batch_size=4, learning_rate=0.5), plan=plan).id == "4bb7cb28d2"

@@ -6,14 +6,14 @@ import pandas as pd
 import pytest
 from fake_machine import CPU, CUDA, settings
 
-from autotune.config.candidate import Candidate, Recipe, Shape
+from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.search import SearchSettings
 from autotune.errors import ConfigError
 from autotune.runs.objective import (
     LAWS,
     Law,
     find_law,
-    finish_recipe,
+    finish_candidate,
     interval,
     loss_at,
     predict_loss,
@@ -126,24 +126,26 @@ def test_the_training_is_as_long_as_was_asked() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 5_000, 300_000, 10**7, 10**10])
 def test_a_finished_recipe_is_sane_for_any_length(tokens: int) -> None:
-    recipe = finish_recipe(settings(CPU, model="").recipe, tokens, 16)
+    given = Candidate(recipe=settings(CPU, model="").recipe, plan=Plan(micro_batch_size=16))
+    finished = finish_candidate(given, tokens)
+    recipe, evaluation = finished.recipe, finished.evaluation
     assert recipe.max_iters == max(1, round(tokens / 4096))
     assert recipe.lr_decay_iters == recipe.max_iters
     assert recipe.warmup_iters <= recipe.max_iters // 10
-    assert 1 <= recipe.eval_interval <= recipe.max_iters
-    between = recipe.eval_interval * recipe.global_batch_size
-    assert recipe.eval_iters * 16 <= max(16, 0.3 * between)
+    assert 1 <= evaluation.eval_interval <= recipe.max_iters
+    between = evaluation.eval_interval * recipe.global_batch_size
+    assert evaluation.eval_iters * 16 <= max(16, 0.3 * between)
     assert 1e-4 <= recipe.learning_rate <= 3e-3
     assert recipe.min_lr == pytest.approx(recipe.learning_rate / 10)
 
 
 def test_larger_models_learn_at_a_lower_rate() -> None:
     shapes = [Shape(n_layer=layers, n_embd=width) for layers, width in ((12, 768), (24, 1536))]
-    rates = [finish_recipe(Recipe(shape=shape), 2.5e9, 16).learning_rate for shape in shapes]
+    rates = [finish_candidate(Candidate(recipe=Recipe(shape=shape)), 2.5e9).recipe.learning_rate for shape in shapes]
     assert rates[0] == pytest.approx(3e-3, rel=0.05)
     assert rates[1] < rates[0]
 
 
 def test_finishing_changes_nothing_that_a_step_executes() -> None:
     recipe = settings(CUDA).recipe
-    assert Candidate(recipe=finish_recipe(recipe, 1e9, 16)).id == Candidate(recipe=recipe).id
+    assert finish_candidate(Candidate(recipe=recipe), 1e9).id == Candidate(recipe=recipe).id

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainings import settings
+from trainings import PLAN, settings
 
-from autotune.config.candidate import Recipe, Shape
+from autotune.config.candidate import Candidate, Checkpointing, Evaluation, Recipe, Shape, Tracking
 from autotune.data.shards import write_shard
-from autotune.train.settings import TrainSummary
+from autotune.train.output import TrainSummary
 from autotune.train.trainer import train
 
 
@@ -30,9 +30,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def recipe(text: Path) -> Recipe:
+def candidate(text: Path) -> Candidate:
     """Global batch 7 on micro batch 3 leaves a rest; dropout makes the random states count."""
-    return Recipe(
+    recipe = Recipe(
         shape=Shape(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=256, dropout=0.1),
         data=str(text),
         global_batch_size=7,
@@ -41,14 +41,17 @@ def recipe(text: Path) -> Recipe:
         warmup_iters=4,
         learning_rate=5e-3,
         min_lr=5e-4,
-        eval_interval=20,
-        eval_iters=2,
-        checkpoint_interval=10,
-        log_interval=1,
+    )
+    return Candidate(
+        recipe=recipe,
+        plan=PLAN,
+        evaluation=Evaluation(eval_interval=20, eval_iters=2),
+        checkpointing=Checkpointing(checkpoint_interval=10),
+        tracking=Tracking(log_interval=1),
     )
 
 
 @pytest.fixture(scope="session")
-def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainSummary]:
+def whole(candidate: Candidate, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainSummary]:
     out = tmp_path_factory.mktemp("whole") / "train"
-    return out, train(settings(recipe, out))
+    return out, train(settings(candidate, out))

@@ -4,8 +4,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from autotune.environment import Environment
-from autotune.train.compare import compare, other_machine
+from autotune.environment import Environment, differences
+from autotune.train.output import compare
 
 MEASURED = {
     "tokens_per_second": 1000.0, "tokens_per_second_ci95": 3.0, "training_tokens_per_second_ci95": 40.0,
@@ -51,12 +51,12 @@ def test_machines() -> None:
         device="cpu", device_name="A", device_memory_bytes=1, capability=(9, 0), torch="2.13", python="3.11",
         autotune="0.1", cpu_count=2, platform="Linux",
     )  # fmt: skip
-    assert other_machine({}, here) == ""
-    assert other_machine({"device_name": "A", "capability": [9, 0]}, here) == ""
-    assert other_machine({"device_name": "B", "torch": "2.12"}, here) == (
-        "device_name 'B' there, 'A' here; torch '2.12' there, '2.13' here"
-    )
+    assert differences({}, here) == []
+    assert differences({"device_name": "A", "capability": [9, 0]}, here) == []
+    assert differences({"device_name": "B", "torch": "2.12"}, here) == [
+        "device_name 'B' there, 'A' here", "torch '2.12' there, '2.13' here"
+    ]  # fmt: skip
     recorded = {**asdict(here), "capability": [9, 0], "threads": 2, "variables": {"OMP_NUM_THREADS": "2"}}
-    assert other_machine(recorded, replace(here, threads=1)) == (
-        "threads 2 there, 1 here; OMP_NUM_THREADS '2' there, not set here"
-    )
+    assert differences(recorded, replace(here, threads=1)) == [
+        "threads 2 there, 1 here", "OMP_NUM_THREADS '2' there, not set here"
+    ]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from trainings import settings
+from trainings import changed, settings
 
 from autotune.cli import run
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
@@ -112,9 +112,11 @@ def test_nanogpts_file_has_what_its_scripts_read(tmp_path: Path) -> None:
     assert torch.equal(logits(other.model), logits(step.model))
 
 
-def test_a_training_begins_where_another_ended(recipe: Recipe, whole: tuple[Path, object], tmp_path: Path) -> None:
+def test_a_training_begins_where_another_ended(
+    candidate: Candidate, whole: tuple[Path, object], tmp_path: Path
+) -> None:
     export(whole[0], "nanogpt", tmp_path / "out")
-    short = replace(recipe, max_iters=1, warmup_iters=0, learning_rate=1e-6, min_lr=0.0, eval_interval=1)
+    short = changed(candidate, max_iters=1, warmup_iters=0, learning_rate=1e-6, min_lr=0.0, eval_interval=1)
     losses = []
     for number, path in enumerate((tmp_path / "out" / "ckpt.pt", whole[0])):
         summary = train(settings(short, tmp_path / f"train-{number}", init_from=path))

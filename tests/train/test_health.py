@@ -5,12 +5,12 @@ from collections import deque
 import numpy as np
 import pytest
 
-from autotune.train.health import SUSTAINED, WINDOW, complaint_of
+from autotune.train.resume import SUSTAINED, WINDOW, loss_spike
 
 
 def complaints(losses: list[float]) -> list[str]:
     recent: deque[float] = deque(maxlen=WINDOW)
-    return [complaint_of(recent, loss, 1.0) for loss in losses]
+    return [loss_spike(recent, loss, 1.0) for loss in losses]
 
 
 def test_learning_with_noise_is_healthy() -> None:
@@ -30,4 +30,4 @@ def test_one_odd_batch_is_no_spike_several_are() -> None:
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (3.0, float("nan"))])
 def test_what_is_no_number_is_told_at_once(loss: float, norm: float) -> None:
-    assert complaint_of(deque(), loss, norm)
+    assert loss_spike(deque(), loss, norm)

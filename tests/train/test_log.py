@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from autotune.train.log import LogRow, append_row, keep_rows, read_rows
+from autotune.train.output import LogRow, append_row, keep_rows, read_rows
 
 
 def row(iteration: int) -> LogRow:

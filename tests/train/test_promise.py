@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from trainings import settings
+from trainings import changed, settings
 
-from autotune.config.candidate import Candidate, Plan, Recipe, Shape
+from autotune.config.candidate import Candidate, Plan, Shape
 from autotune.measure.runner import run_trial
 from autotune.measure.types import TrialRequest
 from autotune.train.trainer import train
@@ -21,19 +21,20 @@ PLANS = {
 
 @pytest.mark.parametrize("name", PLANS)
 def test_fifty_steps_with_evaluation_and_checkpoint_peak_as_measured(
-    name: str, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, candidate: Candidate, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as this process: each thread has buffers of its own
     shape = Shape(n_layer=2, n_head=2, n_embd=64, block_size=64)
-    trained = replace(
-        recipe, shape=shape, global_batch_size=8, max_iters=50, lr_decay_iters=50, eval_interval=25, log_interval=10
+    trained = changed(
+        candidate, shape=shape, global_batch_size=8, max_iters=50, lr_decay_iters=50, eval_interval=25, log_interval=10
     )
-    candidate = Candidate(recipe=trained, plan=Plan(compile="block", dtype="bfloat16", **PLANS[name]))  # type: ignore[arg-type]
+    plan = Plan(compile="block", dtype="bfloat16", **PLANS[name])  # type: ignore[arg-type]
+    candidate = replace(trained, plan=plan)
     request = TrialRequest(candidate=candidate, device="cpu", result_path="", measure_seconds=0.5, final=True)
     verdict = run_trial(request, tmp_path / "trial.log")
     assert verdict.status == "ok", verdict.message
     assert (verdict.compile_cache_hits or 0) + (verdict.compile_cache_misses or 0) > 0
-    summary = train(settings(trained, tmp_path / "train", plan=candidate.plan))
+    summary = train(settings(trained, tmp_path / "train", plan=plan))
     assert summary.iterations == 50
     assert "graphs from the compile cache" in capsys.readouterr().err
     assert summary.peak_allocated_bytes == pytest.approx(verdict.peak("allocated_bytes"), rel=0.01)

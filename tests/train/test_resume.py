@@ -1,5 +1,7 @@
 """Killed, stopped, damaged: a training goes on as if nothing had happened."""
 
+import hashlib
+import json
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -7,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from full_disk import disk_of
-from trainings import PLAN, curve, settings, start, wait_for_rows
+from trainings import PLAN, changed, curve, settings, start, wait_for_rows
 
-from autotune.config.candidate import Plan, Recipe
+from autotune.config.candidate import TRAINING_PARTS, Candidate, Plan
 from autotune.data.shards import write_shard
 from autotune.errors import CheckpointError, ConfigError
 from autotune.model.checkpoint import checkpoints, read_checkpoint
-from autotune.train.settings import TrainSummary
-from autotune.train.trainer import locked, train
+from autotune.train.output import TrainSummary
+from autotune.train.trainer import train
+from autotune.train.training_loop import locked
 
 Whole = tuple[Path, TrainSummary]
 
@@ -28,19 +31,19 @@ def assert_same(out: Path, whole: Whole) -> None:
     assert weights(out) == weights(whole[0])
 
 
-def test_sigkill_changes_nothing(recipe: Recipe, whole: Whole, tmp_path: Path) -> None:
-    process = start(recipe, tmp_path / "train")
+def test_sigkill_changes_nothing(candidate: Candidate, whole: Whole, tmp_path: Path) -> None:
+    process = start(candidate, tmp_path / "train")
     wait_for_rows(tmp_path / "train", 14)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    summary = train(settings(recipe, tmp_path / "train", resume=True))
+    summary = train(settings(candidate, tmp_path / "train", resume=True))
     assert_same(tmp_path / "train", whole)
     assert summary.validation_loss == whole[1].validation_loss
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_and_leaves_with_130(number: int, recipe: Recipe, tmp_path: Path) -> None:
-    out, rare = tmp_path / "train", replace(recipe, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
+def test_a_signal_saves_and_leaves_with_130(number: int, candidate: Candidate, tmp_path: Path) -> None:
+    out, rare = tmp_path / "train", changed(candidate, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
     process = start(rare, out)
     wait_for_rows(out, 5)
     process.send_signal(number)
@@ -52,18 +55,18 @@ def test_a_signal_saves_and_leaves_with_130(number: int, recipe: Recipe, tmp_pat
     last = errors.strip().splitlines()[-1]
     assert last.startswith(f"error: stopped after iteration {len(stopped)}; the newest checkpoint is {kept};")
     assert "--resume" in last
-    train(settings(replace(rare, max_iters=len(stopped) + 2), out, resume=True))
+    train(settings(changed(rare, max_iters=len(stopped) + 2), out, resume=True))
     assert curve(out)[: len(stopped)] == stopped
     assert len(curve(out)) == len(stopped) + 2
 
 
-def test_compiled_steps_resume_exactly(recipe: Recipe, tmp_path: Path) -> None:
+def test_compiled_steps_resume_exactly(candidate: Candidate, tmp_path: Path) -> None:
     """On two threads, which must not add up gradients in a race."""
-    short = replace(recipe, max_iters=8, eval_interval=4, checkpoint_interval=4)
+    short = changed(candidate, max_iters=8, eval_interval=4, checkpoint_interval=4)
     plan = Plan(micro_batch_size=7, compile="full", dtype="bfloat16")
     torch.set_num_threads(2)
     train(settings(short, tmp_path / "once", plan))
-    train(settings(replace(short, max_iters=4), tmp_path / "twice", plan))
+    train(settings(changed(short, max_iters=4), tmp_path / "twice", plan))
     train(settings(short, tmp_path / "twice", plan, resume=True))
     torch.set_num_threads(1)
     assert curve(tmp_path / "twice") == curve(tmp_path / "once")
@@ -71,13 +74,13 @@ def test_compiled_steps_resume_exactly(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_falls_back(
-    recipe: Recipe, whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    candidate: Candidate, whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "train"
-    train(settings(replace(recipe, max_iters=20), out))
+    train(settings(changed(candidate, max_iters=20), out))
     damaged = checkpoints(out / "checkpoints")[-1] / "optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    train(settings(recipe, out, resume=True))
+    train(settings(candidate, out, resume=True))
     assert_same(out, whole)
     said = capsys.readouterr().err
     assert f"warning: {damaged} is damaged" in said
@@ -87,105 +90,120 @@ def test_a_damaged_checkpoint_falls_back(
 
 
 @pytest.mark.parametrize("file_bytes", [100_000, 600_000])  # the weights do not fit; the optimizer state does not
-def test_a_full_disk_loses_nothing(file_bytes: int, recipe: Recipe, whole: Whole, tmp_path: Path) -> None:
+def test_a_full_disk_loses_nothing(file_bytes: int, candidate: Candidate, whole: Whole, tmp_path: Path) -> None:
     out = tmp_path / "train"
-    train(settings(replace(recipe, max_iters=20), out))
-    with disk_of(file_bytes), pytest.raises(CheckpointError, match=r"File too large.*make room"):
-        train(settings(recipe, out, resume=True))
+    train(settings(changed(candidate, max_iters=20), out))
+    with disk_of(file_bytes), pytest.raises(CheckpointError, match=r"File too large.*free space"):
+        train(settings(candidate, out, resume=True))
     names = {path.name for path in (out / "checkpoints").iterdir()}
     assert names == {"step_00000010", "step_00000020", "best"}
-    train(settings(recipe, out, resume=True))
+    train(settings(candidate, out, resume=True))
     assert_same(out, whole)
 
 
 def test_killed_before_the_first_checkpoint(
-    recipe: Recipe, whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    candidate: Candidate, whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "train"
     temporary = out / "checkpoints" / ".step_00000010.tmp"
     temporary.mkdir(parents=True)  # what a SIGKILL in mid-write leaves
     (temporary / "model.safetensors").write_bytes(b"half")
     (out / "train_log.csv").write_text("iteration,tokens\n1,224\n2,4")
-    train(settings(recipe, out, resume=True))
+    train(settings(candidate, out, resume=True))
     assert_same(out, whole)
     assert not temporary.exists()
-    assert "begins again at iteration 0" in capsys.readouterr().err
+    assert "starting again at iteration 0" in capsys.readouterr().err
 
 
-def test_another_plan_may_go_on(recipe: Recipe, tmp_path: Path) -> None:
-    steady = replace(recipe, shape=replace(recipe.shape, dropout=0.0), eval_batch_size=7)
+def test_another_plan_may_go_on(candidate: Candidate, tmp_path: Path) -> None:
+    steady = changed(candidate, shape=replace(candidate.shape, dropout=0.0), eval_batch_size=7)
     train(settings(steady, tmp_path / "one"))
-    train(settings(replace(steady, max_iters=20), tmp_path / "two"))
+    train(settings(changed(steady, max_iters=20), tmp_path / "two"))
     another = replace(PLAN, micro_batch_size=7, loss="chunked", loss_chunk_tokens=100)
     train(settings(steady, tmp_path / "two", another, resume=True))
     losses = zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True)
     assert all(abs(float(ours[2]) - float(theirs[2])) < 2e-3 for ours, theirs in losses)
 
 
-def test_nothing_is_overwritten_unasked(recipe: Recipe, whole: Whole) -> None:
+def test_nothing_is_overwritten_unasked(candidate: Candidate, whole: Whole) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole[0].rglob("*")}
-    with pytest.raises(ConfigError, match="already holds a training; go on with --resume"):
-        train(settings(recipe, whole[0]))
+    with pytest.raises(ConfigError, match="already holds a training; continue it with --resume"):
+        train(settings(candidate, whole[0]))
     assert {path: path.stat().st_mtime_ns for path in whole[0].rglob("*")} == before
 
 
-def test_another_training_is_refused(recipe: Recipe, whole: Whole, tmp_path: Path) -> None:
+def test_another_training_is_refused(candidate: Candidate, whole: Whole, tmp_path: Path) -> None:
     files = [path for path in whole[0].rglob("*") if path.is_file()]
     before = {path: path.read_bytes() for path in files}
-    wider = replace(recipe, shape=replace(recipe.shape, n_embd=32))
+    wider = changed(candidate, shape=replace(candidate.shape, n_embd=32))
     with pytest.raises(CheckpointError, match=r"another training: model\.n_embd = 32 \(checkpoint: 64\);"):
         train(settings(wider, whole[0], resume=True))
     with pytest.raises(CheckpointError, match=r"training\.learning_rate = 0\.1 \(checkpoint: 0\.005\)"):
-        train(settings(replace(recipe, learning_rate=0.1), whole[0], resume=True))
+        train(settings(changed(candidate, learning_rate=0.1), whole[0], resume=True))
     for name in ("walk_val_000000.bin", "walk_train_000001.bin"):
         write_shard(tmp_path / name, [1, 2, 3] * 2000)
     with pytest.raises(CheckpointError, match=f"the tokens in {tmp_path}"):
-        train(settings(replace(recipe, data=str(tmp_path)), whole[0], resume=True))
+        train(settings(changed(candidate, data=str(tmp_path)), whole[0], resume=True))
     assert {path: path.read_bytes() for path in files} == before
 
 
-def test_a_training_that_is_further_than_asked_is_left_alone(recipe: Recipe, whole: Whole) -> None:
+def test_a_training_that_is_further_than_asked_is_left_alone(candidate: Candidate, whole: Whole) -> None:
     before = (whole[0] / "recipe.toml").read_text()
     with pytest.raises(CheckpointError, match=r"at iteration 40 already, beyond training\.max_iters = 5; raise it"):
-        train(settings(recipe, whole[0], resume=True, max_tokens=1000))
+        train(settings(candidate, whole[0], resume=True, max_tokens=1000))
     assert (whole[0] / "recipe.toml").read_text() == before
 
 
-def test_a_checkpoint_of_a_later_version_is_told(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_later_version_is_refused(candidate: Candidate, tmp_path: Path) -> None:
     out = tmp_path / "train"
-    train(settings(replace(recipe, max_iters=2, eval_interval=2), out))
+    train(settings(changed(candidate, max_iters=2, eval_interval=2), out))
     state = out / "checkpoints" / "step_00000002" / "state.json"
-    later = state.read_text().replace('"format": 1', '"format": 2')
+    later = state.read_text().replace('"format": 2', '"format": 3')
     state.write_text(later)
-    with pytest.raises(CheckpointError, match="has checkpoint format 2, this version reads 1"):
-        train(settings(recipe, out, resume=True))
+    with pytest.raises(CheckpointError, match="has checkpoint format 3, this version reads up to 2"):
+        train(settings(candidate, out, resume=True))
     assert state.read_text() == later
 
 
-def test_nothing_to_resume(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_training_of_version_0_1_0_goes_on(candidate: Candidate, whole: Whole, tmp_path: Path) -> None:
+    """It wrote checkpoints of format 1, whose recipe has the settings of evaluation, checkpoints and trackers."""
+    out = tmp_path / "train"
+    train(settings(changed(candidate, max_iters=20), out))
+    for path in checkpoints(out / "checkpoints"):
+        body = json.loads((path / "state.json").read_text())["body"]
+        old = body["train"]["candidate"]
+        for part in TRAINING_PARTS:
+            old["recipe"] |= old.pop(part)
+        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        (path / "state.json").write_text(json.dumps({"format": 1, "sha256": digest, "body": body}))
+    train(settings(candidate, out, resume=True))
+    assert_same(out, whole)
+
+
+def test_nothing_to_resume(candidate: Candidate, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no training to resume; leave --resume out"):
-        train(settings(recipe, tmp_path / "nowhere", resume=True))
+        train(settings(candidate, tmp_path / "nowhere", resume=True))
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_finished_training_is_left_alone(recipe: Recipe, whole: Whole) -> None:
+def test_a_finished_training_is_left_alone(candidate: Candidate, whole: Whole) -> None:
     before = (whole[0] / "summary.json").read_text()
-    summary = train(settings(recipe, whole[0], resume=True))
+    summary = train(settings(candidate, whole[0], resume=True))
     assert summary.train_loss == whole[1].train_loss
     assert summary.iterations == 40
     assert (whole[0] / "summary.json").read_text() == before
 
 
-def test_two_processes_do_not_share_a_directory(recipe: Recipe, tmp_path: Path) -> None:
+def test_two_processes_do_not_share_a_directory(candidate: Candidate, tmp_path: Path) -> None:
     with locked(tmp_path / "train"), pytest.raises(ConfigError, match="another process trains in"):
-        train(settings(recipe, tmp_path / "train"))
+        train(settings(candidate, tmp_path / "train"))
 
 
 def test_signals_during_the_saving_and_right_after_the_first_do_not_cost_the_checkpoint(
-    recipe: Recipe, tmp_path: Path
+    candidate: Candidate, tmp_path: Path
 ) -> None:
     """As a closed ssh sends them: one from the kernel, one from the shell, and a service manager's SIGTERM."""
-    out, rare = tmp_path / "train", replace(recipe, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
+    out, rare = tmp_path / "train", changed(candidate, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
     process = start(rare, out)
     wait_for_rows(out, 5)
     for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
@@ -203,8 +221,8 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
-def test_nohup_holds_in_training(recipe: Recipe, tmp_path: Path) -> None:
-    out, rare = tmp_path / "train", replace(recipe, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
+def test_nohup_holds_in_training(candidate: Candidate, tmp_path: Path) -> None:
+    out, rare = tmp_path / "train", changed(candidate, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
     process = start(rare, out, launcher=("-c", IGNORING))
     wait_for_rows(out, 3)
     process.send_signal(signal.SIGHUP)
@@ -215,12 +233,12 @@ def test_nohup_holds_in_training(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_garbage_in_the_log_is_dropped_with_a_warning_on_resume(
-    recipe: Recipe, whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    candidate: Candidate, whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "train"
-    train(settings(replace(recipe, max_iters=20), out))
+    train(settings(changed(candidate, max_iters=20), out))
     log = out / "train_log.csv"
     log.write_text(log.read_text().replace("\n5,", "\ngarbage\n5,"))
-    train(settings(recipe, out, resume=True))
+    train(settings(candidate, out, resume=True))
     assert_same(out, whole)
-    assert "had 1 lines that are no rows; they are dropped" in capsys.readouterr().err
+    assert "had 1 invalid lines; they are dropped" in capsys.readouterr().err

@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shard(base / "x_train_000001.bin", tokens)
     shape = Shape(n_layer=1, n_head=2, n_embd=32, block_size=16)
     recipe = Recipe(shape=shape, data=str(base), global_batch_size=8, max_iters=30, warmup_iters=2, learning_rate=2e-2)
-    train(settings(replace(recipe, eval_iters=1), base / "run" / "train"))
+    train(settings(recipe, base / "run" / "train"))
     return base / "run" / "train"
 
 
@@ -78,7 +78,7 @@ def characters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "meta.pkl").write_bytes(pickle.dumps(meta))
     shape = Shape(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64)
     recipe = Recipe(shape=shape, data=str(base), global_batch_size=8, max_iters=60, warmup_iters=2, learning_rate=2e-2)
-    train(settings(replace(recipe, eval_iters=1), base / "run" / "train"))
+    train(settings(recipe, base / "run" / "train"))
     return base / "run" / "train"
 
 

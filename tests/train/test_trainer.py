@@ -7,22 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trainings import PLAN, curve, settings, start
+from trainings import PLAN, changed, curve, settings, start
 
-from autotune.config.candidate import Candidate, Plan, Recipe
+from autotune.config.candidate import Candidate, Plan
 from autotune.config.toml import CandidateFile, read_candidate
+from autotune.config.train_settings import TrainSettings, locate
 from autotune.data.shards import write_shard
 from autotune.environment import SPIN
 from autotune.errors import AutotuneError, CheckpointError, ConfigError, DataError, UnsupportedError
 from autotune.model.checkpoint import checkpoints
 from autotune.model.optim import learning_rate
-from autotune.train.settings import TrainSettings, TrainSummary, locate, summary_text
+from autotune.train.output import TrainSummary, summary_text
 from autotune.train.trainer import train
 
 Whole = tuple[Path, TrainSummary]
 
 
-def test_it_learns(whole: Whole, recipe: Recipe) -> None:
+def test_it_learns(whole: Whole, candidate: Candidate) -> None:
     out, summary = whole
     rows = curve(out)
     assert abs(float(rows[0][2]) - math.log(256)) < 0.2
@@ -31,22 +32,22 @@ def test_it_learns(whole: Whole, recipe: Recipe) -> None:
     assert summary.best_validation_loss == summary.validation_loss
     assert [int(row[0]) for row in rows] == list(range(1, 41))
     assert [row[0] for row in rows if row[3]] == ["20", "40"]
-    assert [float(row[4]) for row in rows] == [learning_rate(recipe, step) for step in range(40)]
+    assert [float(row[4]) for row in rows] == [learning_rate(candidate.recipe, step) for step in range(40)]
 
 
-def test_its_files(whole: Whole, recipe: Recipe) -> None:
+def test_its_files(whole: Whole, candidate: Candidate) -> None:
     out, summary = whole
     names = {".lock", "checkpoints", "recipe.toml", "summary.json", "train_log.csv", "loss.png"}
     assert {path.name for path in out.iterdir()} == names
     assert [path.name for path in checkpoints(out / "checkpoints")] == ["step_00000030", "step_00000040"]
-    assert read_candidate(out / "recipe.toml").candidate.recipe == recipe
+    assert read_candidate(out / "recipe.toml").candidate == candidate
     written = json.loads((out / "summary.json").read_text())
     assert written == json.loads(json.dumps(asdict(summary)))
     assert (written["iterations"], written["tokens"]) == (40, 40 * 7 * 32)
     assert written["tokens_per_second"] > 0
     assert 0 <= written["data_wait_seconds"] < 0.1 * written["seconds"]
     # weights and two moments, the least that a step holds
-    assert written["peak_allocated_bytes"] > 3 * 4 * recipe.shape.parameters
+    assert written["peak_allocated_bytes"] > 3 * 4 * candidate.shape.parameters
     header = (out / "train_log.csv").read_text().splitlines()[0]
     assert header == (
         "iteration,tokens,train_loss,validation_loss,lr,grad_norm,tokens_per_second,mfu,data_wait_seconds,"
@@ -54,8 +55,8 @@ def test_its_files(whole: Whole, recipe: Recipe) -> None:
     )
 
 
-def test_progress_goes_to_stderr(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(settings(replace(recipe, max_iters=4, eval_interval=4), tmp_path / "train"))
+def test_progress_goes_to_stderr(candidate: Candidate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(settings(changed(candidate, max_iters=4, eval_interval=4), tmp_path / "train"))
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "iteration 1/4  loss 5.5" in captured.err
@@ -63,40 +64,40 @@ def test_progress_goes_to_stderr(recipe: Recipe, tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("micro", [1, 3, 5])
-def test_the_micro_batch_changes_nothing(micro: int, recipe: Recipe, tmp_path: Path) -> None:
+def test_the_micro_batch_changes_nothing(micro: int, candidate: Candidate, tmp_path: Path) -> None:
     """Also where it leaves a rest, which is padded."""
-    steady = replace(recipe, shape=replace(recipe.shape, dropout=0.0), max_iters=6, eval_batch_size=7)
+    steady = changed(candidate, shape=replace(candidate.shape, dropout=0.0), max_iters=6, eval_batch_size=7)
     train(settings(steady, tmp_path / "whole", replace(PLAN, micro_batch_size=7)))
     train(settings(steady, tmp_path / "sliced", replace(PLAN, micro_batch_size=micro)))
     for ours, theirs in zip(curve(tmp_path / "sliced"), curve(tmp_path / "whole"), strict=True):
         np.testing.assert_allclose([float(x or 0) for x in ours], [float(x or 0) for x in theirs], rtol=2e-4)
 
 
-def test_only_better_models_are_saved_where_the_recipe_says_so(recipe: Recipe, tmp_path: Path) -> None:
-    rare = replace(recipe, always_save_checkpoint=False, max_iters=12, checkpoint_interval=2, eval_interval=5)
+def test_only_better_models_are_saved_where_the_recipe_says_so(candidate: Candidate, tmp_path: Path) -> None:
+    rare = changed(candidate, always_save_checkpoint=False, max_iters=12, checkpoint_interval=2, eval_interval=5)
     train(settings(rare, tmp_path / "train"))
     assert [path.name for path in checkpoints(tmp_path / "train" / "checkpoints")] == ["step_00000010", "step_00000012"]
 
 
-def test_max_tokens_is_rounded_up(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = train(settings(recipe, tmp_path / "train", max_tokens=1000))
+def test_max_tokens_is_rounded_up(candidate: Candidate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = train(settings(candidate, tmp_path / "train", max_tokens=1000))
     assert (summary.iterations, summary.tokens, summary.stopped_by) == (5, 5 * 224, "max_iters")
     assert summary.validation_loss is not None
     assert "--max-tokens 1,000 is 5 whole steps of 224: 1,120 tokens" in capsys.readouterr().err
 
 
-def test_max_time_stops_with_a_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
-    summary = train(settings(replace(recipe, max_iters=10**6), tmp_path / "train", max_seconds=0.5))
+def test_max_time_stops_with_a_checkpoint(candidate: Candidate, tmp_path: Path) -> None:
+    summary = train(settings(changed(candidate, max_iters=10**6), tmp_path / "train", max_seconds=0.5))
     assert summary.stopped_by == "max_time"
     assert 0 < summary.iterations < 1000
     assert summary.checkpoint.endswith(f"step_{summary.iterations:08d}")
     assert summary.validation_loss is not None
 
 
-def test_it_says_how_it_compares(recipe: Recipe, whole: Whole, tmp_path: Path) -> None:
+def test_it_says_how_it_compares(candidate: Candidate, whole: Whole, tmp_path: Path) -> None:
     peak = whole[1].peak_allocated_bytes
     file = CandidateFile(
-        candidate=Candidate(recipe=replace(recipe, max_iters=20), plan=PLAN),
+        candidate=changed(candidate, max_iters=20),
         measured={"tokens_per_second": 1.0, "tokens_per_second_ci95": 0.01, "peak_allocated_bytes": peak},
     )
     summary = train(TrainSettings(file=file, out=tmp_path / "train", device="cpu"))
@@ -106,87 +107,88 @@ def test_it_says_how_it_compares(recipe: Recipe, whole: Whole, tmp_path: Path) -
     assert f"warning: {speed}" in summary_text(summary)
 
 
-def test_another_machine_is_said(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    candidate = Candidate(recipe=replace(recipe, max_iters=1), plan=PLAN)
-    file = CandidateFile(candidate=candidate, environment={"device_name": "NVIDIA H200", "cuda": ""})
+def test_another_machine_is_said(candidate: Candidate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = CandidateFile(
+        candidate=changed(candidate, max_iters=1), environment={"device_name": "NVIDIA H200", "cuda": ""}
+    )
     train(TrainSettings(file=file, out=tmp_path / "train", device="cpu"))
     assert "measured on another machine (device_name 'NVIDIA H200' there" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_is_not_saved(recipe: Recipe, tmp_path: Path) -> None:
-    wild = replace(recipe, learning_rate=1e30, min_lr=1e30, warmup_iters=0, grad_clip=0.0, log_interval=100)
+def test_a_loss_that_is_no_number_is_not_saved(candidate: Candidate, tmp_path: Path) -> None:
+    wild = changed(candidate, learning_rate=1e30, min_lr=1e30, warmup_iters=0, grad_clip=0.0, log_interval=100)
     with pytest.raises(AutotuneError, match=r"is nan at iteration \d+, there is no checkpoint to go back to; lower"):
         train(settings(wild, tmp_path / "train"))
     assert checkpoints(tmp_path / "train" / "checkpoints") == []
 
 
-def test_what_cannot_be_trained_leaves_nothing(recipe: Recipe, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_leaves_nothing(candidate: Candidate, tmp_path: Path) -> None:
     out = tmp_path / "train"
     with pytest.raises(ConfigError, match=r"training\.data is empty"):
-        train(settings(replace(recipe, data=""), out))
+        train(settings(changed(candidate, data=""), out))
     with pytest.raises(DataError, match="does not exist"):
-        train(settings(replace(recipe, data=str(tmp_path / "nowhere")), out))
+        train(settings(changed(candidate, data=str(tmp_path / "nowhere")), out))
     write_shard(tmp_path / "x_train_000001.bin", [1, 2, 3] * 2000)
     with pytest.raises(DataError, match="validation"):
-        train(settings(replace(recipe, data=str(tmp_path)), out))
+        train(settings(changed(candidate, data=str(tmp_path)), out))
     with pytest.raises(ConfigError, match=r"plan\.loss = 'ful' is not known; did you mean 'full'"):
-        train(settings(recipe, out, replace(PLAN, loss="ful")))
+        train(settings(candidate, out, replace(PLAN, loss="ful")))
     with pytest.raises(ConfigError, match="--device cuda:7"):
-        train(settings(recipe, out, device="cuda:7"))
+        train(settings(candidate, out, device="cuda:7"))
     with pytest.raises(ConfigError, match="leaves no time"):
-        settings(recipe, out, max_seconds=0.0)
+        settings(candidate, out, max_seconds=0.0)
     with pytest.raises(ConfigError, match="--max-tokens and --max-time exclude each other"):
-        settings(recipe, out, max_seconds=1.0, max_tokens=1000)
+        settings(candidate, out, max_seconds=1.0, max_tokens=1000)
     with pytest.raises(ConfigError, match="--resume and --init-from exclude each other"):
-        settings(recipe, out, resume=True, init_from=tmp_path)
+        settings(candidate, out, resume=True, init_from=tmp_path)
     with pytest.raises(DataError, match=r"20000 training tokens give 624 sequences of 32, 1000 are needed"):
-        train(settings(replace(recipe, global_batch_size=1000), out))
+        train(settings(changed(candidate, global_batch_size=1000), out))
     with pytest.raises(CheckpointError, match=r"nowhere\.pt does not exist; give a ckpt\.pt"):
-        train(settings(recipe, out, init_from=tmp_path / "nowhere.pt"))
+        train(settings(candidate, out, init_from=tmp_path / "nowhere.pt"))
     assert not out.exists()
 
 
-def test_an_unwritable_directory(recipe: Recipe, tmp_path: Path) -> None:
+def test_an_unwritable_directory(candidate: Candidate, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--out .*train cannot be written: Not a directory"):
-        train(settings(recipe, tmp_path / "file" / "train"))
+        train(settings(candidate, tmp_path / "file" / "train"))
     with pytest.raises(ConfigError, match=r"--out /sys/train cannot be written"):  # read-only for root, too
-        train(settings(recipe, Path("/sys/train")))
+        train(settings(candidate, Path("/sys/train")))
 
 
 def test_a_plan_that_is_not_compiled_as_it_says_is_refused(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    candidate: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     message = r"plan\.compile = 'full', but Inductor compiled nothing; unset TORCHDYNAMO_DISABLE"
     with pytest.raises(UnsupportedError, match=message):
-        train(settings(recipe, tmp_path / "train", replace(PLAN, compile="full")))
+        train(settings(candidate, tmp_path / "train", replace(PLAN, compile="full")))
     assert checkpoints(tmp_path / "train" / "checkpoints") == []
 
 
 def test_threads_of_the_command_wait_as_those_of_trials(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    candidate: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GNU's OpenMP says what it uses when it loads, with torch: the variable was there in time."""
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
-    process = start(replace(recipe, max_iters=1), tmp_path / "train")
+    process = start(changed(candidate, max_iters=1), tmp_path / "train")
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert f"GOMP_SPINCOUNT = '{SPIN}'" in said
 
 
-def test_the_allocator_must_be_set_before_torch(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_allocator_must_be_set_before_torch(candidate: Candidate, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="PYTORCH_ALLOC_CONF=expandable_segments:True"):
-        train(settings(recipe, tmp_path / "train", Plan(micro_batch_size=1, allocator="expandable_segments")))
+        train(settings(candidate, tmp_path / "train", Plan(micro_batch_size=1, allocator="expandable_segments")))
 
 
-def test_a_damaged_shard_is_named(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_named(candidate: Candidate, tmp_path: Path) -> None:
     write_shard(tmp_path / "x_val_000000.bin", [1, 2, 3] * 200)
     write_shard(tmp_path / "x_train_000001.bin", [1, 2, 300] * 2000)
     with pytest.raises(DataError, match=r"x_train_000001\.bin holds token 300"):
-        train(settings(replace(recipe, data=str(tmp_path)), tmp_path / "train"))
+        train(settings(changed(candidate, data=str(tmp_path)), tmp_path / "train"))
 
 
 def test_where_a_training_goes(tmp_path: Path, whole: Whole) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trainings import curve, settings, start, wait_for_rows
+from trainings import changed, curve, settings, start, wait_for_rows
 
-from autotune.config.candidate import Recipe
+from autotune.config.candidate import Candidate
 from autotune.errors import ConfigError
 from autotune.model.checkpoint import checkpoints
-from autotune.train.processes import Processes
+from autotune.train.distributed import DistributedContext
 from autotune.train.trainer import train
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
@@ -21,11 +21,11 @@ def numbers(out: Path) -> list[list[float]]:
     return [[float(cell or 0) for cell in row] for row in curve(out)]
 
 
-def test_two_processes_learn_what_one_does_and_one_goes_on(recipe: Recipe, tmp_path: Path) -> None:
+def test_two_processes_learn_what_one_does_and_one_goes_on(candidate: Candidate, tmp_path: Path) -> None:
     """Seven sequences in micro batches of three: one process has three of them, the other four."""
-    steady = replace(recipe, shape=replace(recipe.shape, dropout=0.0), max_iters=12, eval_interval=4)
+    steady = changed(candidate, shape=replace(candidate.shape, dropout=0.0), max_iters=12, eval_interval=4)
     train(settings(steady, tmp_path / "one"))
-    process = start(replace(steady, max_iters=8), tmp_path / "two", launcher=TORCHRUN)
+    process = start(changed(steady, max_iters=8), tmp_path / "two", launcher=TORCHRUN)
     printed, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert printed.count("trained 8 iterations") == 1
@@ -35,8 +35,8 @@ def test_two_processes_learn_what_one_does_and_one_goes_on(recipe: Recipe, tmp_p
     np.testing.assert_allclose(numbers(tmp_path / "two"), numbers(tmp_path / "one"), rtol=1e-4, atol=1e-6)
 
 
-def test_a_killed_launcher_leaves_no_process(recipe: Recipe, tmp_path: Path) -> None:
-    process = start(replace(recipe, max_iters=100_000), tmp_path / "two", launcher=TORCHRUN)
+def test_a_killed_launcher_leaves_no_process(candidate: Candidate, tmp_path: Path) -> None:
+    process = start(changed(candidate, max_iters=100_000), tmp_path / "two", launcher=TORCHRUN)
     wait_for_rows(tmp_path / "two", 2)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(ranks) == 2
@@ -50,16 +50,16 @@ def test_a_killed_launcher_leaves_no_process(recipe: Recipe, tmp_path: Path) -> 
 
 def test_each_row_has_one_process() -> None:
     for count in (1, 2, 3, 8):
-        parts = [range(8)[Processes(rank=rank, count=count).rows(8)] for rank in range(count)]
+        parts = [range(8)[DistributedContext(rank=rank, world_size=count).rows(8)] for rank in range(count)]
         assert [row for part in parts for row in part] == list(range(8))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_more_processes_than_sequences(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_processes_than_sequences(candidate: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(ConfigError, match=r"global_batch_size = 7 is less than one sequence for each of 8 processes"):
-        train(settings(recipe, tmp_path / "train"))
+        train(settings(candidate, tmp_path / "train"))
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(ConfigError, match=r"'many'; start it with torchrun"):
-        train(settings(recipe, tmp_path / "train"))
+        train(settings(candidate, tmp_path / "train"))
     assert not (tmp_path / "train").exists()

@@ -7,22 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from trainings import curve, settings
+from trainings import changed, curve, settings
 
 from autotune.cli import run
-from autotune.config.candidate import Recipe
+from autotune.config.candidate import Candidate, Tracking
 from autotune.errors import ConfigError
-from autotune.train.log import LogRow
-from autotune.train.track import check_trackers, named
+from autotune.train.output import LogRow, check_trackers, named
 from autotune.train.trainer import train
 
 
-def test_tensorboard_holds_the_rows_also_after_a_resume(recipe: Recipe, tmp_path: Path) -> None:
+def test_tensorboard_holds_the_rows_also_after_a_resume(candidate: Candidate, tmp_path: Path) -> None:
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="the package tensorboard is not installed"
     )
-    watched = replace(recipe, tensorboard=True, max_iters=4, checkpoint_interval=2, eval_interval=4)
-    train(settings(replace(watched, max_iters=2), tmp_path / "train"))
+    watched = changed(candidate, tensorboard=True, max_iters=4, checkpoint_interval=2, eval_interval=4)
+    train(settings(changed(watched, max_iters=2), tmp_path / "train"))
     train(settings(watched, tmp_path / "train", resume=True))
     events = accumulator.EventAccumulator(str(tmp_path / "train" / "tensorboard")).Reload()
     seen = [(event.step, pytest.approx(event.value)) for event in events.Scalars("train/loss")]
@@ -45,13 +44,13 @@ def test_names_and_units_are_nanogpts() -> None:
 
 
 def test_wandb_offline_keeps_the_rows_here_and_no_key(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    candidate: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = pytest.importorskip("wandb", reason="the package wandb is not installed")
     key = "0123456789abcdef" * 3
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", key[:40])
-    train(settings(replace(recipe, wandb_log=True, max_iters=2, eval_interval=2), tmp_path / "train"))
+    train(settings(changed(candidate, wandb_log=True, max_iters=2, eval_interval=2), tmp_path / "train"))
     wandb.teardown()  # as at the end of a process: its service writes the last rows
     (offline,) = (tmp_path / "train" / "wandb").glob("offline-run-*")
     (store,) = offline.glob("*.wandb")
@@ -61,43 +60,43 @@ def test_wandb_offline_keeps_the_rows_here_and_no_key(
 
 
 def test_a_missing_package_is_told_before_anything_is_written(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    candidate: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"wandb_log = true needs the package wandb; run `pip install .*\[wandb\]`"):
-        train(settings(replace(recipe, wandb_log=True), tmp_path / "train"))
+        train(settings(changed(candidate, wandb_log=True), tmp_path / "train"))
     assert not (tmp_path / "train").exists()
 
 
-def test_every_missing_package_is_told_at_once(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_missing_package_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
-        check_trackers(replace(recipe, wandb_log=True, tensorboard=True))
+        check_trackers(Tracking(wandb_log=True, tensorboard=True))
     for key, package in (("wandb_log", "wandb"), ("tensorboard", "tensorboard")):
         assert f"training.{key} = true needs the package {package}; run `pip install nanogpt-autotune[{package}]`" in (
             str(caught.value)
         )
 
 
-def test_a_folder_of_runs_is_not_the_package(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_runs_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """wandb leaves a folder `wandb` in the working directory, which Python would import as an empty package."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(ConfigError, match="needs the package wandb"):
-        check_trackers(replace(recipe, wandb_log=True))
+        check_trackers(Tracking(wandb_log=True))
 
 
-def test_a_mode_that_wandb_does_not_know(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mode_that_wandb_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="the package wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "ofline")
-    check_trackers(recipe)
+    check_trackers(Tracking())
     with pytest.raises(ConfigError, match="WANDB_MODE = 'ofline' is not known to wandb; did you mean 'offline'"):
-        check_trackers(replace(recipe, wandb_log=True))
+        check_trackers(Tracking(wandb_log=True))
 
 
 def test_wandb_without_a_key_is_one_line_and_the_training_can_go_on(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    candidate: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = pytest.importorskip("wandb", reason="the package wandb is not installed")
     wandb.teardown()  # it reads the environment once a process
@@ -106,7 +105,7 @@ def test_wandb_without_a_key_is_one_line_and_the_training_can_go_on(
     for name in ("HOME", "WANDB_CONFIG_DIR", "XDG_CONFIG_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    watched = replace(recipe, wandb_log=True, max_iters=1, eval_interval=1)
+    watched = changed(candidate, wandb_log=True, max_iters=1, eval_interval=1)
     with pytest.raises(
         ConfigError, match=r"wandb does not start: .*; run `wandb login`, or set WANDB_MODE=offline, and"
     ):
@@ -128,7 +127,5 @@ def test_a_search_says_what_its_training_will_lack(
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
     assert run(arguments) == 0
     said = capsys.readouterr().err
-    assert (
-        "note: the search does without, `autotune train` will not: training.wandb_log = true needs the package" in said
-    )
+    assert "note: the search runs, but `autotune train` will not: training.wandb_log = true needs the package" in said
     assert "run `pip install nanogpt-autotune[wandb]`" in said

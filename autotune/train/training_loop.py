@@ -1,0 +1,439 @@
+"""The training loop: stretches of steps, and between them evaluation, logging and checkpoints."""
+
+import gc
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autotune import files
+from autotune.config.toml import format_candidate
+from autotune.config.train_settings import CHECKPOINTS, RECIPE, TrainSettings
+from autotune.data.batches import open_batches
+from autotune.environment import Environment, describe, differences
+from autotune.errors import AutotuneError, ConfigError, InterruptedByUser
+from autotune.files import write_atomically
+from autotune.measure.memory import MemoryMeter, out_of_memory
+from autotune.measure.ran import check_ran
+from autotune.measure.timing import Stopwatch, summarise
+from autotune.measure.types import Stage, cache_text
+from autotune.model.checkpoint import TrainState, checkpoints, save_checkpoint
+from autotune.model.compile_cache import compile_cache
+from autotune.model.optim import learning_rate
+from autotune.model.step import COMPILING_STEPS, TrainStep, build
+from autotune.train.distributed import DistributedContext, process_group
+from autotune.train.exchange import load_initial
+from autotune.train.output import LogRow, Output, StoppedBy, TrainProgress, TrainSummary, compare
+from autotune.train.prefetch import Prefetcher, Work
+from autotune.train.resume import WINDOW, loss_spike, restore, roll_back
+
+MAX_ROLLBACKS = 3
+"""How often a process returns to a checkpoint before it gives up."""
+WARM_AFTER = 3
+"""First steps of a process that are left out of its speed: the first compiles, the second is profiled on the CPU."""
+SAME_SIGNAL_SECONDS = 5.0
+"""Signals this close together count as one: a closed terminal sends two."""
+_CONTINUE, _TIME_OVER, _INTERRUPTED = range(3)
+
+
+def run(settings: TrainSettings, context: DistributedContext, notes: tuple[str, ...]) -> TrainSummary | None:
+    """Open the data, build or restore the step, and train; see `trainer.train`."""
+    candidate = settings.file.candidate
+    recipe, shape = candidate.recipe, candidate.shape
+    by_rank = context.world_size > 1 and settings.device != "cpu" and torch.cuda.is_available()
+    machine = describe(f"cuda:{context.local_rank}" if by_rank else settings.device)
+    data = open_batches(
+        Path(recipe.data),
+        seed=recipe.seed,
+        global_batch_size=recipe.global_batch_size,
+        block_size=shape.block_size,
+        vocab_size=shape.vocab_size,
+    )
+    device = torch.device(machine.device)
+    meter = MemoryMeter(device, lambda: step.state_bytes())  # before this process has a CUDA context
+    step = build(candidate, device)
+    initial = candidate.checkpointing.init_from
+    if initial and not (settings.resume and checkpoints(settings.out / CHECKPOINTS)):
+        notes += load_initial(Path(initial), step.model)
+    if different := "; ".join(differences(settings.file.environment, machine)):
+        notes += (
+            f"warning: the candidate was measured on another machine ({different}); "
+            "its speed and memory may differ here, `autotune search` measures them",
+        )
+    with ExitStack() as stack:
+        if context.is_main:
+            stack.enter_context(locked(settings.out))
+        stack.enter_context(process_group(context))
+        progress = stack.enter_context(TrainProgress(recipe.max_iters, quiet=not context.is_main))
+        for note in notes:
+            progress.note(note)
+        state = restore(settings, context, step, progress)
+        output = None
+        if context.is_main:
+            write_atomically(settings.out / RECIPE, format_candidate(settings.file))
+            output = Output(settings.out, candidate, state.iteration, progress, stack)
+        if context.world_size > 1:
+            step.over_processes()
+        batches = stack.enter_context(closing(Prefetcher(data, context, candidate, step.device)))
+        return Training(settings, context, machine, step, meter, batches, state, progress, output).run()
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Create the training directory, and keep other processes out of it for the block's duration.
+
+    Raises ConfigError if it cannot be written or another process trains in it.
+    """
+    taken = ConfigError(f"another process trains in {out}; wait for it, or give another --out")
+    with ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.locked(out / ".lock", taken))
+        except OSError as error:
+            raise ConfigError(f"--out {out} cannot be written: {error.strerror}; give another directory") from None
+        yield
+
+
+class Training:
+    """One training in progress. `output` is None in all processes but the main one."""
+
+    def __init__(
+        self, settings: TrainSettings, context: DistributedContext, machine: Environment, step: TrainStep,
+        meter: MemoryMeter, batches: Prefetcher, state: TrainState, progress: TrainProgress, output: Output | None,
+    ) -> None:  # fmt: skip
+        self.settings, self.context, self.machine, self.step = settings, context, machine, step
+        self.meter, self.batches, self.progress, self.output = meter, batches, progress, output
+        self.candidate, self.recipe = step.candidate, step.candidate.recipe
+        self.checkpoints = settings.out / CHECKPOINTS
+        self.first, self.started, self.seconds_before = state.iteration, time.monotonic(), state.seconds
+        self.set_state(state)
+        self.rollbacks = 0
+        self.stop_requested_at: float | None = None
+        self.saving = False
+        self.best_loss, self.best_iteration = state.best_validation_loss, state.best_iteration
+        self.previous_step: torch.cuda.Event | None = None
+        self.stopwatch, self.waited_before = Stopwatch(step.device), 0.0
+        self.step_seconds: list[float] = []  # of all steps up to the last row
+        self.readings: list[Callable[[], float]] = []  # of the steps since
+
+    def set_state(self, state: TrainState) -> None:
+        """Continue from the checkpoint that holds `state`."""
+        self.state, self.iteration, self.skipped = state, state.iteration, state.skipped_batches
+        self.recent = deque(state.recent_losses, maxlen=WINDOW)
+        self.pending: list[tuple[Tensor, Tensor, float]] = []  # loss, gradient norm, lr; on the device, unchecked
+
+    @property
+    def process_seconds(self) -> float:
+        """Wall clock of this process's part of the training."""
+        return time.monotonic() - self.started
+
+    def run(self) -> TrainSummary | None:
+        """Train to the end and write the summary."""
+        stopped_by: StoppedBy = "max_iters"
+        try:
+            with self._stop_on_signals():
+                if self.iteration < self.recipe.max_iters:
+                    stopped_by = self._train()
+        except KeyboardInterrupt:
+            raise self._interrupted() from None
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise AutotuneError(
+                f"the device ran out of memory at iteration {self.iteration}: {str(error).splitlines()[0]}; "
+                "free some, or lower plan.micro_batch_size, and continue with --resume"
+            ) from error
+        if self.output is None:
+            return None
+        summary = self._summary(self.output, stopped_by)
+        self.output.finish(summary, trained=self.iteration > self.first)
+        return summary
+
+    @contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        """Within the block, SIGINT, SIGTERM and SIGHUP request a stop after the current step. They raise
+        KeyboardInterrupt if nothing is unsaved (as while the first step compiles), or at a second request some seconds
+        later, except while a checkpoint is written."""
+
+        def request(_number: int, _frame: FrameType | None) -> None:
+            now, asked = time.monotonic(), self.stop_requested_at
+            if asked is None and (self.saving or self.iteration > self.state.iteration):
+                self.stop_requested_at = now
+            elif not self.saving and (asked is None or now - asked > SAME_SIGNAL_SECONDS):
+                raise KeyboardInterrupt
+
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        heeded = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores some
+        before = {number: signal.signal(number, request) for number in heeded}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _train(self) -> StoppedBy:
+        while True:
+            compiling = self.iteration < self.first + COMPILING_STEPS
+            stage: Stage = "first_step" if compiling else "steady"
+            boundary, stop = self._boundary(stage), _CONTINUE
+            with self._measured(stage):
+                while self.iteration < boundary and stop == _CONTINUE:
+                    self._step()
+                    stop = self._stop()
+            if self.iteration == self.first + COMPILING_STEPS and (compiled := compile_cache()):
+                self.progress.note(f"compiled, with {cache_text(*compiled)} from the compile cache")
+            if self.iteration == self.first + COMPILING_STEPS + 1:
+                check_ran(self.candidate.plan, self.meter.ran, self.step.device)
+            losses = self._checked_losses()
+            if losses is None:
+                continue
+            finished = self.iteration >= self.recipe.max_iters
+            self._evaluate_log_save(losses[-1], finished or stop == _TIME_OVER)
+            if finished:
+                return "max_iters"
+            if stop == _TIME_OVER:
+                return "max_time"
+            if stop == _INTERRUPTED:
+                if self.iteration > self.state.iteration:
+                    self._save()
+                raise self._interrupted()
+
+    def _boundary(self, stage: Stage) -> int:
+        """The iteration at which something other than a step is due."""
+        if stage == "first_step" or stage not in self.meter.views():
+            return self.iteration + 1
+        intervals = (
+            self.candidate.tracking.log_interval,
+            self.candidate.evaluation.eval_interval,
+            self.candidate.checkpointing.checkpoint_interval,
+        )
+        return min(self.recipe.max_iters, *((self.iteration // interval + 1) * interval for interval in intervals))
+
+    def _measured(self, stage: Stage) -> AbstractContextManager[None]:
+        """Records peaks of the stage: on CUDA always, as it costs nothing; on the CPU, by a profiler, once a stage."""
+        if self.step.device.type == "cuda" or stage not in self.meter.views():
+            return self.meter.stage(stage)
+        return nullcontext()
+
+    def _step(self) -> None:
+        """One optimizer step; the next batch is loaded meanwhile."""
+        lr = learning_rate(self.recipe, self.iteration)
+
+        def work() -> None:
+            number = self.iteration + self.skipped
+            loss = self._retry_smaller("step", lambda: self.step.gradients(self.batches.batch(number)))
+            self.pending.append((loss, self.step.optimizer_step(lr), lr))
+
+        self.readings.append(self.stopwatch.time(work))
+        self._wait_for_device()
+        self.iteration += 1
+        self.progress.step(self.iteration)
+
+    def _retry_smaller(self, kind: Work, work: Callable[[], Tensor]) -> Tensor:
+        """The result of `work`, retried with half as many sequences a forward while it runs out of memory.
+        The batch stays the same, and so does what is learned from it."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                # with several processes the others wait in their backward, so one cannot retry alone
+                if not out_of_memory(error) or self.context.world_size > 1 or not self.batches.shrink(kind):
+                    raise
+                reason = str(error).splitlines()[0]
+            # outside of `except`, as the traceback would keep the failed step's tensors alive
+            self.step.optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+            self.progress.note(
+                f"warning: out of memory in iteration {self.iteration + 1} ({reason}); continuing with "
+                f"{self.batches.sizes[kind]} sequences a forward in each {kind}, what is learned stays the same"
+            )
+
+    def _wait_for_device(self) -> None:
+        """Keep the host at most one step ahead of a CUDA device; otherwise a stop would take minutes."""
+        if self.step.device.type != "cuda":
+            return
+        if self.previous_step is not None:
+            self.previous_step.synchronize()
+        self.previous_step = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.previous_step.record()
+
+    def _stop(self) -> int:
+        """_TIME_OVER, _INTERRUPTED or _CONTINUE, the same in all processes."""
+        limit = self.settings.max_seconds
+        over = limit is not None and self.process_seconds >= limit
+        interrupted = self.stop_requested_at is not None
+        return self.context.max(_INTERRUPTED if interrupted else _TIME_OVER if over else _CONTINUE)
+
+    def _checked_losses(self) -> list[tuple[float, float, float]] | None:
+        """Loss, gradient norm and lr of the steps since the last check; None after a rollback for a bad one."""
+        losses: list[float] = self.context.sum(torch.stack([loss for loss, _, _ in self.pending])).tolist()
+        first = self.iteration - len(self.pending)
+        values = [(loss, norm.item(), lr) for loss, (_, norm, lr) in zip(losses, self.pending, strict=True)]
+        self.pending.clear()
+        scaled = self.step.scaler.is_enabled()  # the scaler skips steps whose gradients are not finite
+        for number, (loss, norm, _) in enumerate(values, first + 1):
+            if problem := loss_spike(self.recent, loss, 0.0 if scaled else norm):
+                self._roll_back(number, f"{problem} at iteration {number}")
+                return None
+        return values
+
+    def _roll_back(self, bad: int, problem: str) -> None:
+        """Return to the newest checkpoint, and skip the data up to the bad iteration."""
+        advice = "lower training.learning_rate or choose plan.dtype = 'float32'"
+        if not checkpoints(self.checkpoints):
+            raise AutotuneError(f"{problem}, there is no checkpoint to go back to; {advice}")
+        if self.rollbacks == MAX_ROLLBACKS:
+            raise AutotuneError(
+                f"{problem}, after {MAX_ROLLBACKS} rollbacks that skipped data; the newest checkpoint is of "
+                f"iteration {self.state.iteration}; {advice}, and check the data"
+            )
+        self.rollbacks += 1
+        batches = self.skipped + bad  # up to the bad one
+        self.set_state(roll_back(self.checkpoints, self.step, self.context))
+        self.skipped = batches - self.iteration
+        self.readings.clear()
+        if self.output:
+            self.output.rewind(self.iteration)
+        self.progress.note(
+            f"warning: {problem}; going back to iteration {self.iteration} and skipping the data since "
+            f"(rollback {self.rollbacks} of at most {MAX_ROLLBACKS})"
+        )
+
+    def _evaluate_log_save(self, last: tuple[float, float, float], ending: bool) -> None:
+        """Whatever is due. last: loss, gradient norm and lr of the last step."""
+        improved, validation = False, None
+        if ending or self.iteration % self.candidate.evaluation.eval_interval == 0:
+            validation = self._evaluate()
+            improved = self.best_loss is None or validation < self.best_loss
+            if improved:
+                self.best_loss, self.best_iteration = validation, self.iteration
+        if validation is not None or self.iteration == 1 or self.iteration % self.candidate.tracking.log_interval == 0:
+            self._log(*last, validation)
+        saving = self.candidate.checkpointing
+        due = saving.always_save_checkpoint and self.iteration % saving.checkpoint_interval == 0
+        if improved or ending or due:
+            self._save()
+
+    def _evaluate(self) -> float:
+        """Mean loss over the same eval_iters validation batches each time, divided among the processes."""
+
+        def batch_loss(index: int) -> Tensor:
+            parts = [self.step.evaluate(x, y) * share for x, y, share in self.batches.validation(index)]
+            return torch.stack(parts).sum()
+
+        total = torch.zeros((), device=self.step.device)
+        with self._measured("evaluation"):
+            for index in range(self.context.rank, self.candidate.evaluation.eval_iters, self.context.world_size):
+                total += self._retry_smaller("evaluation", lambda: batch_loss(index))  # noqa: B023 - called at once
+        return float(self.context.sum(total)) / self.candidate.evaluation.eval_iters
+
+    def _log(self, loss: float, norm: float, lr: float, validation_loss: float | None) -> None:
+        self.stopwatch.synchronise()
+        seconds = [reading() for reading in self.readings]
+        self.readings.clear()
+        warm = seconds[max(0, WARM_AFTER - len(self.step_seconds)) :]
+        self.step_seconds += seconds
+        if self.output is None:
+            return
+        mean = sum(warm) / len(warm) if warm else None
+        speed = None if mean is None else self.recipe.tokens_per_step / mean
+        waited, self.waited_before = self.batches.waited_seconds - self.waited_before, self.batches.waited_seconds
+        row = LogRow(
+            iteration=self.iteration,
+            tokens=self.iteration * self.recipe.tokens_per_step,
+            train_loss=loss,
+            validation_loss=validation_loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens_per_second=speed,
+            mfu=self._mfu(speed),
+            data_wait_seconds=waited,
+            peak_allocated_bytes=self._peak("allocated_bytes"),
+            peak_device_bytes=self._peak("device_bytes"),
+            seconds=self.seconds_before + self.process_seconds,
+        )
+        self.output.row(row, self._eta(mean))
+
+    def _eta(self, step_seconds: float | None) -> float | None:
+        if step_seconds is None:
+            return None
+        left = (self.recipe.max_iters - self.iteration) * step_seconds
+        limit = self.settings.max_seconds
+        return left if limit is None else max(0.0, min(left, limit - self.process_seconds))
+
+    def _mfu(self, tokens_per_second: float | None) -> float | None:
+        if tokens_per_second is None or self.machine.peak_flops is None:
+            return None
+        peak = self.machine.peak_flops * self.context.world_size
+        return tokens_per_second * self.candidate.shape.flops_per_token / peak
+
+    def _peak(self, view: str) -> int | None:
+        known = [value for stage in self.meter.views().values() if (value := getattr(stage, view)) is not None]
+        return max(known, default=None)
+
+    def _save(self) -> None:
+        state = replace(
+            self.state,
+            iteration=self.iteration,
+            tokens=self.iteration * self.recipe.tokens_per_step,
+            candidate=self.candidate,
+            seconds=self.seconds_before + self.process_seconds,
+            best_validation_loss=self.best_loss,
+            best_iteration=self.best_iteration,
+            skipped_batches=self.skipped,
+            recent_losses=tuple(self.recent),
+        )
+        self.saving = True
+        if self.output:
+            self.output.flush()
+            with self._measured("checkpoint"):
+                save_checkpoint(self.checkpoints, self.step, state)
+        self.context.barrier()  # torchrun kills all processes when one exits, so none may before it is written
+        self.state, self.saving = state, False
+
+    def _interrupted(self) -> InterruptedByUser:
+        saved, recipe = checkpoints(self.checkpoints), self.settings.out / RECIPE
+        where = f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        return InterruptedByUser(
+            f"stopped after iteration {self.iteration}; {where}; continue with `autotune train {recipe} --resume`"
+        )
+
+    def _summary(self, output: Output, stopped_by: StoppedBy) -> TrainSummary:
+        timing = summarise(warm) if (warm := self.step_seconds[WARM_AFTER:]) else None
+        speed = self.recipe.tokens_per_step / timing.median if timing else None
+        figures: dict[str, Any] = {
+            "tokens_per_second": speed,
+            "tokens_per_second_ci95": speed * timing.ci95 / timing.median if speed and timing else None,
+            **{f"peak_{v}": self._peak(v) for v in ("allocated_bytes", "reserved_bytes", "device_bytes")},
+        }
+        # the search measured one process, so several are not comparable
+        measured = self.settings.file.measured if self.context.world_size == 1 else {}
+        compared = list(compare(measured, figures, self.step.device.type))
+        last = output.last_row()
+        return TrainSummary(
+            out=str(self.settings.out),
+            checkpoint=str(checkpoints(self.checkpoints)[-1]),
+            stopped_by=stopped_by,
+            iterations=self.state.iteration,
+            tokens=self.state.tokens,
+            processes=self.context.world_size,
+            train_loss=last.get("train_loss"),
+            validation_loss=last.get("validation_loss"),
+            best_validation_loss=self.state.best_validation_loss,
+            best_iteration=self.state.best_iteration,
+            mfu=self._mfu(speed),
+            seconds=self.seconds_before + self.process_seconds,
+            data_wait_seconds=self.batches.waited_seconds,
+            comparison=tuple(text for text, _ in compared),
+            warnings=tuple(text for text, within in compared if not within),
+            **figures,
+        )
