@@ -38,7 +38,10 @@ def test_sigkill_changes_nothing(recipe: Recipe, whole: Whole, tmp_path: Path) -
     assert summary.validation_loss == whole[1].validation_loss
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_a_signal_saves_and_leaves_with_130(number: int, recipe: Recipe, tmp_path: Path) -> None:
     out, rare = tmp_path / "train", replace(recipe, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
     process = start(rare, out)
@@ -57,6 +60,7 @@ def test_a_signal_saves_and_leaves_with_130(number: int, recipe: Recipe, tmp_pat
     assert len(curve(out)) == len(stopped) + 2
 
 
+@pytest.mark.slow
 def test_compiled_steps_resume_exactly(recipe: Recipe, tmp_path: Path) -> None:
     """On two threads, which must not add up gradients in a race."""
     short = replace(recipe, max_iters=8, eval_interval=4, checkpoint_interval=4)
@@ -203,6 +207,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
+@pytest.mark.slow
 def test_nohup_holds_in_training(recipe: Recipe, tmp_path: Path) -> None:
     out, rare = tmp_path / "train", replace(recipe, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
     process = start(rare, out, launcher=("-c", IGNORING))
