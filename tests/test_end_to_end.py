@@ -44,6 +44,7 @@ def autotune(*arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SAMPLE, reason="AUTOTUNE_FINEWEB_SAMPLE does not name the parquet sample of FineWeb")
 def test_from_fineweb_to_a_trained_model(tmp_path: Path) -> None:
     autotune("data", "prepare", SAMPLE, "--out", "data", cwd=tmp_path)

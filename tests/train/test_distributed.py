@@ -21,6 +21,7 @@ def numbers(out: Path) -> list[list[float]]:
     return [[float(cell or 0) for cell in row] for row in curve(out)]
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does_and_one_goes_on(candidate: Candidate, tmp_path: Path) -> None:
     """Seven sequences in micro batches of three: one process has three of them, the other four."""
     steady = changed(candidate, shape=replace(candidate.shape, dropout=0.0), max_iters=12, eval_interval=4)

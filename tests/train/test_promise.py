@@ -19,7 +19,7 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "chunked")) for name in PLANS])
 def test_fifty_steps_with_evaluation_and_checkpoint_peak_as_measured(
     name: str, candidate: Candidate, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

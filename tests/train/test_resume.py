@@ -41,7 +41,10 @@ def test_sigkill_changes_nothing(candidate: Candidate, whole: Whole, tmp_path: P
     assert summary.validation_loss == whole[1].validation_loss
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_a_signal_saves_and_leaves_with_130(number: int, candidate: Candidate, tmp_path: Path) -> None:
     out, rare = tmp_path / "train", changed(candidate, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
     process = start(rare, out)
@@ -60,6 +63,7 @@ def test_a_signal_saves_and_leaves_with_130(number: int, candidate: Candidate, t
     assert len(curve(out)) == len(stopped) + 2
 
 
+@pytest.mark.slow
 def test_compiled_steps_resume_exactly(candidate: Candidate, tmp_path: Path) -> None:
     """On two threads, which must not add up gradients in a race."""
     short = changed(candidate, max_iters=8, eval_interval=4, checkpoint_interval=4)
@@ -221,6 +225,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
+@pytest.mark.slow
 def test_nohup_holds_in_training(candidate: Candidate, tmp_path: Path) -> None:
     out, rare = tmp_path / "train", changed(candidate, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
     process = start(rare, out, launcher=("-c", IGNORING))

@@ -27,6 +27,7 @@ def data_bytes(process: int) -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmData")).split()[1]) * 1024
 
 
+@pytest.mark.slow
 def test_memory_that_others_take_halves_the_micro_batch_only(candidate: Candidate, tmp_path: Path) -> None:
     """For real: once it runs, the process may no longer have all that its micro batch needs."""
     shape = Shape(n_layer=1, n_head=1, n_embd=16, block_size=128, vocab_size=16384)  # logits of 64 MiB in one piece
