@@ -141,7 +141,7 @@ def test_wrong_usage_is_two(capsys: pytest.CaptureFixture[str], arguments: list[
         (["data", "prepare", "--from-python-docs", "--out", "x", "--max-tokens", "lots"], "count 'lots'"),
     ],
 )
-def test_a_mistake_is_one(
+def test_a_users_mistake_exits_with_1(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -192,7 +192,7 @@ def test_report_on_stdout_json_as_one_object_and_files_named_on_stderr(
     assert f"wrote {run / 'report.html'}" in err
 
 
-def test_an_unwritable_run_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_an_unwritable_run_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = write_run(tmp_path, best=candidate(24))
     (run / "plots").write_text("")
     code, text = told_by(capsys, "report", str(run), "--html")
@@ -342,7 +342,7 @@ class TestSearch:
             (["--other-machine"], "give --resume RUN with it"),
         ],
     )
-    def test_mistakes_are_one(self, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    def test_mistakes_exit_with_1(self, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
         code, text = told_by(capsys, "search", *arguments)
         assert code == 1
         assert said in text
@@ -353,13 +353,13 @@ class TestSearch:
         assert "budget        1h00m" in capsys.readouterr().out
         assert list(Path().iterdir()) == []
 
-    def test_results_that_cannot_be_made_are_told(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_results_that_cannot_be_made_are_an_error(self, capsys: pytest.CaptureFixture[str]) -> None:
         Path("results").write_text("a file where a folder belongs")
         code, text = told_by(capsys, "search", "--name", "x", "--model", "12x12x768")
         assert (code, "results/x cannot be made" in text) == (1, True)
 
     @pytest.mark.parametrize("words", [("search", "--name", "x"), ("search", "--resume", "results/x")])
-    def test_a_cache_that_cannot_be_written_is_told_before_anything_is_made(
+    def test_a_cache_that_cannot_be_written_is_an_error_before_anything_is_made(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
     ) -> None:
         monkeypatch.setenv("AUTOTUNE_CACHE_DIR", "/dev/null/cache")

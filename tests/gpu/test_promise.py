@@ -1,6 +1,7 @@
 """What was measured is what is trained: the search's winner, trained for some steps, against its verdict."""
 
 import json
+import shutil
 
 import pytest
 from gpu.bench import Bench
@@ -18,8 +19,8 @@ def test_training_is_as_fast_and_as_large_as_its_verdict(model: str, bench: Benc
     toml, out = bench.scratch / f"winner-{model}.toml", bench.scratch / f"train-{model}-{steps}"
     toml.write_text(format_candidate(file))
     tokens = steps * file.candidate.recipe.tokens_per_step
-    again = ["--resume"] if out.exists() else []
-    bench.autotune("train", toml, "--device", bench.device, "--out", out, "--max-tokens", tokens, *again)
+    shutil.rmtree(out, ignore_errors=True)  # an earlier call's
+    bench.autotune("train", toml, "--device", bench.device, "--out", out, "--max-tokens", tokens)
     summary = json.loads((out / "summary.json").read_text())
     keys = ("iterations", "tokens_per_second", "peak_allocated_bytes", "peak_device_bytes", "seconds", "comparison")
     bench.row.update({key: summary[key] for key in keys} | {"comparison_text": "; ".join(summary["comparison"])})

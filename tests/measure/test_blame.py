@@ -103,7 +103,7 @@ def test_without_a_compiler_compiled_trials_say_so_and_eager_ones_run(
     assert (eager.status, eager.remedy) == ("ok", "")
 
 
-def test_a_cache_that_cannot_be_made_is_told_before_anything_is_built(
+def test_a_cache_that_cannot_be_made_is_an_error_before_anything_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""Real trials in real worker processes: each outcome under its own status, nothing left behind."""
+"""Trials in worker processes: each outcome has its own status, and no process or file is left behind."""
 
 import contextlib
 import math
@@ -43,7 +43,7 @@ def with_plan(**changes: object) -> TrialRequest:
 
 
 MARK = f"AUTOTUNE_TESTS={os.getpid()}"
-"""In the environment of every process that these tests start; others may be measuring beside them."""
+"""In the environment of every process that these tests start, to tell them from those of other test processes."""
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def marked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def workers(words: str = WORKER) -> list[int]:
-    """Our processes with these words on their command line."""
+    """Processes of these tests with these words on their command line."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
@@ -100,7 +100,7 @@ def test_a_finalist_covers_evaluation_and_checkpoint(tmp_path: Path, steps: Step
 
 
 @pytest.mark.slow
-def test_what_cannot_win_is_not_measured_to_the_end(measured: TrialResult, tmp_path: Path) -> None:
+def test_timing_of_a_candidate_that_cannot_win_ends_early(measured: TrialResult, tmp_path: Path) -> None:
     least = 3 * (measured.tokens_per_second or 0.0)
     patient = replace(REQUEST, measure_seconds=30.0)
     slow = run_trial(replace(patient, stop_below_tokens_per_second=least), tmp_path / "log")
@@ -148,7 +148,7 @@ def interrupted(work: Callable[[], object]) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_running_out_of_a_cards_memory_is_told_in_short() -> None:
+def test_the_message_of_an_out_of_memory_error_is_short() -> None:
     error = torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.2 GiB is "
         "free. If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=..."
@@ -164,7 +164,7 @@ def test_needing_more_than_the_limit_says_how_much(measured: TrialResult, tmp_pa
     if tight.status == "oom":
         assert tight.wanted_bytes is not None
         assert tight.wanted_bytes > 0
-    # the next one is none the worse for it
+    # the next trial is not affected
     after = run_trial(with_plan(), tmp_path / "log")
     assert after.status == "ok"
     assert after.peak("allocated_bytes") == measured.peak("allocated_bytes")
@@ -281,7 +281,7 @@ def test_what_the_kernel_kills_for_memory_is_oom(
         pytest.param("TORCH_COMPILE_DISABLE", "block", marks=pytest.mark.slow),
     ],
 )
-def test_a_plan_that_is_not_compiled_as_it_says_is_unsupported(
+def test_a_plan_that_was_not_compiled_as_requested_is_unsupported(
     name: str, compile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "1")
@@ -291,15 +291,15 @@ def test_a_plan_that_is_not_compiled_as_it_says_is_unsupported(
     assert result.tokens_per_second is None
 
 
-def test_a_profile_is_not_of_another_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_of_another_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     result, found = runner.run_profile(with_plan(compile="full"), tmp_path / "out", tmp_path / "log")
     assert (result.status, found) == ("unsupported", None)
 
 
 @pytest.mark.slow
-def test_the_limit_is_the_candidates_and_not_its_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled in a folder full of names that Python's own library has, too."""
+def test_the_memory_limit_does_not_apply_to_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled in a folder whose files have the names of Python modules."""
     for name in ("profile", "random", "queue", "torch", "autotune"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working folder')")
     compiler, limits = tmp_path / "bin" / "g++", tmp_path / "limits"
@@ -307,7 +307,7 @@ def test_the_limit_is_the_candidates_and_not_its_compilers(tmp_path: Path, monke
     compiler.write_text(f'#!/bin/sh\nulimit -S -d >> {limits}\nexec {shutil.which("g++")} "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))  # else nothing needs to be compiled
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))  # empty, so that the compiler runs
     monkeypatch.chdir(tmp_path)
     small = replace(SHAPE, n_layer=1, vocab_size=256)
     candidate = replace(with_plan(compile="block", loss="full").candidate, recipe=replace(RECIPE, shape=small))
@@ -316,7 +316,7 @@ def test_the_limit_is_the_candidates_and_not_its_compilers(tmp_path: Path, monke
     assert set(limits.read_text().split()) == {"unlimited"}
 
 
-def test_the_limit_holds_for_the_candidate(tmp_path: Path) -> None:
+def test_the_memory_limit_applies_to_the_candidate(tmp_path: Path) -> None:
     large = replace(SHAPE, vocab_size=400_000, n_embd=512)
     candidate = replace(REQUEST.candidate, recipe=replace(RECIPE, shape=large))
     result = run_trial(replace(REQUEST, candidate=candidate, memory_limit_bytes=700 << 20), tmp_path / "log")

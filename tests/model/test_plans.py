@@ -72,7 +72,7 @@ PLANS = [
 
 def curve(plan: Plan, optimizer: str = "adamw") -> list[float]:
     """Losses of the recipe under `plan`, over the same text again and again."""
-    torch._dynamo.reset()  # of one code compiled too often, later versions would silently run uncompiled
+    torch._dynamo.reset()  # a function compiled too often would silently run uncompiled
     recipe = replace(RECIPE, optimizer=optimizer)  # type: ignore[arg-type]
     step = build(Candidate(recipe=recipe, plan=plan), torch.device("cpu"))
     text = np.random.default_rng(0).integers(0, 256, (RECIPE.global_batch_size, 33))

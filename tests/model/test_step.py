@@ -135,7 +135,7 @@ def test_a_gradient_that_overflows_in_float16_skips_the_whole_step(optimizer: st
     x, y = torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
     step.micro_step(x, y, 1.0)
     assert model.wpe.weight.grad is not None
-    model.wpe.weight.grad[0, 0] = float("inf")  # of one optimizer's; Muon has the blocks
+    model.wpe.weight.grad[0, 0] = float("inf")  # a parameter of AdamW; Muon has the blocks
     step.optimizer_step(3e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     after = [t for held in step.optimizer.state.values() for t in held.values()]
@@ -188,8 +188,8 @@ def test_warmup_stable_decay() -> None:
         replace(recipe, decay_share=0.0)
 
 
-def test_one_more_version_of_a_code_than_torch_likes_is_still_compiled() -> None:
-    """torch's own limit is 8; past it, code would run uncompiled without a word in the results."""
+def test_more_versions_of_a_function_than_torchs_limit_are_compiled() -> None:
+    """torch compiles a function 8 times by default; later versions run uncompiled without a warning."""
     step = build(
         Candidate(recipe=RECIPE, plan=replace(PLAIN, compile="block", loss="chunked", loss_chunk_tokens=32)), CPU
     )
@@ -216,8 +216,8 @@ for _ in range(9):
 """
 
 
-def test_what_a_step_frees_serves_the_next_one() -> None:
-    """Else a process faults up to 16,000 pages in anew each step, as its heap happens to lie."""
+def test_memory_freed_by_a_step_is_reused_by_the_next() -> None:
+    """Otherwise a process faults in up to 16,000 pages each step, depending on the layout of its heap."""
     said = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
     counts = [int(line) for line in said.split()]
-    assert counts[-1] - counts[4] < 10_000  # of four steps; by default 64,000
+    assert counts[-1] - counts[4] < 10_000  # in four steps; 64,000 with the default allocator settings
