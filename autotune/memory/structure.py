@@ -61,7 +61,7 @@ VALUES = {
 """Values of a key's fields."""
 
 DEPENDS: Mapping[str, tuple[str, ...]] = {
-    "layer": ("dtype", "residual", "recompute"),
+    "layer": ("dtype", "residual", "mode", "recompute"),
     "budget floor": (),
     "ends": (),
     "block inputs": ("residual",),
