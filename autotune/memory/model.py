@@ -111,21 +111,14 @@ def calibrate(
     """The priors, moved to what `trials` measured; trials without a measured peak are left out."""
     every = [(c, r, float(peak)) for c, r in trials if r.status in _MEASURED and (peak := r.peak("allocated_bytes"))]
     data = _bounded(every)
-    beyond = [(c, peak, whole - peak) for c, r, peak in data if (whole := r.peak("device_bytes")) is not None]
-    known = priors.of(device)
+    wholes = [(c, peak, whole) for c, r, peak in data if (whole := r.peak("device_bytes")) is not None]
+    allocated = [(_sizes(c, device)[0], peak, _noise(c, device, peak)) for c, _, peak in data]
+    beyond = [(_sizes(c, device)[1], whole - peak, _overhead_noise(c, device, peak)) for c, peak, whole in wholes]
     return MemoryModel(
         device=device,
         fingerprint=environment.fingerprint if environment else "",
-        allocated=_moved(
-            known.allocated,
-            [_sizes(c, device)[0] for c, _, _ in data],
-            [(peak, _noise(c, device, peak)) for c, _, peak in data],
-        ),
-        overhead=_moved(
-            known.overhead,
-            [_sizes(c, device)[1] for c, _, _ in beyond],
-            [(rest, _overhead_noise(c, device, peak)) for c, peak, rest in beyond],
-        ),
+        allocated=_moved(priors.of(device).allocated, allocated),
+        overhead=_moved(priors.of(device).overhead, beyond),
         trials=len(every),
         measured={f"{family(c)}@{c.plan.micro_batch_size}": peak for c, _, peak in every},
     )
@@ -140,42 +133,33 @@ def _bounded(every: list[T]) -> list[T]:
     return [before[i * len(before) // wanted] for i in range(wanted)] + latest
 
 
-def _moved(
-    known: Mapping[str, priors.Coefficient], rows: Sequence[Arrays], measured: Sequence[tuple[float, float]]
-) -> Coefficients:
-    """The coefficients of candidates whose largest sum was `measured`: bytes and their standard deviation."""
-    if not rows:
+def _moved(known: Mapping[str, priors.Coefficient], measured: Sequence[tuple[Arrays, float, float]]) -> Coefficients:
+    """The coefficients of candidates whose largest sum was measured: (their sizes, bytes, standard deviation)."""
+    if not measured:
         return Coefficients()
-    sizes = np.array([size for _, size in rows])  # (n, points, keys)
+    exact, sizes = (np.array([rows[i] for rows, _, _ in measured]) for i in (0, 1))  # (n, points), (n, points, keys)
     held = np.flatnonzero(sizes.any((0, 1)))
-    names = list(known)
-    own = [known[names[i]] for i in held]
-    found = regression.fit(
-        np.array([c.mean for c in own]),
-        np.array([c.sd for c in own]),
-        np.array([exact for exact, _ in rows]),
-        sizes[:, :, held],
-        *np.array(measured).T,
-    )
-    return Coefficients(
-        names=tuple(names[i] for i in held),
-        means=tuple(found.means.tolist()),
-        covariance=tuple(found.covariance.ravel().tolist()),
-    )
+    names = [list(known)[i] for i in held]
+    means, sds = np.array([(known[name].mean, known[name].sd) for name in names]).T
+    peaks, noise = np.array([(peak, sd) for _, peak, sd in measured]).T
+    found = regression.fit(means, sds, exact, sizes[:, :, held], peaks, noise)
+    covariance = tuple(found.covariance.ravel().tolist())
+    return Coefficients(names=tuple(names), means=tuple(found.means.tolist()), covariance=covariance)
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)
 def _sizes(candidate: Candidate, device: str) -> tuple[Arrays, Arrays]:
-    """Of the allocated bytes, and of the overhead."""
-    allocated, beyond = (_places(device, i) for i in (0, 1))
+    """Sizes of the allocated bytes, and of the overhead."""
+    allocated, beyond = _places(device)
     return arrays(peak_points(candidate, device), allocated), arrays([overhead(candidate, device)], beyond)
 
 
 @functools.cache
-def _places(device: str, which: int) -> Mapping[Key, int]:
+def _places(device: str) -> list[Mapping[Key, int]]:
+    """Places of the keys in the order of the priors' files."""
     known = priors.of(device)
-    order = {name: i for i, name in enumerate((known.allocated, known.overhead)[which])}
-    return {key: order[str(key)] for key in keys(device)[which]}
+    orders = [{name: i for i, name in enumerate(table)} for table in (known.allocated, known.overhead)]
+    return [{key: order[str(key)] for key in own} for own, order in zip(keys(device), orders, strict=True)]
 
 
 def _noise(candidate: Candidate, device: str, peak: float) -> float:
@@ -203,26 +187,30 @@ def predictions(model: MemoryModel, candidates: Sequence[Candidate]) -> list[Pre
     two nearest (memory is affine in the micro batch); otherwise it comes from the structure.
     """
     rows = [_sizes(candidate, model.device) for candidate in candidates]
-    structure, rest = (
-        regression.largest(normal, np.array([row[i][0] for row in rows]), np.array([row[i][1] for row in rows]))
-        for i, normal in enumerate(model.normals)
+    sums = [
+        regression.largest(normal, *(np.array([row[which][i] for row in rows]) for i in (0, 1)))
+        for which, normal in enumerate(model.normals)
+    ]
+    return [
+        _prediction(model, candidate, *map(float, numbers))
+        for candidate, *numbers in zip(candidates, *sums[0], *sums[1], strict=True)
+    ]
+
+
+def _prediction(
+    model: MemoryModel, candidate: Candidate, total: float, unsure: float, beyond: float, scatter: float
+) -> Prediction:
+    """From the structure's bytes and the overhead, each with its standard deviation."""
+    structure = total, math.hypot(unsure, _noise(candidate, model.device, total))
+    allocated, sd = _from_neighbours(model, candidate) or structure
+    device, noise = allocated + beyond, _overhead_noise(candidate, model.device, allocated)
+    spread = _95 * math.hypot(sd, scatter, noise)
+    return Prediction(
+        peak_allocated_bytes=round(allocated),
+        peak_device_bytes=round(device),
+        low_device_bytes=round(device - spread),
+        high_device_bytes=round(device + spread),
     )
-    found = []
-    for i, candidate in enumerate(candidates):
-        total, unsure = float(structure[0][i]), float(structure[1][i])
-        near = _from_neighbours(model, candidate)
-        allocated, sd = near or (total, math.hypot(unsure, _noise(candidate, model.device, total)))
-        noise = _overhead_noise(candidate, model.device, allocated)
-        device, spread = allocated + float(rest[0][i]), _95 * math.hypot(sd, float(rest[1][i]), noise)
-        found.append(
-            Prediction(
-                peak_allocated_bytes=round(allocated),
-                peak_device_bytes=round(device),
-                low_device_bytes=round(device - spread),
-                high_device_bytes=round(device + spread),
-            )
-        )
-    return found
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)

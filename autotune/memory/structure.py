@@ -1,30 +1,29 @@
 """What a training step holds when its memory use is largest: sizes from shape and plan, no measured numbers.
 
-A step has up to three peak points: while the loss is computed, while the head's gradient exists twice, and at the end
-of the backward. Each holds exact bytes (weights, optimizer state, accumulated gradients, batches) plus
-`coefficient x size` for everything else, such as bytes per element of (tokens, n_layer, n_embd) activations.
-`DEPENDS` lists the choices that each coefficient depends on. Values come from `autotune.memory.priors` and from trials.
+A step has up to four peak points: while the loss is computed, while the head's gradient exists twice, while a block is
+computed again, and at the end of the backward. Each holds exact bytes (weights, optimizer state, accumulated gradients,
+batches) plus `coefficient x size` for everything else, such as bytes per element of (tokens, n_layer, n_embd)
+activations. Coefficients come from `autotune.memory.priors` and from trials.
 """
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autotune.config.candidate import AUTOCAST, Candidate, Shape
+from autotune.config.candidate import AUTOCAST, Candidate
 
 Array = NDArray[np.float64]
 Arrays = tuple[Array, Array]
 """Exact bytes (points,), and sizes (points, keys)."""
-Sizes = Iterator[tuple["Key", float]]
 
 
 class Key(NamedTuple):
-    """Name of a coefficient: what it multiplies, and the choices it depends on (empty: on any of them)."""
+    """Name of a coefficient: what it multiplies, and the choices it depends on (empty: on none of them)."""
 
     kind: str
     dtype: str = ""
@@ -38,13 +37,9 @@ class Key(NamedTuple):
     allocator: str = ""
 
     def __str__(self) -> str:
-        """As files write it: `layer dtype=half residual=half recompute=none`."""
-        return " ".join([self.kind.replace(" ", "_"), *(f"{name}={value}" for name, value in self.choices.items())])
-
-    @property
-    def choices(self) -> Mapping[str, str]:
-        """The fields that are set, without the kind."""
-        return {name: value for name, value in self._asdict().items() if value and name != "kind"}
+        """As files write it: `layer dtype=half residual=half mode=eager recompute=none`."""
+        choices = zip(self._fields[1:], self[1:], strict=True)
+        return " ".join([self.kind.replace(" ", "_"), *(f"{name}={value}" for name, value in choices if value)])
 
 
 VALUES = {
@@ -52,7 +47,7 @@ VALUES = {
     "residual": ("half", "float32"),  # what passes from block to block
     "mode": ("eager", "compiled"),
     "compile": ("off", "block", "full"),
-    "recompute": ("none", "selective", "budget", "block"),
+    "recompute": ("none", "selective", "budget"),  # of blocks that keep more than their input
     "loss": ("full", "chunked", "auto_chunker"),
     "library": ("torch_linear_cross_entropy", "liger", "cce"),  # losses with buffers of their own
     "accumulation": ("one", "several"),  # micro steps per optimizer step
@@ -61,13 +56,13 @@ VALUES = {
 """Values of a key's fields."""
 
 DEPENDS: Mapping[str, tuple[str, ...]] = {
-    "layer": ("dtype", "residual", "recompute"),
+    "layer": ("dtype", "residual", "mode", "recompute"),
     "budget floor": (),
     "ends": (),
     "block inputs": ("residual",),
     "attention rows": (),
     "scores": ("dtype", "compile", "recompute"),
-    "casts": ("recompute",),
+    "casts": (),
     "logits": ("dtype", "mode", "loss"),
     "head": ("dtype", "compile", "loss"),
     "library head": ("dtype", "library"),
@@ -84,30 +79,22 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
 """Kinds of coefficients, and the choices that each depends on. Dependences that did not lower the error under
 cross-validation (`scripts/fit_priors --check`) were removed."""
 
-OVERHEAD = {"cpu": ("process",), "cuda": ("context", "unused")}
-"""Kinds, by device, of what the device shows beyond the allocated bytes."""
-_ABSENT = {"cpu": ("workspaces",), "cuda": ()}
+OVERHEAD = {"process", "context", "unused"}
+"""Kinds that are part of what the device shows beyond the allocated bytes."""
+_ABSENT = {"cpu": {"workspaces", "context", "unused"}, "cuda": {"process"}}
 
 
 def keys(device: str) -> tuple[tuple[Key, ...], tuple[Key, ...]]:
-    """All coefficients of the allocated bytes, and all of the overhead."""
-    others = {*itertools.chain(*OVERHEAD.values()), *_ABSENT[device]}
-    return _keys(kind for kind in DEPENDS if kind not in others), _keys(OVERHEAD[device])
-
-
-def _keys(kinds: Iterable[str]) -> tuple[Key, ...]:
-    found = (
-        Key(kind, **dict(zip(DEPENDS[kind], values, strict=True)))
-        for kind in kinds
-        for values in itertools.product(*(VALUES[name] for name in DEPENDS[kind]))
-    )
-    return tuple(filter(_reached, found))
-
-
-def _reached(key: Key) -> bool:
-    """Whether any candidate has this combination of choices."""
-    kept = key.kind in ("layer", "scores")
-    return not (kept and key.recompute == "block") and (key.dtype, key.residual) != ("float32", "half")
+    """All coefficients of the allocated bytes, and all of the overhead, on a `device` (`cpu` or `cuda`)."""
+    every = [
+        Key(kind, **dict(zip(names, values, strict=True)))
+        for kind, names in DEPENDS.items()
+        for values in itertools.product(*(VALUES[name] for name in names))
+        if kind not in _ABSENT[device]
+    ]
+    found = [key for key in every if (key.dtype, key.residual) != ("float32", "half")]  # no such plan
+    allocated, overhead = (tuple(key for key in found if (key.kind in OVERHEAD) == beyond) for beyond in (False, True))
+    return allocated, overhead
 
 
 POINTS = 4
@@ -126,24 +113,33 @@ class PeakPoint:
 
 def peak_points(candidate: Candidate, device: str) -> tuple[PeakPoint, ...]:
     """Allocated bytes at the peak points of a step of `candidate` on a `device` (`cpu` or `cuda`)."""
-    step = _Step(candidate)
     shape, plan, steps = candidate.shape, candidate.plan, candidate.gradient_accumulation_steps
+    key, head, count = functools.partial(_key, candidate), shape.vocab_size * shape.n_embd, tokens(candidate)
     # weights, and the gradients that later micro steps add to; int64 tokens and targets
-    state = 4.0 * shape.parameters * (2 if steps > 1 else 1) + optimizer_bytes(candidate)
-    state += 16.0 * step.tokens * min(steps, 4)
+    state = 4.0 * shape.parameters * (2 if steps > 1 else 1) + optimizer_bytes(candidate) + 16.0 * count * min(steps, 4)
+    body = _activations(candidate)
+    end: dict[Key, float] = {key("embedding gradient"): head, key("matrix gradients"): matrix_elements(candidate)}
+    end[key("backward end")] = count * shape.n_embd
+    points = [(state, body | _head(candidate)), (state, end)]
+    if plan.loss == "full" and plan.compile == "full":
+        # Inductor, given the whole model, computes the head's gradient last and keeps the logits until then
+        end[key("kept logits")] = count * shape.vocab_size
+    elif plan.loss == "full":  # logits are freed; the head's gradient exists twice, to be cast or added
+        points.append((state, body | {key("head gradient twice"): head}))
+    if plan.recomputed_every == 1:  # the head's gradient waits for the token embedding's, which is the same tensor
+        points.append((state + 4.0 * head, body | _blocks(candidate, 1, "none")))
     # memory of cuBLAS, counted as allocated: up to 32 MiB for each thread that multiplies
-    shared = {Key("workspaces"): 1e6} if device == "cuda" else {}
-    body = {**shared, **dict(step.activations())}
-    points = [PeakPoint(exact=state, sizes={**body, **dict(step.head())})]
-    if plan.loss == "full" and not step.late:
-        # logits are freed; the head's gradient exists twice, to be cast or added
-        points.append(PeakPoint(exact=state, sizes={**body, Key("head gradient twice"): step.head_elements}))
-    if plan.recomputed_every == 1:
-        # a block is computed again; the head's gradient waits for the token embedding's, which is the same tensor
-        again = {**body, **dict(step.block(1, "none"))}
-        points.append(PeakPoint(exact=state + 4.0 * step.head_elements, sizes=again))
-    points.append(PeakPoint(exact=state, sizes={**shared, **dict(step.backward_end())}))
-    return tuple(points)
+    shared = {key("workspaces"): 1e6} if device == "cuda" else {}
+    return tuple(PeakPoint(exact=exact, sizes=sizes | shared) for exact, sizes in points)
+
+
+def overhead(candidate: Candidate, device: str) -> PeakPoint:
+    """What the device shows beyond the allocated bytes: the process and its libraries; on CUDA also what the allocator
+    cannot use, since smaller tensors lie in the blocks that the largest ones, logits, have left."""
+    if device == "cpu":
+        return PeakPoint(exact=0.0, sizes={_key(candidate, "process"): 1e6})
+    sizes = {_key(candidate, "context"): 1e6, _key(candidate, "unused"): half_logits_bytes(candidate)}
+    return PeakPoint(exact=0.0, sizes=sizes)
 
 
 def arrays(points: Sequence[PeakPoint], place: Mapping[Key, int]) -> Arrays:
@@ -156,136 +152,87 @@ def arrays(points: Sequence[PeakPoint], place: Mapping[Key, int]) -> Arrays:
     return exact, sizes
 
 
-def overhead(candidate: Candidate, device: str) -> PeakPoint:
-    """What the device shows beyond the allocated bytes: the process and its libraries; on CUDA also what the allocator
-    cannot use, since smaller tensors lie in the blocks that the largest ones, logits, have left."""
-    step = _Step(candidate)
-    if device == "cpu":
-        return PeakPoint(exact=0.0, sizes={step.key("process"): 1e6})
-    return PeakPoint(exact=0.0, sizes={Key("context"): 1e6, step.key("unused"): half_logits_bytes(candidate)})
+def tokens(candidate: Candidate) -> int:
+    """Tokens of a micro batch."""
+    return candidate.plan.micro_batch_size * candidate.shape.block_size
 
 
 def half_logits_bytes(candidate: Candidate) -> float:
     """Bytes of the logits that exist at one time, at two bytes per element."""
-    step = _Step(candidate)
-    return 2.0 * step.logit_rows * candidate.shape.vocab_size
+    rows = min(tokens(candidate), candidate.plan.loss_chunk_tokens)
+    return 2.0 * (tokens(candidate) if candidate.plan.loss == "full" else rows) * candidate.shape.vocab_size
 
 
 def optimizer_bytes(candidate: Candidate) -> float:
     """Bytes of the optimizer state: two moments per parameter; Muon has one for the blocks' matrices."""
-    shape = candidate.shape
+    parameters = candidate.shape.parameters
     if candidate.recipe.optimizer == "muon":
-        return 8.0 * shape.parameters - 4.0 * matrix_elements(shape)
+        return 8.0 * parameters - 4.0 * matrix_elements(candidate)
     if candidate.recipe.optimizer == "adamw_8bit":
-        return (2.0 + 8.0 / 256) * shape.parameters  # one byte per element, and two scales per 256 of them
-    return 8.0 * shape.parameters
+        return (2.0 + 8.0 / 256) * parameters  # one byte per element, and two scales per 256 of them
+    return 8.0 * parameters
 
 
-def matrix_elements(shape: Shape, layers: int | None = None) -> int:
-    """Elements of the matrices of `layers` blocks (default: all)."""
-    return 12 * (shape.n_layer if layers is None else layers) * shape.n_embd**2
+def matrix_elements(candidate: Candidate) -> int:
+    """Elements of the blocks' matrices."""
+    return 12 * candidate.shape.n_layer * candidate.shape.n_embd**2
 
 
-@dataclass(frozen=True)
-class _Step:
-    """Sizes of one candidate's step: each method yields coefficients with what they multiply."""
+def _key(candidate: Candidate, kind: str, **other: str) -> Key:
+    """The coefficient of that kind under this candidate's choices, or `other` ones."""
+    plan = candidate.plan
+    choices = {
+        "dtype": "half" if plan.matrix_dtype in AUTOCAST else "float32",
+        "residual": "half" if plan.dtype == "bfloat16_residual" else "float32",
+        "mode": "eager" if plan.compile == "off" else "compiled",
+        "compile": plan.compile,
+        "loss": plan.loss if plan.loss in VALUES["loss"] else "chunked",
+        "library": plan.loss,
+        "accumulation": "several" if candidate.gradient_accumulation_steps > 1 else "one",
+        "allocator": plan.allocator,
+        **other,
+    }
+    return Key(kind, **{name: choices[name] for name in DEPENDS[kind]})
 
-    candidate: Candidate
 
-    def key(self, kind: str, **other: str) -> Key:
-        """The coefficient of that kind under this candidate's choices, or `other` ones."""
-        choices = {**self.choices, **other}
-        return Key(kind, **{name: choices[name] for name in DEPENDS[kind]})
+def _activations(candidate: Candidate) -> dict[Key, float]:
+    """What is saved for the backward when the loss is computed: by blocks that keep what they need (`kept`), and by
+    blocks that keep their input only (`again`)."""
+    shape, plan = candidate.shape, candidate.plan
+    residual = tokens(candidate) * shape.n_embd
+    again = -(-shape.n_layer // plan.recomputed_every) if plan.recomputed_every else 0
+    kept, recompute = shape.n_layer - again, "none" if plan.recomputed_every else plan.activation_checkpointing
+    sizes: dict[Key, float] = {_key(candidate, "ends"): residual}
+    if kept:  # they need more than one block that is computed again
+        sizes |= _blocks(candidate, kept, recompute if plan.memory_budget is None else "budget")
+    if plan.memory_budget is not None:
+        sizes[_key(candidate, "budget floor")] = residual * kept
+    if again:
+        sizes[_key(candidate, "block inputs")] = residual * again
+    if plan.matrix_dtype in AUTOCAST:  # matrices in the dtype of their products
+        sizes[_key(candidate, "casts")] = matrix_elements(candidate)
+    return sizes
 
-    @functools.cached_property
-    def choices(self) -> Mapping[str, str]:
-        plan = self.candidate.plan
-        recompute = "block" if plan.recomputed_every else plan.activation_checkpointing
-        return {
-            "dtype": "half" if plan.matrix_dtype in AUTOCAST else "float32",
-            "residual": "half" if plan.dtype == "bfloat16_residual" else "float32",
-            "mode": "eager" if plan.compile == "off" else "compiled",
-            "compile": plan.compile,
-            "recompute": recompute if plan.memory_budget is None else "budget",
-            "loss": plan.loss if plan.loss in VALUES["loss"] else "chunked",
-            "library": plan.loss,
-            "accumulation": "several" if self.candidate.gradient_accumulation_steps > 1 else "one",
-            "allocator": plan.allocator,
-        }
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of a micro batch."""
-        return self.candidate.plan.micro_batch_size * self.candidate.shape.block_size
+def _blocks(candidate: Candidate, layers: int, recompute: str) -> dict[Key, float]:
+    """What blocks keep for their backward; of attention, besides its output: one number per row, or the scores."""
+    shape, plan = candidate.shape, candidate.plan
+    part = 1.0 if plan.memory_budget is None else plan.memory_budget
+    rows = tokens(candidate) * shape.n_head * layers
+    attention = {_key(candidate, "attention rows"): rows}
+    if plan.attention == "sdpa_math":
+        attention = {_key(candidate, "scores", recompute=recompute): rows * shape.block_size}
+    return {
+        _key(candidate, "layer", recompute=recompute): tokens(candidate) * shape.n_embd * layers * part,
+        **attention,
+    }
 
-    @property
-    def residual_elements(self) -> int:
-        """Elements of (tokens, n_embd)."""
-        return self.tokens * self.candidate.shape.n_embd
 
-    @property
-    def head_elements(self) -> int:
-        """Elements of the head's weight, which is the token embedding too."""
-        return self.candidate.shape.vocab_size * self.candidate.shape.n_embd
-
-    @property
-    def logit_rows(self) -> int:
-        """Rows of the logits that exist at one time."""
-        plan = self.candidate.plan
-        return self.tokens if plan.loss == "full" else min(self.tokens, plan.loss_chunk_tokens)
-
-    @property
-    def late(self) -> bool:
-        """Inductor, given the whole model, computes the head's gradient last and keeps the logits until then."""
-        return self.candidate.plan.loss == "full" and self.candidate.plan.compile == "full"
-
-    def activations(self) -> Sizes:
-        """What is saved for the backward when the loss is computed: by blocks that keep what they need (`kept`), and
-        by blocks that keep their input only (`again`)."""
-        layers, plan = self.candidate.shape.n_layer, self.candidate.plan
-        again = -(-layers // plan.recomputed_every) if plan.recomputed_every else 0
-        kept, recompute = layers - again, "none" if plan.recomputed_every else self.choices["recompute"]
-        yield self.key("ends"), self.residual_elements
-        if kept:  # they need more than one block that is computed again
-            yield from self.block(kept, recompute)
-            yield from self.casts(kept, recompute)
-        if plan.memory_budget is not None:
-            yield self.key("budget floor"), self.residual_elements * layers
-        if again:
-            yield self.key("block inputs"), self.residual_elements * again
-            yield from self.casts(again, "block")
-
-    def block(self, layers: int, recompute: str) -> Sizes:
-        """What blocks keep for their backward; of attention, besides its output: one number per row, or the scores."""
-        shape, plan = self.candidate.shape, self.candidate.plan
-        part = 1.0 if plan.memory_budget is None else plan.memory_budget
-        yield self.key("layer", recompute=recompute), self.residual_elements * layers * part
-        rows = self.tokens * shape.n_head * layers
-        if plan.attention == "sdpa_math":
-            yield self.key("scores", recompute=recompute), rows * shape.block_size
-        else:
-            yield self.key("attention rows"), rows
-
-    def casts(self, layers: int, recompute: str) -> Sizes:
-        """Copies of the blocks' matrices in the dtype of matrix products."""
-        if self.choices["dtype"] == "half":
-            yield self.key("casts", recompute=recompute), matrix_elements(self.candidate.shape, layers)
-
-    def head(self) -> Sizes:
-        """Logits, and what exists besides them: the cast of the head's weight, its gradient."""
-        plan, shape = self.candidate.plan, self.candidate.shape
-        if plan.loss in VALUES["library"]:
-            yield self.key("library head"), self.residual_elements + self.head_elements
-            return
-        mode = "compiled" if plan.loss == "chunked_triton" else self.choices["mode"]  # its kernel always is
-        yield self.key("logits", mode=mode), self.logit_rows * shape.vocab_size
-        yield self.key("head"), self.head_elements
-
-    def backward_end(self) -> Sizes:
-        """New gradients: all of them where a whole graph returns them at once, or none existed to add to."""
-        shape = self.candidate.shape
-        yield self.key("embedding gradient"), self.head_elements
-        yield self.key("matrix gradients"), matrix_elements(shape)
-        yield self.key("backward end"), self.residual_elements
-        if self.late:
-            yield self.key("kept logits"), self.tokens * shape.vocab_size
+def _head(candidate: Candidate) -> dict[Key, float]:
+    """Logits, and what exists besides them: the cast of the head's weight, its gradient."""
+    plan, shape = candidate.plan, candidate.shape
+    elements = shape.vocab_size * shape.n_embd
+    if plan.loss in VALUES["library"]:
+        return {_key(candidate, "library head"): tokens(candidate) * shape.n_embd + elements}
+    mode = {"mode": "compiled"} if plan.loss == "chunked_triton" else {}  # its kernel is compiled in any plan
+    return {_key(candidate, "logits", **mode): half_logits_bytes(candidate) / 2, _key(candidate, "head"): elements}

@@ -1,27 +1,83 @@
-"""What the speed model expects of a candidate before anything is measured."""
+"""What the speed model expects of a candidate before anything is measured: `priors.json`, with its provenance."""
 
+import functools
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 
-from autotune.config.candidate import Candidate
+from autotune.config.candidate import Candidate, Plan
+from autotune.config.tables import read_json, read_table
+from autotune.errors import ConfigError, shown, suggest
 
-EFFECTS: dict[tuple[str, str], tuple[float, float]] = {
-    ("compile", "off"): (-0.30, -0.7),
-    ("compile", "full"): (0.0, 0.3),
-    ("activation_checkpointing", "none"): (0.25, 0.0),
-    ("dtype", "float32"): (-0.20, 0.0),
-    ("dtype", "bfloat16_residual"): (0.02, 0.0),
-    ("attention", "sdpa_math"): (-0.20, 0.0),
-    ("loss", "chunked"): (-0.02, 0.0),
-}
-"""Of a value, before any trial: the difference in log speed, and in the log of the trial's seconds."""
 
-HALF_SPEED_TOKENS = {"cpu": 64.0, "cuda": 2048.0}
-"""A micro batch of so many tokens reaches half the speed of a large one."""
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """Differences that a value of the plan makes."""
+
+    log_speed: float
+    """Logarithm of tokens/s."""
+    log_seconds: float
+    """Logarithm of the trial's seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Priors:
+    """Prior means of the speed model."""
+
+    effects: Mapping[str, Effect]
+    """By `name=value` of a plan."""
+    half_speed_tokens: Mapping[str, float]
+    """By device kind: a micro batch of so many tokens reaches half the speed of a large one."""
+    provenance: str
+
+    def expected(self, candidate: Candidate, kind: str) -> tuple[float, float]:
+        """Log speed and log seconds of the trial on a device of that kind (`cpu` or `cuda`), up to a constant each."""
+        tokens = candidate.plan.micro_batch_size * candidate.shape.block_size
+        busy = math.log(tokens / (tokens + self.half_speed_tokens.get(kind, 0.0)))
+        effects = [self.effects.get(f"{name}={value}") for name, value in vars(candidate.plan).items()]
+        known = [effect for effect in effects if effect is not None]
+        speed = busy - math.log(candidate.shape.flops_per_token) + sum(effect.log_speed for effect in known)
+        return speed, sum(effect.log_seconds for effect in known)
+
+
+NONE = Priors(effects={}, half_speed_tokens={}, provenance="none: speed is inverse to the shape's FLOPs per token")
+"""Expects the same of all plans."""
+
+
+def read(path: Path) -> Priors:
+    """Raises ConfigError for a file that is missing or damaged, and for an unknown or missing key."""
+    priors = read_table(Priors, read_json(path), path.name)
+    names = [field.name for field in fields(Plan)]
+    for key in priors.effects:
+        name, _, value = key.partition("=")
+        if name not in names:
+            raise ConfigError(
+                f"{path.name}.effects has {shown(key)}, but a plan has no {name!r}; {suggest(name, names)}"
+            )
+        read_table(Plan, {name: value}, f"{path.name}.effects")  # raises ConfigError for a value that it cannot have
+    for kind in ("cpu", "cuda"):
+        if not priors.half_speed_tokens.get(kind, 0.0) > 0:
+            raise ConfigError(
+                f"{path.name}.half_speed_tokens.{kind} is missing or not above 0; give a number of tokens"
+            )
+    if unknown := priors.half_speed_tokens.keys() - {"cpu", "cuda"}:
+        raise ConfigError(f"{path.name}.half_speed_tokens has {shown(min(unknown))}; allowed: cpu, cuda")
+    return priors
+
+
+@functools.cache
+def default() -> Priors:
+    """The priors that the package brings."""
+    return read(Path(__file__).with_name("priors.json"))
+
+
+def __getattr__(name: str) -> Priors:
+    if name == "DEFAULT":  # read when it is first used
+        return default()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def expected(candidate: Candidate, kind: str) -> tuple[float, float]:
-    """Log speed and log seconds of the trial before anything is measured, up to a constant each."""
-    tokens = candidate.plan.micro_batch_size * candidate.shape.block_size
-    busy = math.log(tokens / (tokens + HALF_SPEED_TOKENS[kind])) - math.log(candidate.shape.flops_per_token)
-    effects = [effect for (name, value), effect in EFFECTS.items() if getattr(candidate.plan, name) == value]
-    return busy + sum(speed for speed, _ in effects), sum(seconds for _, seconds in effects)
+    """What `DEFAULT` expects."""
+    return default().expected(candidate, kind)

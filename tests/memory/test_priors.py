@@ -83,8 +83,8 @@ def damaged(change: Callable[[dict[str, Any]], object], folder: Path) -> str:
             "cpu.json.allocated has 'end', which is not a known coefficient; did you mean 'ends'?",
         ),
         (
-            lambda t: t["allocated"].pop("layer dtype=half residual=half recompute=none"),
-            "cpu.json.allocated lacks 'layer dtype=half residual=half recompute=none' (1 in all); "
+            lambda t: t["allocated"].pop("layer dtype=half residual=half mode=eager recompute=none"),
+            "cpu.json.allocated lacks 'layer dtype=half residual=half mode=eager recompute=none' (1 in all); "
             "write it again with scripts/fit_priors",
         ),
         (lambda t: t["overhead"].clear(), "cpu.json.overhead lacks 'process compile=block' (3 in all); "),
