@@ -19,6 +19,8 @@ VOCABULARY_SLICE = {"cpu": 2048, "cuda": 16384}
 
 Softmax = Callable[[Tensor, Tensor, Tensor], Tensor]
 """logits (n, V), targets (n,), scale (n,) -> summed scaled loss (); logits become its gradient."""
+SOFTMAX: dict[str, Softmax] = {}
+"""Softmax by name, added by modules that have one of their own."""
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
@@ -53,10 +55,8 @@ _compiled_gradient_ = torch.compile(_gradient_, dynamic=False)
 
 
 def _softmax_of(name: str) -> Softmax:
-    if name == "triton":  # Triton is there on Linux only
-        from autotune.kernels.loss_chunked_triton import softmax_
-
-        return softmax_
+    if name in SOFTMAX:
+        return SOFTMAX[name]
     gradient_ = _compiled_gradient_ if name == "compiled" else _gradient_
 
     def in_two(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:

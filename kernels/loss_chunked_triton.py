@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autotune.kernels.loss_chunked import by_chunks
+from autotune.kernels.loss_chunked import SOFTMAX, by_chunks
 
 BLOCK_V = 4096
 """Logits of a row that a program holds at one time."""
@@ -32,6 +32,9 @@ def softmax_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
             logits, logits.stride(0), targets, scale, losses, WORDS=words, BLOCK_V=block, num_warps=8
         )
     return losses.sum()
+
+
+SOFTMAX["triton"] = softmax_
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -6,9 +6,10 @@ How its training is evaluated, saved and tracked are settings apart: they change
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from autotune.errors import ConfigError, shown, suggest
@@ -24,7 +25,6 @@ Schedule = Literal["cosine", "wsd", "constant"]
 Optimizer = Literal["adamw", "adamw_8bit", "muon"]
 
 # Some hundred times the largest models: larger values are typing errors and would overflow later arithmetic.
-_LARGEST_SHAPE = {"n_layer": 10_000, "n_head": 10_000, "n_embd": 2**20, "block_size": 2**27, "vocab_size": 2**27}
 _LARGEST_BATCH = 2**30
 _LARGEST_COUNT = 10**15
 
@@ -60,27 +60,45 @@ def between(name: str, value: float, smallest: float, largest: float) -> None:
         raise ConfigError(f"{name} = {shown(value)} is not allowed; the largest value is {largest:,}")
 
 
+def number(default: float, at_least: float = 1, at_most: float = _LARGEST_COUNT) -> Any:
+    """A dataclass field with bounds for `check`."""
+    return field(default=default, metadata={"bounds": (at_least, at_most)})
+
+
+@functools.cache
+def _rules(cls: Any) -> list[tuple[str, tuple[str, ...], tuple[float, float] | None]]:
+    """Name, choices and bounds of each field."""
+    return [(f.name, get_args(f.type), f.metadata.get("bounds")) for f in fields(cls)]
+
+
+def check(table: str, values: Any) -> None:
+    """Raise ConfigError for a field of a dataclass that is out of its bounds or is none of its type's literals."""
+    for name, choices, bounds in _rules(type(values)):  # type: ignore[arg-type]  # classes are hashable
+        if choices:
+            one_of(f"{table}.{name}", getattr(values, name), choices)
+        if bounds:
+            between(f"{table}.{name}", getattr(values, name), *bounds)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """The model."""
 
-    arch: str = "gpt2"
-    """`gpt2`, nanoGPT's model, is the only one."""
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    block_size: int = 1024
+    arch: Literal["gpt2"] = "gpt2"
+    """nanoGPT's model is the only one."""
+    n_layer: int = number(12, at_most=10_000)
+    n_head: int = number(12, at_most=10_000)
+    n_embd: int = number(768, at_most=2**20)
+    block_size: int = number(1024, at_most=2**27)
     """Tokens per sequence."""
-    vocab_size: int = 50304
+    vocab_size: int = number(50304, at_most=2**27)
     """GPT-2's 50257 tokens, padded to a multiple of 64."""
     bias: bool = False
     """Whether linear layers and LayerNorms have biases."""
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        one_of("model.arch", self.arch, ("gpt2",))
-        for name, largest in _LARGEST_SHAPE.items():
-            between(f"model.{name}", getattr(self, name), 1, largest)
+        check("model", self)
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"model.n_embd = {self.n_embd} is not a multiple of model.n_head = {self.n_head}; change one of them"
@@ -118,42 +136,34 @@ class Recipe:
     """What is learned, and how. Plans are compared for the same recipe."""
 
     shape: Shape = Shape()
-    global_batch_size: int = 512
+    global_batch_size: int = number(512, at_most=_LARGEST_BATCH)
     """Sequences per optimizer step."""
-    max_iters: int = 1000
+    max_iters: int = number(1000)
     """Optimizer steps of the training."""
     optimizer: Optimizer = "adamw"
     """`adamw` is torch's fused AdamW; `adamw_8bit` keeps moments in 8 bits (package bitsandbytes); `muon` updates the
     blocks' matrices, and AdamW everything else."""
     learning_rate: float = 6e-4
-    min_lr: float = 6e-5
+    min_lr: float = number(6e-5, 0, math.inf)
     schedule: Schedule = "cosine"
     """After the warm-up: `cosine` to min_lr, `wsd` (level, then linearly to min_lr) or `constant`."""
-    warmup_iters: int = 100
-    lr_decay_iters: int = 1000
+    warmup_iters: int = number(100, 0)
+    lr_decay_iters: int = number(1000)
     """The step at which min_lr is reached."""
     decay_share: float = 0.2
     """Fraction of lr_decay_iters in which the rate of `wsd` falls."""
-    weight_decay: float = 0.1
+    weight_decay: float = number(0.1, 0, math.inf)
     beta1: float = 0.9
     beta2: float = 0.95
-    grad_clip: float = 1.0
+    grad_clip: float = number(1.0, 0, math.inf)
     """Largest gradient norm; 0 turns clipping off."""
-    seed: int = 1337
+    seed: int = number(1337, 0, 2**63 - 1)
     data: str = ""
     """Directory of shards; empty: synthetic tokens, for measurements only."""
 
     def __post_init__(self) -> None:
         plain_texts("training.", vars(self))
-        between("training.global_batch_size", self.global_batch_size, 1, _LARGEST_BATCH)
-        between("training.max_iters", self.max_iters, 1, _LARGEST_COUNT)
-        between("training.lr_decay_iters", self.lr_decay_iters, 1, _LARGEST_COUNT)
-        between("training.warmup_iters", self.warmup_iters, 0, _LARGEST_COUNT)
-        between("training.seed", self.seed, 0, 2**63 - 1)
-        for name in ("weight_decay", "grad_clip", "min_lr"):
-            at_least(f"training.{name}", getattr(self, name), 0)
-        one_of("training.schedule", self.schedule, get_args(Schedule))
-        one_of("training.optimizer", self.optimizer, get_args(Optimizer))
+        check("training", self)
         if self.learning_rate <= 0:
             raise ConfigError(f"training.learning_rate = {self.learning_rate} must be above 0")
         if not 0.0 < self.decay_share <= 1.0:
@@ -175,24 +185,22 @@ class Recipe:
 class Evaluation:
     """How a training measures its validation loss."""
 
-    eval_interval: int = 250
+    eval_interval: int = number(250)
     """Optimizer steps between evaluations."""
-    eval_iters: int = 20
+    eval_iters: int = number(20)
     """Validation batches per evaluation."""
-    eval_batch_size: int = 0
+    eval_batch_size: int = number(0, 0, _LARGEST_BATCH)
     """Sequences per validation batch; 0: the plan's micro batch."""
 
     def __post_init__(self) -> None:
-        between("training.eval_interval", self.eval_interval, 1, _LARGEST_COUNT)
-        between("training.eval_iters", self.eval_iters, 1, _LARGEST_COUNT)
-        between("training.eval_batch_size", self.eval_batch_size, 0, _LARGEST_BATCH)
+        check("training", self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointing:
     """Which weights a training starts from, and when it saves its own."""
 
-    checkpoint_interval: int = 250
+    checkpoint_interval: int = number(250)
     """Optimizer steps between checkpoints."""
     always_save_checkpoint: bool = True
     """False: save only when the validation loss has improved, and at the end."""
@@ -201,14 +209,14 @@ class Checkpointing:
 
     def __post_init__(self) -> None:
         plain_texts("training.", vars(self))
-        between("training.checkpoint_interval", self.checkpoint_interval, 1, _LARGEST_COUNT)
+        check("training", self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tracking:
     """When a training logs, and where besides its own log."""
 
-    log_interval: int = 10
+    log_interval: int = number(10)
     """Optimizer steps between two rows of the log."""
     tensorboard: bool = False
     """Write TensorBoard files."""
@@ -219,7 +227,7 @@ class Tracking:
 
     def __post_init__(self) -> None:
         plain_texts("training.", vars(self))
-        between("training.log_interval", self.log_interval, 1, _LARGEST_COUNT)
+        check("training", self)
 
 
 TRAINING_PARTS = {"evaluation": Evaluation, "checkpointing": Checkpointing, "tracking": Tracking}
@@ -231,13 +239,13 @@ class Plan:
     """How a step is executed. Changes speed and memory, never what is learned. A new field is written to files, columns
     and reports without further code."""
 
-    micro_batch_size: int = 8
+    micro_batch_size: int = number(8, at_most=_LARGEST_BATCH)
     """Sequences per forward and backward."""
     attention: str = "sdpa"
     """A row of `autotune kernels`."""
     loss: str = "full"
     """A row of `autotune kernels`."""
-    loss_chunk_tokens: int = 1024
+    loss_chunk_tokens: int = number(1024)
     """Tokens whose logits exist at one time, in chunked losses."""
     activation_checkpointing: str = "none"
     """What the backward recomputes: nothing, each `block`, every second block (`every_2`), all but matrix products and
@@ -250,8 +258,7 @@ class Plan:
     allocator: Allocator = "default"
 
     def __post_init__(self) -> None:
-        between("plan.micro_batch_size", self.micro_batch_size, 1, _LARGEST_BATCH)
-        between("plan.loss_chunk_tokens", self.loss_chunk_tokens, 1, _LARGEST_COUNT)
+        check("plan", self)
         one_of("plan.attention", self.attention, registry.names("attention"))
         one_of("plan.loss", self.loss, registry.names("loss"))
         # a regular expression that allows one spelling of each value
@@ -262,9 +269,6 @@ class Plan:
                 "none, block, selective, every_2 (or any larger number), budget_0.5 (any number from 0 to 1, without "
                 "zeros at its end)"
             )
-        one_of("plan.compile", self.compile, get_args(Compile))
-        one_of("plan.dtype", self.dtype, get_args(DType))
-        one_of("plan.allocator", self.allocator, get_args(Allocator))
 
     @property
     def matrix_dtype(self) -> str:

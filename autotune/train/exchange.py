@@ -1,4 +1,4 @@
-"""Weights for others and from them: nanoGPT's ckpt.pt, and GPT-2 directories of Hugging Face's transformers."""
+"""Export and import of weights: nanoGPT's ckpt.pt, and GPT-2 directories of Hugging Face transformers."""
 
 import json
 import shutil
@@ -25,32 +25,32 @@ from autotune.train.sample import INFERENCE, find_checkpoint, load_model
 
 _CPU = torch.device("cpu")
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-"""What transformers keeps as (in, out), the transpose of a linear layer's weight."""
+"""Weights that transformers stores as (in, out), transposed."""
 
 _WRAPPERS = {
     "transformer", "module", "model", "_orig_mod", "_forward_module", "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
 }  # fmt: skip
-"""Parts of names that DistributedDataParallel, torch.compile and others add, at any depth."""
+"""Name components that DistributedDataParallel, torch.compile and others insert, at any depth."""
 _GPT2 = {
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
     "layer_norm_epsilon": 1e-5,
 }  # fmt: skip
-"""Keys of a config.json that make another model of the same weights."""
+"""Keys of config.json, with the only values for which the weights give the same model here."""
 
 
 def export(path: Path, to: str, out: Path, *, cut_vocab: bool = False) -> str:
-    """Write the checkpoint at `path` (or the newest of a training or run) into a new directory `out`; a note, or "".
+    """Write the checkpoint at `path` (or the newest of a training or run) into a new directory. Returns a note or "".
 
     hf: config.json, model.safetensors and GPT-2's tokenizer, for `GPT2LMHeadModel.from_pretrained(out)`.
-    nanogpt: ckpt.pt, for nanoGPT's sample.py and its train.py --init_from=resume.
-    cut_vocab: hf without the words that only pad the vocabulary, so that it is the tokenizer's.
-    Raises ConfigError or CheckpointError, leaving nothing behind.
+    nanogpt: ckpt.pt, for nanoGPT's sample.py and train.py --init_from=resume.
+    cut_vocab: hf without the padding of the vocabulary, so that its size is the tokenizer's.
+    Raises ConfigError or CheckpointError, with nothing left behind.
     """
     one_of("--to", to, ("hf", "nanogpt"))
     found = find_checkpoint(path)
     if cut_vocab and to != "hf":
-        raise ConfigError(f"--cut-vocab is for --to hf; {to} keeps the padding, as nanoGPT trains on with it")
+        raise ConfigError(f"--cut-vocab needs --to hf; for {to} the padding is kept, as nanoGPT needs it to resume")
     words = found.state.candidate.shape.vocab_size
     if cut_vocab and words < VOCAB_SIZE:
         raise ConfigError(f"--cut-vocab: a vocabulary of {words} is not GPT-2's {VOCAB_SIZE} padded; leave it out")
@@ -74,11 +74,11 @@ def export(path: Path, to: str, out: Path, *, cut_vocab: bool = False) -> str:
 
 
 def _write_hf(found: Checkpoint, directory: Path, words: int) -> str:
-    """words: rows of the embedding that are written, the first ones."""
+    """words: number of embedding rows to write."""
     shape, weights = found.state.candidate.shape, {}
     for name, tensor in load_model(found, _CPU).state_dict().items():
         weights[f"transformer.{name}"] = (tensor.T if name.endswith(_CONV1D) else tensor).contiguous()
-        if not shape.bias and name not in ("wte.weight", "wpe.weight"):  # GPT-2 cannot do without biases
+        if not shape.bias and name not in ("wte.weight", "wpe.weight"):  # GPT-2 always has biases
             weights[f"transformer.{name.removesuffix('weight')}bias"] = torch.zeros(len(tensor))
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:words].contiguous()
     save_tensors(weights, directory / "model.safetensors", metadata={"format": "pt"})
@@ -114,7 +114,7 @@ def _write_hf(found: Checkpoint, directory: Path, words: int) -> str:
 
 
 def _write_nanogpt(found: Checkpoint, directory: Path) -> str:
-    """The keys that nanoGPT's train.py saves, all of them tensors, numbers and text."""
+    """Write the keys that nanoGPT's train.py saves: tensors, numbers and text only."""
     candidate, state = found.state.candidate, found.state
     own = candidate.recipe.optimizer == "adamw"
     recipe = candidate.recipe if own else replace(candidate.recipe, optimizer="adamw")
@@ -134,26 +134,27 @@ def _write_nanogpt(found: Checkpoint, directory: Path) -> str:
         "config": DEFAULTS | nanogpt_values(candidate, "cuda"),
     }
     torch.save(saved, directory / "ckpt.pt")
-    return "" if own else f"nanoGPT has no optimizer {candidate.recipe.optimizer}: its AdamW starts without moments"
+    return "" if own else f"nanoGPT has no optimizer {candidate.recipe.optimizer}: its AdamW starts with empty moments"
 
 
 def load_initial(path: Path, model: GPT) -> tuple[str, ...]:
-    """Put the weights at `path` into `model`; what to say about it.
+    """Load the weights at `path` into `model`. Returns notes for the user.
 
     path: nanoGPT's ckpt.pt, a directory of transformers' GPT2LMHeadModel, or a checkpoint, training or run of ours.
-    A vocabulary that was padded more since, or positions that are needed no longer, are no difference.
-    Raises CheckpointError for what cannot be read, does not fit or is not finite. Nothing is executed.
+    The model may have more vocabulary padding, and fewer positions.
+    Raises CheckpointError for files that cannot be read and weights that do not fit or are not finite. Code in the
+    files is not executed.
     """
     try:
         weights, heads, notes = read_weights(path)
     except (CheckpointError, ConfigError):
         raise
-    except Exception as error:  # of a file of any content, torch's reader can raise anything
+    except Exception as error:  # torch's reader can raise anything for a damaged file
         reason = one_line(str(error)) or f"it is empty or damaged ({type(error).__name__})"
         raise CheckpointError(f"{path} cannot be read: {reason}; give another --init-from") from None
     check_finite(weights, path)
     if (shape := model.shape).n_head != (heads or shape.n_head):
-        raise CheckpointError(f"{path} is of another shape: it has {heads} heads; set model.n_head = {heads}")
+        raise CheckpointError(f"{path} has another shape: {heads} heads; set model.n_head = {heads}")
     advice = _advice(weights, model)
     for name, parameter in model.named_parameters():
         tensor = weights.pop(name, torch.zeros_like(parameter) if name.endswith("bias") else None)
@@ -161,17 +162,17 @@ def load_initial(path: Path, model: GPT) -> tuple[str, ...]:
         if fitted is None:
             there = "is missing" if tensor is None else f"is {tuple(tensor.shape)}"
             raise CheckpointError(
-                f"{path} is of another shape: {name} {there}, the recipe's is {tuple(parameter.shape)}; {advice}"
+                f"{path} has another shape: {name} {there}, in the recipe it is {tuple(parameter.shape)}; {advice}"
             )
         with torch.no_grad():
             parameter.copy_(fitted)
     if weights:
-        raise CheckpointError(f"{path} is of another shape: the recipe has no {min(weights)}; {advice}")
-    return f"beginning with the weights of {path}", *notes
+        raise CheckpointError(f"{path} has another shape: the recipe has no {min(weights)}; {advice}")
+    return f"starting from the weights of {path}", *notes
 
 
 def _advice(weights: Mapping[str, Tensor], model: GPT) -> str:
-    """The values of [model] that differ, as the weights have them."""
+    """Advice: the values of [model] that the weights need."""
     words, positions = (weights.get(name, torch.empty(0)) for name in ("wte.weight", "wpe.weight"))
     found: dict[str, int | bool] = {
         "n_layer": len({name.split(".")[1] for name in weights if name.startswith("h.")}),
@@ -187,13 +188,13 @@ def _advice(weights: Mapping[str, Tensor], model: GPT) -> str:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], int | None, tuple[str, ...]]:
-    """Weights by our names, the number of heads where the file tells it, and what to say about them."""
+    """Weights by our names, the number of heads (None: not in the file), and notes for the user."""
     if path.name == "model.safetensors" or path.name.startswith("pytorch_model"):
         path = path.parent if (path.parent / "config.json").exists() else path
     if path.is_file():
         saved = _load_pickled(path)
         if not isinstance(saved, Mapping) or not isinstance(saved.get("model"), Mapping):
-            raise ValueError("it has no table `model`, as a ckpt.pt of nanoGPT has")
+            raise ValueError("it has no table `model`, unlike nanoGPT's ckpt.pt")
         arguments = saved.get("model_args")
         heads = arguments.get("n_head") if isinstance(arguments, Mapping) else None
         return _own_names(saved["model"]), heads if isinstance(heads, int) else None, ()
@@ -215,7 +216,7 @@ def _read_transformers(path: Path) -> tuple[dict[str, Tensor], int | None, tuple
         raise ValueError(f"its model_type is {kind!r}, only gpt2 is read")
     for key, only in _GPT2.items():
         if config.get(key, only) != only:
-            raise ValueError(f"its {key} is {config[key]!r}, and the model here is that with {only!r}")
+            raise ValueError(f"its {key} is {config[key]!r}, and the model here needs {only!r}")
     weights: dict[str, Tensor] = {}
     for file in _weight_files(path):
         part = load_file(file) if file.suffix == ".safetensors" else _load_pickled(file)
@@ -224,13 +225,13 @@ def _read_transformers(path: Path) -> tuple[dict[str, Tensor], int | None, tuple
         weights |= part
     own = {n: t.T if n.endswith(_CONV1D) else t for n, t in _own_names(weights).items()}
     activation = config.get("activation_function", "gelu_new")
-    notes = () if activation == "gelu" else (f"its activation is {activation}, it goes on with the exact gelu",)
+    notes = () if activation == "gelu" else (f"its activation is {activation}, replaced by the exact gelu",)
     heads = config.get("n_head", 12)
     return own, heads if isinstance(heads, int) else None, notes
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """safetensors before pickles; each as one file, or in shards that an index lists."""
+    """The files of the weights: safetensors rather than pickles, each as one file or in shards listed by an index."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).exists():
             return [path / name]
@@ -241,28 +242,28 @@ def _weight_files(path: Path) -> list[Path]:
             if not isinstance(shards, dict) or not all(
                 isinstance(s, str) and Path(s).name == s for s in shards.values()
             ):
-                raise ValueError(f"{index.name} has no weight_map of files beside it")
+                raise ValueError(f"{index.name} has no weight_map of files in its directory")
             files = [path / shard for shard in sorted(set(shards.values()))]
             if missing := [file.name for file in files if not file.exists()]:
                 raise ValueError(f"{missing[0]} is missing, which {index.name} lists")
             return files
-    raise ValueError("it holds neither model.safetensors nor pytorch_model.bin, whole or in shards")
+    raise ValueError("it has neither model.safetensors nor pytorch_model.bin, nor shards of them")
 
 
 def _load_pickled(path: Path) -> object:
-    """A file of torch.save: tensors, plain values and numpy's numbers. Other objects could run code, and are refused.
-    Raises CheckpointError, in our words: torch's advise to run the code. OSError where there is no such file."""
+    """Load a file of torch.save with tensors, plain values and numpy numbers. Other objects could run code and are
+    refused. Raises CheckpointError with a message of ours, as torch's advises running the code, or OSError."""
     with path.open("rb"):
         pass
     with torch.serialization.safe_globals(_NUMPY), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pickle protocols that are rare; what is not read raises
+        warnings.simplefilter("ignore")  # about rare pickle protocols; unreadable files raise
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can raise anything
             kind = type(error).__name__
         try:
             foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:3]
-        except Exception:  # as above: then it is damaged
+        except Exception:  # damaged, as above
             foreign = []
     if foreign:
         held = f"holds Python objects ({', '.join(foreign)}), which could run code and are not loaded"
@@ -272,12 +273,12 @@ def _load_pickled(path: Path) -> object:
 
 
 def _number(kind: np.dtype[Any], content: bytes) -> object:
-    """A numpy scalar out of a pickle, as Python's own number."""
+    """A numpy scalar in a pickle, as a Python number."""
     return np.frombuffer(content, kind)[0].item()
 
 
 def _bytes(text: str, encoding: str) -> bytes:
-    """How old pickles write bytes."""
+    """Bytes in old pickles."""
     if encoding != "latin1":
         raise ValueError(f"encoding {encoding!r}")
     return text.encode(encoding)
@@ -290,11 +291,11 @@ _NUMPY: list[Any] = [
     (_number, "numpy._core.multiarray.scalar"),
     (_number, "numpy.core.multiarray.scalar"),
 ]
-"""What a pickle needs for numpy's numbers; the functions of numpy and codecs are replaced by narrower ones."""
+"""Globals that a pickle needs for numpy numbers; functions of numpy and codecs are replaced by narrower ones."""
 
 
 def _own_names(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Without wrappers, without the head, which is the embedding, and without attention masks, which old files hold."""
+    """Weights by our names: without wrappers, attention masks of old files, and the head, which is the embedding."""
     named: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         own = ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
@@ -304,21 +305,21 @@ def _own_names(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{name} is {kind}, weights are floating-point tensors")
         if own in named:
-            raise ValueError(f"it holds {own} twice, under different prefixes")
+            raise ValueError(f"it has {own} twice, under different prefixes")
         named[own] = tensor
     head = named.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, named.setdefault("wte.weight", head)):
         if torch.isfinite(head).all():
-            raise ValueError("its lm_head.weight is not its wte.weight, and the model here has one for both")
-        named["lm_head.weight"] = head  # which check_finite will refuse
+            raise ValueError("its lm_head.weight is not its wte.weight, and the model here shares one weight")
+        named["lm_head.weight"] = head  # for check_finite to refuse
     return named
 
 
 def _fitted(name: str, tensor: Tensor, parameter: Tensor) -> Tensor | None:
-    """The tensor in the parameter's shape; None where that is another one."""
+    """The tensor in the parameter's shape; None if it does not fit."""
     missing = parameter.shape[0] - tensor.shape[0] if tensor.dim() == parameter.dim() else 0
     if name == "wte.weight" and missing > 0 and tensor.shape[0] >= VOCAB_SIZE:
-        # rows for padding: the mean, as zeros would be likelier than any word of a trained GPT-2
+        # padding rows get the mean: zeros would be likelier than any word of a trained GPT-2
         tensor = torch.cat([tensor, tensor.mean(0, keepdim=True).expand(missing, -1)])
     if name == "wpe.weight" and missing < 0:
         tensor = tensor[: parameter.shape[0]]

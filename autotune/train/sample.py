@@ -17,7 +17,7 @@ from autotune.model.gpt import GPT
 from autotune.model.step import build
 
 INFERENCE = Plan(micro_batch_size=1, compile="off", dtype="float32")
-"""By torch's own kernels, whatever plan trained it."""
+"""torch's own kernels, whatever plan the model was trained with."""
 
 
 def sample(
@@ -30,22 +30,22 @@ def sample(
     seed: int = 1337,
     device: str = "cpu",
 ) -> str:
-    """`prompt` and what the model makes of it, up to `tokens` more tokens or the end of the text.
+    """`prompt` and its continuation, up to `tokens` more tokens or the end of the text.
 
-    path: a checkpoint, a training directory or a run; of the latter two the newest good checkpoint.
-    temperature 0 takes the likeliest token each time; top_k 0 allows all of them. Equal arguments give equal text.
-    Raises CheckpointError for no whole checkpoint, ConfigError for a number out of range or a vocabulary that has no
-    text, DataError for a prompt with characters that the training data has not.
+    path: a checkpoint, or a training directory or run, whose newest undamaged checkpoint is used.
+    temperature 0 takes the likeliest token; top_k 0 draws from all tokens. Equal arguments give equal text.
+    Raises CheckpointError without an undamaged checkpoint, ConfigError for a number out of range or a vocabulary
+    without text, DataError for a prompt with characters that the training data lacks.
     """
     at_least("--tokens", tokens, 1)
     at_least("--temperature", temperature, 0)
     at_least("--top-k", top_k, 0)
-    found = find_checkpoint(path)
-    text = _coding(found)
-    model = load_model(found, torch.device(device))
+    checkpoint = find_checkpoint(path)
+    text = _coding(checkpoint)
+    model = load_model(checkpoint, torch.device(device))
     generator = torch.Generator(device).manual_seed(seed)
     given = text.encode(prompt)
-    front = text.start or (() if given else text.empty)  # not shown
+    front = text.start or (() if given else text.empty)  # not returned
     ids = [*front, *given]
     allowed = torch.tensor(text.ids, device=device)
     for _ in range(tokens):
@@ -59,40 +59,40 @@ def sample(
 
 @dataclass(frozen=True, kw_only=True)
 class Coding:
-    """Between text and a model's tokens."""
+    """Conversion between text and a model's tokens."""
 
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     ids: list[int]
-    """That stand for text: the vocabulary's padding is never drawn."""
+    """Tokens with text; the vocabulary's padding is never drawn."""
     start: tuple[int, ...] = ()
-    """What documents begin with in training."""
+    """Tokens at the start of each training document."""
     empty: tuple[int, ...] = ()
-    """What to begin with where neither `start` nor a prompt gives anything."""
+    """Tokens to start from without `start` and prompt."""
     end: int | None = None
-    """What ends a text."""
+    """Token that ends a text."""
 
 
-def _coding(found: Checkpoint) -> Coding:
-    """Of the data that the checkpoint was trained on: the words of its `meta.pkl`, else GPT-2's."""
-    recipe = found.state.candidate.recipe
+def _coding(checkpoint: Checkpoint) -> Coding:
+    """The vocabulary of the training data: that of its `meta.pkl`, else GPT-2's."""
+    recipe = checkpoint.state.candidate.recipe
     words, data = recipe.shape.vocab_size, Path(recipe.data or ".")
     if recipe.data and (meta := read_meta(data)):
         if not meta.itos:
             raise ConfigError(f"{meta.path} has no itos, so ids cannot be shown as text")
         if meta.vocab_size > words:
             raise ConfigError(
-                f"{meta.path} has {meta.vocab_size} words, {found.path} only {words}; it is another data's by now"
+                f"{meta.path} has {meta.vocab_size} words, {checkpoint.path} only {words}; it has been replaced since"
             )
-        newline = meta.stoi.get("\n", min(meta.itos))  # nanoGPT's sample.py begins with a line break
+        newline = meta.stoi.get("\n", min(meta.itos))  # nanoGPT's sample.py starts with a line break
         return Coding(encode=meta.encode, decode=meta.decode, ids=sorted(meta.itos), empty=(newline,))
     if words < VOCAB_SIZE:
         raise ConfigError(
-            f"{found.path} has a vocabulary of {words}; text needs GPT-2's {VOCAB_SIZE} tokens, "
+            f"{checkpoint.path} has a vocabulary of {words}; text needs GPT-2's {VOCAB_SIZE} tokens, "
             f"or a {META} with itos and stoi in its data directory ({recipe.data or 'none'})"
         )
     if recipe.data and data.is_dir() and (other := data_vocabulary(data)):
-        raise ConfigError(f"{found.path} was trained on {other[1]}; only GPT-2's tokens and those of {META} are read")
+        raise ConfigError(f"{checkpoint.path} was trained on {other[1]}; only GPT-2's tokens or a {META} are read")
     return Coding(
         encode=lambda text: encode(text).tolist(),
         decode=decode,
@@ -103,7 +103,7 @@ def _coding(found: Checkpoint) -> Coding:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint's directory, a training directory or a run -> a verified checkpoint. Raises CheckpointError."""
+    """The verified checkpoint in a checkpoint's directory, a training directory or a run. Raises CheckpointError."""
     if (path / "state.json").exists():
         return read_checkpoint(path)
     for directory in (path, path / CHECKPOINTS, path / "train" / CHECKPOINTS):
@@ -112,15 +112,15 @@ def find_checkpoint(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path} holds no checkpoint; give a run, a training directory or a checkpoint step_…")
 
 
-def load_model(found: Checkpoint, device: torch.device) -> GPT:
-    """The checkpoint's model for inference."""
-    step = build(replace(found.state.candidate, plan=INFERENCE), device)
-    found.load_weights(step.model)
+def load_model(checkpoint: Checkpoint, device: torch.device) -> GPT:
+    """The checkpoint's model, for inference."""
+    step = build(replace(checkpoint.state.candidate, plan=INFERENCE), device)
+    checkpoint.load_weights(step.model)
     return step.model.eval()
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """logits (V,) -> the place of the next token among them."""
+    """logits (V,) -> index of the drawn token."""
     logits = logits.float()
     if temperature == 0:
         return int(logits.argmax())

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -83,7 +83,7 @@ def run(settings: TrainSettings, context: DistributedContext, notes: tuple[str, 
         if context.world_size > 1:
             step.over_processes()
         batches = stack.enter_context(closing(Prefetcher(data, context, candidate, step.device)))
-        return Training(settings, context, machine, step, meter, batches, state, progress, output).run()
+        return Training(settings, context, machine, step, meter, batches, progress, output, state).run()
 
 
 @contextmanager
@@ -102,27 +102,38 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
+@dataclass
 class Training:
-    """One training in progress. `output` is None in all processes but the main one."""
+    """One training in progress."""
 
-    def __init__(
-        self, settings: TrainSettings, context: DistributedContext, machine: Environment, step: TrainStep,
-        meter: MemoryMeter, batches: Prefetcher, state: TrainState, progress: TrainProgress, output: Output | None,
-    ) -> None:  # fmt: skip
-        self.settings, self.context, self.machine, self.step = settings, context, machine, step
-        self.meter, self.batches, self.progress, self.output = meter, batches, progress, output
-        self.candidate, self.recipe = step.candidate, step.candidate.recipe
-        self.checkpoints = settings.out / CHECKPOINTS
-        self.first, self.started, self.seconds_before = state.iteration, time.monotonic(), state.seconds
-        self.set_state(state)
-        self.rollbacks = 0
-        self.stop_requested_at: float | None = None
-        self.saving = False
-        self.best_loss, self.best_iteration = state.best_validation_loss, state.best_iteration
-        self.previous_step: torch.cuda.Event | None = None
-        self.stopwatch, self.waited_before = Stopwatch(step.device), 0.0
-        self.step_seconds: list[float] = []  # of all steps up to the last row
-        self.readings: list[Callable[[], float]] = []  # of the steps since
+    settings: TrainSettings
+    context: DistributedContext
+    machine: Environment
+    step: TrainStep
+    meter: MemoryMeter
+    batches: Prefetcher
+    progress: TrainProgress
+    output: Output | None
+    """None in all processes but the main one."""
+    state: TrainState
+    """As in the newest checkpoint."""
+    rollbacks: int = 0
+    stop_requested_at: float | None = None
+    saving: bool = False
+    previous_step: torch.cuda.Event | None = None
+    waited_before: float = 0.0
+    """Time that steps waited for data up to the last row."""
+    step_seconds: list[float] = field(default_factory=list)
+    """Seconds of all steps up to the last row."""
+    readings: list[Callable[[], float]] = field(default_factory=list)
+    """Timers of the steps since."""
+
+    def __post_init__(self) -> None:
+        self.candidate, self.recipe = self.step.candidate, self.step.candidate.recipe
+        self.checkpoints, self.stopwatch = self.settings.out / CHECKPOINTS, Stopwatch(self.step.device)
+        self.first, self.started, self.seconds_before = self.state.iteration, time.monotonic(), self.state.seconds
+        self.best_loss, self.best_iteration = self.state.best_validation_loss, self.state.best_iteration
+        self.set_state(self.state)
 
     def set_state(self, state: TrainState) -> None:
         """Continue from the checkpoint that holds `state`."""

@@ -79,7 +79,7 @@ def test_gpt2_as_openai_has_it_begins_a_training(tmp_path: Path) -> None:
     (tmp_path / "gpt2/config.json").write_text(json.dumps(config))
     other = new_step(replace(SHAPE, bias=True))
     notes = load_initial(tmp_path / "gpt2", other.model)
-    assert notes[1:] == ("its activation is gelu_new, it goes on with the exact gelu",)
+    assert notes[1:] == ("its activation is gelu_new, replaced by the exact gelu",)
     found = logits(other.model)
     assert torch.allclose(found[..., :50257], logits(step.model), atol=1e-5)
     words = step.model.wte.weight.detach()
@@ -290,12 +290,12 @@ def test_every_form_of_a_transformers_directory(form: str, tmp_path: Path) -> No
     load_initial(path, other)
     assert torch.allclose(logits(other, TOKENS % 256), logits(step.model, TOKENS % 256), atol=1e-6)
     (path / file).unlink()
-    said = rf"{file} is missing, which {name}\.index\.json lists" if len(parts) > 1 else "it holds neither model"
+    said = rf"{file} is missing, which {name}\.index\.json lists" if len(parts) > 1 else "it has neither model"
     with pytest.raises(CheckpointError, match=said):
         load_initial(path, other)
     if len(parts) > 1:
         (path / f"{name}.index.json").write_text(json.dumps({"weight_map": {"wte.weight": "../../elsewhere"}}))
-        with pytest.raises(CheckpointError, match="has no weight_map of files beside it"):
+        with pytest.raises(CheckpointError, match="has no weight_map of files in its directory"):
             load_initial(path, other)
 
 
