@@ -101,7 +101,7 @@ def open_shard(path: Path) -> Shard:
         magic, version, count = head
         if (magic, version) not in _DTYPES:
             raise DataError(
-                f"{path} is no shard of tokens: magic {magic}, version {version}; allowed: "
+                f"{path} is not a shard of tokens: magic {magic}, version {version}; allowed: "
                 f"{', '.join(f'{magic} version {version}' for magic, version in _DTYPES)}; {_PREPARE}"
             )
         dtype = np.dtype(_DTYPES[magic, version])

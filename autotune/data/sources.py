@@ -222,7 +222,7 @@ def _parquet_documents(path: Path, file: Any) -> Iterator[str | None]:
             for batch in table.iter_batches(batch_size=1024, columns=[_TEXT]):
                 yield from batch.column(0).to_pylist()
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is no parquet file: {_first_line(error)}; download it again") from error
+        raise DataError(f"{path} is not a parquet file: {_first_line(error)}; download it again") from error
 
 
 def _check_column(where: str, columns: dict[str, str]) -> None:

@@ -79,7 +79,8 @@ def read_meta(directory: Path) -> Meta | None:
         raise DataError(f"cannot read {path}: {error.strerror}; make it readable or remove it") from error
     except _BROKEN_PICKLE as error:
         raise DataError(
-            f"{path} is no plain vocabulary ({str(error)[:120]}); allowed: a pickled dict of vocab_size, itos and stoi"
+            f"{path} is not a plain vocabulary ({str(error)[:120]}); "
+            "allowed: a pickled dict of vocab_size, itos and stoi"
         ) from error
     return _meta(path, table)
 

@@ -78,7 +78,7 @@ def _allocator(plan: Plan, device: torch.device) -> Iterator[str]:
     name = next((name for name in _ALLOCATOR if os.environ.get(name)), None)
     wanted = EXPANDABLE if plan.allocator == "expandable_segments" else None
     if name and os.environ[name] != wanted:
-        yield f"plan.allocator = {plan.allocator!r}, but {name} = {os.environ[name][:100]!r} says otherwise; unset it"
+        yield f"plan.allocator = {plan.allocator!r}, but {name} = {os.environ[name][:100]!r} differs; unset it"
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
         yield f"plan.allocator = {plan.allocator!r}, but PYTORCH_NO_CUDA_MEMORY_CACHING turns it off; unset it"
 

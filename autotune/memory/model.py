@@ -166,7 +166,7 @@ def _moved(
 
 @functools.lru_cache(maxsize=_REMEMBERED)
 def _sizes(candidate: Candidate, device: str) -> tuple[Arrays, Arrays]:
-    """Of the allocated bytes, and of the overhead."""
+    """Exact bytes and sizes of the allocated peak, and of the overhead."""
     allocated, beyond = (_places(device, i) for i in (0, 1))
     return arrays(peak_points(candidate, device), allocated), arrays([overhead(candidate, device)], beyond)
 

@@ -74,7 +74,7 @@ class Coding:
 
 
 def _coding(found: Checkpoint) -> Coding:
-    """Of the data that the checkpoint was trained on: the words of its `meta.pkl`, else GPT-2's."""
+    """Encoding of the data that the checkpoint was trained on: by its `meta.pkl`, else GPT-2's."""
     recipe = found.state.candidate.recipe
     words, data = recipe.shape.vocab_size, Path(recipe.data or ".")
     if recipe.data and (meta := read_meta(data)):
