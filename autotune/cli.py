@@ -4,6 +4,7 @@ Results go to stdout, progress to stderr. Exit codes are listed in `autotune.err
 """
 
 import importlib
+import inspect
 import json as json_module
 import math
 import os
@@ -16,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 from typer.core import TyperGroup
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from autotune.data.manifest import Format
 
 
+T = TypeVar("T")
 _PANELS = ("Search", "Train", "Understand", "Data", "This machine")
 
 
@@ -54,9 +56,15 @@ class _Grouped(TyperGroup):
                 formatter.write_dl(rows)
 
 
-def _examples(*commands: str) -> str:
-    """The epilog of a command's help; `\\b` keeps its lines as they are."""
-    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
+def _command(register: "Callable[..., Any]", panel: str | None = None) -> "Callable[[T], T]":
+    """Register a function; the section `Examples:` of its docstring follows the options in its help."""
+
+    def add(function: T) -> T:
+        help_text, _, examples = inspect.getdoc(function).partition("\n\nExamples:\n")  # type: ignore[union-attr]
+        register(help=help_text, epilog=f"\b\nExamples:\n{examples}", rich_help_panel=panel)(function)
+        return function
+
+    return add
 
 
 # Plain help: typer's rich help takes three times as long to come up.
@@ -157,34 +165,26 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(
-    epilog=_examples(
-        "autotune search --from config/train_gpt2.py --budget 1h",
-        "autotune report results/NAME",
-        "autotune train results/NAME",
-    )
-)
+@_command(app.callback)
 def autotune_command(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")] = False,
 ) -> None:
-    """Measure, do not guess: memory profiling and autotuning for nanoGPT-style training."""
+    """Measure, do not guess: memory profiling and autotuning for nanoGPT-style training.
+
+    Examples:
+      autotune search --from config/train_gpt2.py --budget 1h
+      autotune report results/NAME
+      autotune train results/NAME
+    """
     del version, debug
     if (note := places.settle(os.environ)) and not os.environ.get("AUTOTUNE_CACHE_DIR"):
         terminal.say(f"note: {note}")
 
 
-@app.command(
-    rich_help_panel="Search",
-    epilog=_examples(
-        "autotune search --from config/train_gpt2.py --budget 1h",
-        "autotune search --model 12x12x768 --memory-limit 16GiB",
-        "autotune search --data data/fineweb --train-time 24h",
-        "autotune search --resume results/NAME --budget 2h",
-    ),
-)
+@_command(app.command, "Search")
 def search(
     context: typer.Context,
     budget: Annotated[str, typer.Option(metavar="TIME", help="Wall clock of the whole search. [default: 1h]")] = "",
@@ -226,7 +226,14 @@ def search(
 ) -> None:
     """Measure candidates on this device within a time budget.
 
-    Writes results/NAME: trials.csv to review, best.toml to train, report.html."""
+    Writes results/NAME: trials.csv to review, best.toml to train, report.html.
+
+    Examples:
+      autotune search --from config/train_gpt2.py --budget 1h
+      autotune search --model 12x12x768 --memory-limit 16GiB
+      autotune search --data data/fineweb --train-time 24h
+      autotune search --resume results/NAME --budget 2h
+    """
     started: float = context.obj  # the budget includes start-up
     _load_numpy()
     from autotune.environment import busy_machine, probe
@@ -312,14 +319,7 @@ def _watch(directory: Path, go: "Callable[..., object]", remarks: tuple[str, ...
     show()
 
 
-@app.command(
-    rich_help_panel="Search",
-    epilog=_examples(
-        "autotune report results/NAME --html",
-        "autotune report results/A results/B",
-        "autotune report results/NAME --json | jq .runs[0].best",
-    ),
-)
+@_command(app.command, "Search")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     html: Annotated[bool, typer.Option("--html", help="Write report.html and plots/ into each run.")] = False,
@@ -329,7 +329,13 @@ def report(
 ) -> None:
     """Print what searches measured, beside what training reached.
 
-    One run is shown in full, several side by side. A training directory shows that training."""
+    One run is shown in full, several side by side. A training directory shows that training.
+
+    Examples:
+      autotune report results/NAME --html
+      autotune report results/A results/B
+      autotune report results/NAME --json | jq .runs[0].best
+    """
     from autotune.search.loop import rebuild as write_again
 
     for path in runs if rebuild else []:
@@ -358,14 +364,7 @@ def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
         terminal.say(f"wrote {written}")
 
 
-@app.command(
-    rich_help_panel="Understand",
-    epilog=_examples(
-        "autotune trial results/NAME",
-        "autotune trial best.toml --set plan.loss=chunked --set plan.micro_batch_size=16",
-        "autotune trial best.toml --json",
-    ),
-)
+@_command(app.command, "Understand")
 def trial(
     toml: CandidateArgument,
     assignments: Assignments = None,
@@ -374,7 +373,13 @@ def trial(
 ) -> None:
     """Measure one candidate.
 
-    Reproduces a row of trials.csv. The exit code is 1 unless its status is ok."""
+    Reproduces a row of trials.csv. The exit code is 1 unless its status is ok.
+
+    Examples:
+      autotune trial results/NAME
+      autotune trial best.toml --set plan.loss=chunked --set plan.dtype=float32
+      autotune trial best.toml --json
+    """
     from autotune.config.toml import read_candidate
     from autotune.environment import probe
     from autotune.measure.runner import run_trial
@@ -397,14 +402,7 @@ def trial(
     raise typer.Exit(0 if result.status == "ok" else 1)
 
 
-@app.command(
-    rich_help_panel="Understand",
-    epilog=_examples(
-        "autotune profile results/NAME",
-        "autotune profile best.toml --set plan.loss=full --out results/profile-full",
-        "autotune profile a.toml b.toml",
-    ),
-)
+@_command(app.command, "Understand")
 def profile(
     tomls: Annotated[list[Path], typer.Argument(metavar="TOML...", help="Candidate file or run; two are compared.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory.")] = Path("results/profile"),
@@ -413,7 +411,13 @@ def profile(
 ) -> None:
     """Show where the memory of one step goes.
 
-    Bytes by category at the peak, and a timeline as CSV and PNG."""
+    Bytes by category at the peak, and a timeline as CSV and PNG.
+
+    Examples:
+      autotune profile results/NAME
+      autotune profile best.toml --set plan.loss=full --out results/profile-full
+      autotune profile a.toml b.toml
+    """
     from autotune.environment import probe
     from autotune.model.compile_cache import compile_cache_dir, make_cache
     from autotune.report import profile as pages
@@ -432,14 +436,7 @@ def profile(
         table.print_text(pages.comparison(*profiled))
 
 
-@app.command(
-    rich_help_panel="Understand",
-    epilog=_examples(
-        "autotune estimate --memory-limit 24GiB",
-        "autotune estimate --model 12x12x768 --model 24x16x1024 --set plan.loss=chunked",
-        "autotune estimate --calibration results/NAME",
-    ),
-)
+@_command(app.command, "Understand")
 def estimate(
     memory_limit: Annotated[str, typer.Option(metavar="SIZE", help="Memory of the card.")] = "24GiB",
     model: Annotated[
@@ -453,7 +450,13 @@ def estimate(
 ) -> None:
     """Predict peak memory on a card of a given size; needs no device.
 
-    GiB by micro batch. -: beyond the limit. ?: within the error of the model, measure it."""
+    GiB by micro batch. -: beyond the limit. ?: within the error of the model, measure it.
+
+    Examples:
+      autotune estimate --memory-limit 24GiB
+      autotune estimate --model 12x12x768 --set plan.loss=chunked
+      autotune estimate --calibration results/NAME
+    """
     from autotune.memory import estimate as estimates
     from autotune.memory import model as memory_model
     from autotune.report import table
@@ -469,14 +472,7 @@ def estimate(
     terminal.write_lines(certainty)
 
 
-@app.command(
-    rich_help_panel="Train",
-    epilog=_examples(
-        "autotune train results/NAME",
-        "autotune train results/NAME --resume --max-time 24h",
-        "torchrun --nproc-per-node 2 -m autotune train results/NAME",
-    ),
-)
+@_command(app.command, "Train")
 def train(
     candidate: CandidateArgument,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest good checkpoint.")] = False,
@@ -493,7 +489,13 @@ def train(
 ) -> None:
     """Train a candidate to completion with the step that was measured.
 
-    The summary compares speed and memory with the measurement."""
+    The summary compares speed and memory with the measurement.
+
+    Examples:
+      autotune train results/NAME
+      autotune train results/NAME --resume --max-time 24h
+      torchrun --nproc-per-node 2 -m autotune train results/NAME
+    """
     from autotune.config.toml import read_candidate
     from autotune.config.train_settings import TrainSettings, locate
     from autotune.train.output import summary_text
@@ -513,13 +515,7 @@ def train(
         terminal.write_lines(summary_text(summary))
 
 
-@app.command(
-    rich_help_panel="Train",
-    epilog=_examples(
-        "autotune export results/NAME --to hf --out my-model",
-        "autotune export results/NAME --to nanogpt --out out-mine",
-    ),
-)
+@_command(app.command, "Train")
 def export(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Run, training directory or checkpoint.")
@@ -532,7 +528,12 @@ def export(
 ) -> None:
     """Write a trained model for other tools.
 
-    hf: a directory for GPT2LMHeadModel.from_pretrained. nanogpt: a ckpt.pt for sample.py and train.py."""
+    hf: a directory for GPT2LMHeadModel.from_pretrained. nanogpt: a ckpt.pt for sample.py and train.py.
+
+    Examples:
+      autotune export results/NAME --to hf --out my-model
+      autotune export results/NAME --to nanogpt --out out-mine
+    """
     from autotune.train import exchange
 
     if note := exchange.export(checkpoint, to, out, cut_vocab=cut_vocab):
@@ -540,13 +541,7 @@ def export(
     terminal.write(str(out))
 
 
-@app.command(
-    rich_help_panel="Train",
-    epilog=_examples(
-        'autotune sample results/NAME --prompt "This function returns"',
-        "autotune sample results/NAME --temperature 0 --tokens 50",
-    ),
-)
+@_command(app.command, "Train")
 def sample(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Run, training directory or checkpoint.")],
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="Beginning of the text.")] = "",
@@ -556,7 +551,12 @@ def sample(
     seed: Annotated[int, typer.Option(metavar="N", help="Seed; equal seeds give equal text.")] = 1337,
     device: Device = "auto",
 ) -> None:
-    """Generate text with a trained model."""
+    """Generate text with a trained model.
+
+    Examples:
+      autotune sample results/NAME --prompt "This function returns"
+      autotune sample results/NAME --temperature 0 --tokens 50
+    """
     from autotune.environment import describe
     from autotune.train.sample import sample as draw
 
@@ -565,13 +565,7 @@ def sample(
     terminal.write(terminal.visible(text, keep="\n\t") if sys.stdout.isatty() else text)
 
 
-@data.command(
-    epilog=_examples(
-        "autotune data prepare python-docs --out data/python-docs",
-        "autotune data prepare corpus/ --out data/corpus --format nanogpt",
-        "autotune data prepare HuggingFaceFW/fineweb --name sample-10BT \\\n      --max-tokens 2B --out data/fineweb",
-    ),
-)
+@_command(data.command)
 def prepare(
     source: Annotated[
         str,
@@ -594,7 +588,14 @@ def prepare(
 ) -> None:
     """Convert text to shards of GPT-2 tokens.
 
-    After an interruption, the same command continues."""
+    After an interruption, the same command continues.
+
+    Examples:
+      autotune data prepare python-docs --out data/python-docs
+      autotune data prepare corpus/ --out data/corpus --format nanogpt
+      autotune data prepare HuggingFaceFW/fineweb --name sample-10BT \\
+        --max-tokens 2B --out data/fineweb
+    """
     from autotune.data import info as data_info
     from autotune.data import prepare as data_prepare
     from autotune.report import facts, table
