@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     if not sys.flags.safe_path:
-        del sys.path[0]  # the working folder, where a user's random.py or queue.py may lie
+        del sys.path[0]  # the working directory, which may contain a user's random.py or queue.py
     from autotune.cli import main
 
     main()

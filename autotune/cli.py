@@ -1,9 +1,10 @@
-"""The command line: parse, call, print. No logic; whatever is heavy is imported inside its command.
+"""The command line: parse, call, print. Heavy modules are imported inside the command that needs them.
 
-Results go to stdout, progress to stderr. Exit codes stand in `autotune.errors`; 2 is wrong usage.
+Results go to stdout, progress to stderr. Exit codes are listed in `autotune.errors`; 2 is wrong usage.
 """
 
 import importlib
+import inspect
 import json as json_module
 import math
 import os
@@ -16,9 +17,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
+from typer.core import TyperGroup
 
 import autotune
 from autotune import places, terminal
@@ -29,26 +31,61 @@ from autotune.units import parse_bytes, parse_count, parse_duration
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from typer._click.core import Context
+    from typer._click.formatting import HelpFormatter
+
     from autotune.data.manifest import Format
 
+
+T = TypeVar("T")
+_PANELS = ("Search", "Train", "Understand", "Data", "This machine")
+
+
+class _Grouped(TyperGroup):
+    """Lists commands under their `rich_help_panel`, which typer's plain help ignores."""
+
+    def format_commands(self, ctx: "Context", formatter: "HelpFormatter") -> None:
+        del ctx
+        for panel in _PANELS:
+            rows = [
+                (f"{name:<8}", command.get_short_help_str(limit=66))
+                for name, command in self.commands.items()
+                if getattr(command, "rich_help_panel", "") == panel
+            ]
+            with formatter.section(panel):
+                formatter.write_dl(rows)
+
+
+def _command(register: "Callable[..., Any]", panel: str | None = None) -> "Callable[[T], T]":
+    """Register a function; the section `Examples:` of its docstring follows the options in its help."""
+
+    def add(function: T) -> T:
+        help_text, _, examples = inspect.getdoc(function).partition("\n\nExamples:\n")  # type: ignore[union-attr]
+        register(help=help_text, epilog=f"\b\nExamples:\n{examples}", rich_help_panel=panel)(function)
+        return function
+
+    return add
+
+
 # Plain help: typer's rich help takes three times as long to come up.
-app = typer.Typer(name="autotune", rich_markup_mode=None, add_completion=False, no_args_is_help=False)
-data = typer.Typer(rich_markup_mode=None, help="Make and inspect data directories.")
-app.add_typer(data, name="data")
+app = typer.Typer(name="autotune", cls=_Grouped, rich_markup_mode=None, no_args_is_help=False)
+data = typer.Typer(rich_markup_mode=None, help="Prepare and inspect data directories.")
 
 CandidateArgument = Annotated[Path, typer.Argument(metavar="RUN|TOML", help="Run directory or candidate file.")]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. plan.loss=chunked.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 VocabSize = Annotated[
-    int | None, typer.Option(metavar="N", help="Words of the model. [default: as the config or data say, or 50304]")
+    int | None, typer.Option(metavar="N", help="Vocabulary size. [default: from the config or data, else 50304]")
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda:0, or auto: the first CUDA device, else the CPU.")]
+Device = Annotated[
+    str, typer.Option(metavar="DEVICE", help="cpu, cuda:0, or auto: the first CUDA device, else the CPU.")
+]
 
 
 def main() -> None:
-    """Entry of the console script."""
+    """Entry point of the console script."""
     from autotune.environment import start_again_as_worker
     from autotune.search.timekeeping import process_started
 
@@ -57,14 +94,14 @@ def main() -> None:
     terminal.open_streams()
     interrupt = _Interrupt()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks, and a shell for what runs in its background
+        if signal.getsignal(number) is not signal.SIG_IGN:  # set by nohup, and by shells for background jobs
             signal.signal(number, interrupt)
     sys.exit(run(sys.argv[1:], process_started()))
 
 
 class _Interrupt:
-    """KeyboardInterrupt at a signal. Those that follow at once belong to it and must not disturb the saving: an
-    impatient Ctrl-C, the second SIGHUP of a closed ssh, a service manager's SIGHUP after its SIGTERM."""
+    """Raises KeyboardInterrupt at a signal. Signals that follow within SECONDS are ignored, so that saving is not
+    interrupted: an impatient Ctrl-C, the second SIGHUP of a closed ssh, a service manager's SIGHUP after SIGTERM."""
 
     SECONDS = 5.0
 
@@ -77,19 +114,23 @@ class _Interrupt:
             raise KeyboardInterrupt
 
 
+_OLD_SPELLINGS = {"--from-python-docs": "python-docs"}
+"""Flags of earlier versions that are an argument now."""
+
+
 def run(arguments: list[str], started: float | None = None) -> int:
-    """Run one command; its exit code. What goes wrong is one line on stderr, with --debug a traceback too. `started`:
-    when the process began, by `time.monotonic`; None: now."""
+    """Run one command and return its exit code. An error is one line on stderr; --debug adds a traceback.
+
+    started: start of the process by `time.monotonic`; None: now."""
     started = time.monotonic() if started is None else started
     try:
-        # --debug is understood wherever it stands: it is added after the fact.
-        words = [a for a in arguments if a != "--debug"]
+        words = [_OLD_SPELLINGS.get(a, a) for a in arguments if a != "--debug"]  # --debug may stand anywhere
         code = app(words, prog_name="autotune", standalone_mode=False, obj=started)
         sys.stdout.flush()
-        if code == InterruptedByUser.exit_code:  # typer's silent answer to Ctrl-C
+        if code == InterruptedByUser.exit_code:  # typer reports Ctrl-C so, without a message
             raise KeyboardInterrupt
         return int(code or 0)
-    except (BrokenPipeError, SystemExit):  # the reader, `head` for example, has seen enough; typer makes it an exit
+    except (BrokenPipeError, SystemExit):  # the reader closed the pipe (`| head`); typer turns that into an exit
         terminal.silence(sys.stdout)
         return 0
     except BaseException as error:
@@ -98,13 +139,13 @@ def run(arguments: list[str], started: float | None = None) -> int:
             print(scrub(traceback.format_exc(), secrets), end="", file=sys.stderr)
         message, code = _explained(error)
         terminal.say(f"error: {one_line(scrub(message, secrets), LONGEST)}")
-        if isinstance(error, OSError):  # it may be stdout's own
+        if isinstance(error, OSError):  # the stream that failed may be stdout
             terminal.flush(sys.stdout)
         return code
 
 
 def _explained(error: BaseException) -> tuple[str, int]:
-    """What to tell, and the exit code."""
+    """Message and exit code of an error."""
     if isinstance(error, AutotuneError):
         return str(error), error.exit_code
     if isinstance(error, typer.TyperException):
@@ -115,7 +156,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
         return "interrupted", InterruptedByUser.exit_code
     if isinstance(error, OSError):
         return f"{error}; run it again with --debug for a traceback", 1
-    return f"a defect in autotune: {type(error).__name__}: {error}; please report it with the output of --debug", 1
+    return f"internal error: {type(error).__name__}: {error}; please report it with the output of --debug", 1
 
 
 def _version(wanted: bool) -> None:
@@ -124,7 +165,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@_command(app.callback)
 def autotune_command(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -133,54 +174,67 @@ def autotune_command(
 ) -> None:
     """Measure, do not guess: memory profiling and autotuning for nanoGPT-style training.
 
-    autotune search --budget 1h, then autotune report RUN, then autotune train RUN."""
+    Examples:
+      autotune search --from config/train_gpt2.py --budget 1h
+      autotune report results/NAME
+      autotune train results/NAME
+    """
     del version, debug
     if (note := places.settle(os.environ)) and not os.environ.get("AUTOTUNE_CACHE_DIR"):
         terminal.say(f"note: {note}")
 
 
-@app.command()
+@_command(app.command, "Search")
 def search(
     context: typer.Context,
-    budget: Annotated[
-        str, typer.Option(metavar="TIME", help="Hard wall clock, everything included. [default: 1h]")
-    ] = "",
+    budget: Annotated[str, typer.Option(metavar="TIME", help="Wall clock of the whole search. [default: 1h]")] = "",
     objective: Annotated[
         str, typer.Option(metavar="loss|throughput", help="[default: loss, or throughput where the shape is fixed]")
     ] = "",
-    memory_limit: Annotated[str, typer.Option(metavar="SIZE", help="24GiB. [default: what the device has]")] = "",
-    train_time: Annotated[
-        str, typer.Option(metavar="TIME", help="The training to predict for lasts so long: 24h.")
+    memory_limit: Annotated[str, typer.Option(metavar="SIZE", help="24GiB. [default: the device's memory]")] = "",
+    train_time: Annotated[str, typer.Option(metavar="TIME", help="Length of the training that is planned: 24h.")] = "",
+    train_tokens: Annotated[
+        str, typer.Option(metavar="COUNT", help="Tokens of the training that is planned: 10B.")
     ] = "",
-    train_tokens: Annotated[str, typer.Option(metavar="COUNT", help="The training sees so many tokens: 10B.")] = "",
     model: Annotated[str, typer.Option(metavar="LxHxW", help="Fix the shape: 12x12x768, layers x heads x width.")] = "",
     from_file: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Start from a nanoGPT config file and keep its shape.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Shards. [default: synthetic tokens]")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Data directory. [default: synthetic tokens]")
+    ] = None,
     vocab_size: VocabSize = None,
     choices: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=A,B", help="Try only these; can be repeated. See --dry-run.")
+        list[str] | None, typer.Option(metavar="NAME=A,B", help="Restrict what is tried; repeatable. See --dry-run.")
     ] = None,
     device: Device = "auto",
-    workers: Annotated[int, typer.Option(help="Trials at the same time.")] = 1,
-    storage: Annotated[str, typer.Option(metavar="URL", help="Of an Optuna storage. [default: RUN/study.db]")] = "",
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a search; only with --budget.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
-    name: Annotated[str, typer.Option(help="Of results/NAME. [default: the time]")] = "",
-    law: Annotated[str, typer.Option(help="Scaling law of the objective loss.")] = "lingle",
+    workers: Annotated[int, typer.Option(metavar="N", help="Trials at the same time.")] = 1,
+    storage: Annotated[str, typer.Option(metavar="URL", help="Optuna storage. [default: sqlite in RUN/study.db]")] = "",
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Resume a search; --budget may extend it.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampler.")] = 0,
+    name: Annotated[str, typer.Option(metavar="NAME", help="The run is results/NAME. [default: date and time]")] = "",
+    law: Annotated[str, typer.Option(metavar="NAME", help="Scaling law that predicts the loss.")] = "lingle",
     calibrate_loss: Annotated[
-        bool, typer.Option("--calibrate-loss", help="First move the law by two pilots, in 1/5 of the budget.")
+        bool, typer.Option("--calibrate-loss", help="Spend 1/5 of the budget on two pilots to fit the law.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print settings and space; measure nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the settings and the search space, then stop.")
+    ] = False,
     other_machine: Annotated[
-        bool, typer.Option("--other-machine", help="Resume although this is not the run's machine or torch.")
+        bool, typer.Option("--other-machine", help="Resume on another machine or version of torch.")
     ] = False,
 ) -> None:
-    """Try real candidates within a budget.
+    """Measure candidates on this device within a time budget.
 
-    Everything lands in results/NAME: trials.csv to review, best.toml to train, report.html."""
-    started: float = context.obj  # the budget holds everything, also what the next lines take
+    Writes results/NAME: trials.csv to review, best.toml to train, report.html.
+
+    Examples:
+      autotune search --from config/train_gpt2.py --budget 1h
+      autotune search --model 12x12x768 --memory-limit 16GiB
+      autotune search --data data/fineweb --train-time 24h
+      autotune search --resume results/NAME --budget 2h
+    """
+    started: float = context.obj  # the budget includes start-up
     _load_numpy()
     from autotune.environment import busy_machine, probe
     from autotune.runs import directory as run_directory
@@ -191,7 +245,7 @@ def search(
     if resume is not None:
         _refuse_beside_resume(context)
         seconds = parse_duration(budget) if budget else None
-        here = partial(probe, device)  # once the time is being written down
+        here = partial(probe, device)  # probed later, when its seconds are recorded
         go_on = partial(loop.resume, resume, here, budget_seconds=seconds, same_machine=not other_machine)
         _watch(resume, partial(go_on, started=started, remarks=remarks), remarks)
         return
@@ -230,8 +284,8 @@ def search(
 
 
 def _load_numpy() -> None:
-    """With one thread, unless the user has chosen: between two trials a second one would only be waited for, long where
-    the machine is busy. Only OpenBLAS reads it, as it loads; children must not inherit it."""
+    """Load NumPy with one OpenBLAS thread, unless the user has set a number: the matrices of the sampler are small, and
+    on a busy machine a second thread is only waited for. The variable must not reach child processes."""
     if "OPENBLAS_NUM_THREADS" not in os.environ:
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
         importlib.import_module("numpy")
@@ -249,7 +303,7 @@ def _refuse_beside_resume(context: typer.Context) -> None:
 
 
 def _watch(directory: Path, go: "Callable[..., object]", remarks: tuple[str, ...]) -> None:
-    """Run a search under the eyes of the user, then show its report, also of one in which nothing fits."""
+    """Run a search with live progress, then print its report, even if no candidate was feasible."""
     from autotune.measure.runner import trials_in_a_row
     from autotune.model.compile_cache import compile_cache_dir, make_cache
     from autotune.search import progress
@@ -265,19 +319,23 @@ def _watch(directory: Path, go: "Callable[..., object]", remarks: tuple[str, ...
     show()
 
 
-@app.command()
+@_command(app.command, "Search")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     html: Annotated[bool, typer.Option("--html", help="Write report.html and plots/ into each run.")] = False,
     json: Json = False,
-    top: Annotated[int, typer.Option(min=1, help="How many of the best trials to show.")] = 10,
-    rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="First write the run's files again from study.db.")
-    ] = False,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="How many of the best trials to show.")] = 10,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="First rebuild the run's files from study.db.")] = False,
 ) -> None:
-    """Show what searches measured, and what became of it in training.
+    """Print what searches measured, beside what training reached.
 
-    One run in full, several side by side; a training's directory alone shows the training."""
+    One run is shown in full, several side by side. A training directory shows that training.
+
+    Examples:
+      autotune report results/NAME --html
+      autotune report results/A results/B
+      autotune report results/NAME --json | jq .runs[0].best
+    """
     from autotune.search.loop import rebuild as write_again
 
     for path in runs if rebuild else []:
@@ -300,22 +358,28 @@ def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
         if loaded:
             table.print_text(table.run_report(loaded[0], top) if len(loaded) == 1 else table.comparison(loaded))
         if trained:
-            terminal.write("Trained, as measured or predicted -> as it came:")
+            terminal.write("Training, measured or predicted -> reached:")
             table.print_text(training.training_table(trained))
     for written in pages:
         terminal.say(f"wrote {written}")
 
 
-@app.command()
+@_command(app.command, "Understand")
 def trial(
     toml: CandidateArgument,
     assignments: Assignments = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Measure one candidate in the foreground.
+    """Measure one candidate.
 
-    The way to reproduce a row of trials.csv. Exit code 1 where the candidate is not ok."""
+    Reproduces a row of trials.csv. The exit code is 1 unless its status is ok.
+
+    Examples:
+      autotune trial results/NAME
+      autotune trial best.toml --set plan.loss=chunked --set plan.dtype=float32
+      autotune trial best.toml --json
+    """
     from autotune.config.toml import read_candidate
     from autotune.environment import probe
     from autotune.measure.runner import run_trial
@@ -338,14 +402,22 @@ def trial(
     raise typer.Exit(0 if result.status == "ok" else 1)
 
 
-@app.command()
+@_command(app.command, "Understand")
 def profile(
     tomls: Annotated[list[Path], typer.Argument(metavar="TOML...", help="Candidate file or run; two are compared.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where timeline and snapshot go.")] = Path("results/profile"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory.")] = Path("results/profile"),
     assignments: Assignments = None,
     device: Device = "auto",
 ) -> None:
-    """Show where the memory of one step goes: by category at the peak, and over time."""
+    """Show where the memory of one step goes.
+
+    Bytes by category at the peak, and a timeline as CSV and PNG.
+
+    Examples:
+      autotune profile results/NAME
+      autotune profile best.toml --set plan.loss=full --out results/profile-full
+      autotune profile a.toml b.toml
+    """
     from autotune.environment import probe
     from autotune.model.compile_cache import compile_cache_dir, make_cache
     from autotune.report import profile as pages
@@ -357,28 +429,34 @@ def profile(
     make_cache(compile_cache_dir())
     where = probe(device).device
     terminal.say(f"recording one step on {where}; everything goes to {out}")
-    found = pages.profile_candidates(named, out=out, device=where)
-    for one in found:
+    profiled = pages.profile_candidates(named, out=out, device=where)
+    for one in profiled:
         table.print_text(pages.profile_report(one))
-    if len(found) == 2:
-        table.print_text(pages.comparison(*found))
+    if len(profiled) == 2:
+        table.print_text(pages.comparison(*profiled))
 
 
-@app.command()
+@_command(app.command, "Understand")
 def estimate(
-    memory_limit: Annotated[str, typer.Option(metavar="SIZE", help="Of the card.")] = "24GiB",
+    memory_limit: Annotated[str, typer.Option(metavar="SIZE", help="Memory of the card.")] = "24GiB",
     model: Annotated[
-        list[str] | None, typer.Option(metavar="LxHxW", help="12x12x768; may be repeated. [default: the guide's rows]")
+        list[str] | None, typer.Option(metavar="LxHxW", help="12x12x768; repeatable. [default: five common shapes]")
     ] = None,
     vocab_size: VocabSize = None,
     assignments: Assignments = None,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Of a search on such a card. [default: none, wide intervals]")
+        Path | None, typer.Option(metavar="RUN", help="A search on such a card. [default: none, wide intervals]")
     ] = None,
 ) -> None:
-    """Predict the peak memory of shapes and micro batches on a card; needs no device.
+    """Predict peak memory on a card of a given size; needs no device.
 
-    GiB by micro batch: - lies beyond the limit, ? only a trial can tell."""
+    GiB by micro batch. -: beyond the limit. ?: within the error of the model, measure it.
+
+    Examples:
+      autotune estimate --memory-limit 24GiB
+      autotune estimate --model 12x12x768 --set plan.loss=chunked
+      autotune estimate --calibration results/NAME
+    """
     from autotune.memory import estimate as estimates
     from autotune.memory import model as memory_model
     from autotune.report import table
@@ -394,25 +472,30 @@ def estimate(
     terminal.write_lines(certainty)
 
 
-@app.command()
+@_command(app.command, "Train")
 def train(
     candidate: CandidateArgument,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest good checkpoint.")] = False,
     max_tokens: Annotated[
-        str | None, typer.Option(metavar="COUNT", help="Stop after so many tokens: 300M. [default: as the recipe says]")
+        str | None, typer.Option(metavar="COUNT", help="Stop after this many tokens: 300M. [default: the recipe's]")
     ] = None,
-    max_time: Annotated[str | None, typer.Option(metavar="TIME", help="Stop after this wall clock: 24h.")] = None,
+    max_time: Annotated[str | None, typer.Option(metavar="TIME", help="Stop after this wall-clock time: 24h.")] = None,
     init_from: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="Begin with these weights: nanoGPT's ckpt.pt, a GPT-2 directory, a run."),
+        typer.Option(metavar="PATH", help="Initial weights: nanoGPT's ckpt.pt, a GPT-2 directory, a run."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Of the training. [default: RUN/train]")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Output directory. [default: RUN/train]")] = None,
     device: Device = "auto",
 ) -> None:
-    """Train a candidate to completion.
+    """Train a candidate to completion with the step that was measured.
 
-    By the very step that was measured; the summary says whether speed and memory are as measured.
-    On several cards: torchrun --nproc-per-node 2 -m autotune train RUN."""
+    The summary compares speed and memory with the measurement.
+
+    Examples:
+      autotune train results/NAME
+      autotune train results/NAME --resume --max-time 24h
+      torchrun --nproc-per-node 2 -m autotune train results/NAME
+    """
     from autotune.config.toml import read_candidate
     from autotune.config.train_settings import TrainSettings, locate
     from autotune.train.output import summary_text
@@ -432,20 +515,25 @@ def train(
         terminal.write_lines(summary_text(summary))
 
 
-@app.command()
+@_command(app.command, "Train")
 def export(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Run, training directory or checkpoint.")
     ],
-    to: Annotated[str, typer.Option(metavar="hf|nanogpt", help="For transformers, or for nanoGPT's own scripts.")],
+    to: Annotated[str, typer.Option(metavar="hf|nanogpt", help="Format: transformers or nanoGPT.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="A new directory.")],
     cut_vocab: Annotated[
-        bool, typer.Option("--cut-vocab", help="hf: without the rows that pad the vocabulary beyond GPT-2's 50257.")
+        bool, typer.Option("--cut-vocab", help="hf: drop the padding of the vocabulary beyond GPT-2's 50257.")
     ] = False,
 ) -> None:
     """Write a trained model for other tools.
 
-    hf: a directory for GPT2LMHeadModel.from_pretrained. nanogpt: a ckpt.pt for sample.py and train.py."""
+    hf: a directory for GPT2LMHeadModel.from_pretrained. nanogpt: a ckpt.pt for sample.py and train.py.
+
+    Examples:
+      autotune export results/NAME --to hf --out my-model
+      autotune export results/NAME --to nanogpt --out out-mine
+    """
     from autotune.train import exchange
 
     if note := exchange.export(checkpoint, to, out, cut_vocab=cut_vocab):
@@ -453,17 +541,22 @@ def export(
     terminal.write(str(out))
 
 
-@app.command()
+@_command(app.command, "Train")
 def sample(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Run, training directory or checkpoint.")],
-    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
-    tokens: Annotated[int, typer.Option(help="Length at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw among so many likeliest tokens; 0: among all.")] = 200,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 1337,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Beginning of the text.")] = "",
+    tokens: Annotated[int, typer.Option(metavar="N", help="Maximum length.")] = 200,
+    temperature: Annotated[float, typer.Option(metavar="X", help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(metavar="N", help="Sample among this many likeliest tokens; 0: all.")] = 200,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed; equal seeds give equal text.")] = 1337,
     device: Device = "auto",
 ) -> None:
-    """Print text from a trained model."""
+    """Generate text with a trained model.
+
+    Examples:
+      autotune sample results/NAME --prompt "This function returns"
+      autotune sample results/NAME --temperature 0 --tokens 50
+    """
     from autotune.environment import describe
     from autotune.train.sample import sample as draw
 
@@ -472,38 +565,43 @@ def sample(
     terminal.write(terminal.visible(text, keep="\n\t") if sys.stdout.isatty() else text)
 
 
-@data.command()
+@_command(data.command)
 def prepare(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the shards go.")],
     source: Annotated[
-        str | None,
+        str,
         typer.Argument(
-            metavar="[SOURCE]", help="HuggingFaceFW/fineweb, a parquet, jsonl, csv or text file, or a folder."
+            metavar="SOURCE",
+            help="A dataset on the hub (HuggingFaceFW/fineweb), a parquet, jsonl, csv or text file, a folder, or "
+            "python-docs: the documentation inside Python, no download.",
         ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory.")],
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Subset of a dataset on the hub: sample-10BT.")
     ] = None,
-    from_python_docs: Annotated[
-        bool, typer.Option("--from-python-docs", help="The documentation inside Python: real English, no download.")
-    ] = False,
-    name: Annotated[str | None, typer.Option(help="Subset of a dataset on the hub: sample-10BT.")] = None,
-    max_tokens: Annotated[str | None, typer.Option(metavar="COUNT", help="Stop after so many tokens: 300M.")] = None,
+    max_tokens: Annotated[str | None, typer.Option(metavar="COUNT", help="Stop after this many tokens: 300M.")] = None,
     shard_tokens: Annotated[str, typer.Option(metavar="COUNT", help="Tokens of a full shard.")] = "100M",
     file_format: Annotated[
-        str, typer.Option("--format", metavar="shards|nanogpt", help="nanogpt: train.bin and val.bin, no headers.")
+        str, typer.Option("--format", metavar="shards|nanogpt", help="nanogpt: train.bin and val.bin, without headers.")
     ] = "shards",
-    workers: Annotated[int | None, typer.Option(help="Threads. [default: one a core]")] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Threads. [default: one per core]")] = None,
 ) -> None:
-    """Turn text into shards of GPT-2 tokens.
+    """Convert text to shards of GPT-2 tokens.
 
-    After an interruption the same command goes on."""
-    from autotune.data import info as look
-    from autotune.data import prepare as making
-    from autotune.data.sources import PYTHON_DOCS
+    After an interruption, the same command continues.
+
+    Examples:
+      autotune data prepare python-docs --out data/python-docs
+      autotune data prepare corpus/ --out data/corpus --format nanogpt
+      autotune data prepare HuggingFaceFW/fineweb --name sample-10BT \\
+        --max-tokens 2B --out data/fineweb
+    """
+    from autotune.data import info as data_info
+    from autotune.data import prepare as data_prepare
     from autotune.report import facts, table
 
-    if (source is None) != from_python_docs:
-        raise typer.BadParameter("give either SOURCE or --from-python-docs")
-    settings = making.PrepareSettings(
-        source=source or PYTHON_DOCS,
+    settings = data_prepare.PrepareSettings(
+        source=source,
         out=out,
         name=name,
         max_tokens=None if max_tokens is None else parse_count(max_tokens),
@@ -511,33 +609,36 @@ def prepare(
         format=cast("Format", file_format),
         workers=workers,
     )
-    terminal.say(f"{out}: {making.prepare(settings).outcome}")
-    table.print_text(facts.facts_table(look.info(out)))
+    terminal.say(f"{out}: {data_prepare.prepare(settings).outcome}")
+    table.print_text(facts.facts_table(data_info.info(out)))
 
 
 @data.command()
 def info(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Data directory.")]) -> None:
-    """Say what a data directory holds."""
-    from autotune.data import info as look
+    """Describe a data directory."""
+    from autotune.data import info as data_info
     from autotune.report import facts, table
 
-    table.print_text(facts.facts_table(look.info(directory)))
+    table.print_text(facts.facts_table(data_info.info(directory)))
 
 
-@app.command()
+app.add_typer(data, name="data", rich_help_panel="Data")
+
+
+@app.command(rich_help_panel="This machine")
 def kernels() -> None:
-    """List the kernels and why some are absent."""
+    """List the kernels, and why some cannot run here."""
     from autotune.environment import probe
     from autotune.report import doctor, table
 
     table.print_text(doctor.kernel_table(probe()))
 
 
-@app.command(name="doctor")
+@app.command(name="doctor", rich_help_panel="This machine")
 def doctor_command() -> None:
-    """Say what is here and what is missing, and why.
+    """Check the installation and the device.
 
-    Exit code 1 where no search is possible."""
+    The exit code is 1 where no search is possible."""
     from autotune.report import doctor, table
 
     checks = doctor.examine()

@@ -1,7 +1,7 @@
-"""What machine this is: device, memory, versions, peak FLOP/s; and its fingerprint.
+"""Description of this machine: device, memory, versions, peak FLOP/s, fingerprint; and the environment of workers.
 
-`describe` needs torch; `probe` asks a fresh process, so that the searching process never imports torch
-and holds no memory of the device.
+`describe` needs torch; `probe` runs it in a fresh process, so that the searching process never imports torch and holds
+no device memory.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from autotune.config.tables import read_table
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
 from autotune.terminal import visible
 
-# Dense bfloat16 (float16) tensor-core peaks in TFLOP/s, from NVIDIA's data sheets, by part of the device's name.
-# The first match counts, so the longer name stands first.
+# Dense bfloat16 (float16) tensor-core peaks in TFLOP/s from NVIDIA's data sheets, by substring of the device name.
+# The first match counts, so longer names come first.
 _PEAK_TFLOPS = (
     ("B200", 2250.0), ("H200", 989.0), ("H100 PCIe", 756.0), ("H100", 989.0), ("H800", 989.0),
     ("A100", 312.0), ("A800", 312.0), ("A6000 Ada", 364.0), ("6000 Ada", 364.0), ("A6000", 154.8), ("A40", 149.7),
@@ -42,42 +42,42 @@ _STEERING = (
     "MALLOC_", "TCMALLOC_", "MIMALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD",  # allocators
     "CXX",  # the compiler of generated code
 )  # fmt: skip
-"""How the names of variables begin that can change what a step does, or how fast it does it."""
+"""Prefixes of environment variables that can change what a step does or its speed."""
 _NOT_STEERING = (
     "_DIR", "_HOME", "_PATH", "_PATHS", "_VERSION", "_URL", "_HOST", "_PORT", "_LOGS", "_LOG_LEVEL", "_VERBOSE",
     "_TRACE", "_JOB_ID", "_DISPLAY_ENV", "_VISIBLE_DEVICES", "_DEVICE_ORDER",
 )  # fmt: skip
-"""How the names of those end that only say where something lies or what is printed. Addresses may hold a password."""
+"""Suffixes of variables that only name locations or control output. Addresses may contain a password."""
 _OF_TORCHRUN = ("TORCHELASTIC_", "TORCH_NCCL_")
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 
 SPIN = "10000"
-"""GOMP_SPINCOUNT for processes of ours. GNU's OpenMP, which torch's wheels bring, lets a thread that waits for the
-others spin for 300,000 turns (some 3 ms) before it sleeps; where another program wants the core, that one waits for
-the spinning to end, at every barrier. Tokens/s of two winners of the quickstart on two cores, alone and beside two
-busy processes: by default 13,100 and 525, 10,300 and 495; with this value 12,850 and 4,700, 10,160 and 2,574
-(tests/benchmarks/test_spin.py). 1,000 turns bring 4,718 beside them, but 7,400 alone; OMP_WAIT_POLICY=passive costs a
-seventh alone. The OpenMP of Intel and LLVM, in some conda builds, does not read it."""
+"""GOMP_SPINCOUNT of workers. In GNU's OpenMP, which torch's wheels include, a thread that waits for the others spins
+for 300,000 iterations (about 3 ms) before it sleeps; another program on that core waits for it at every barrier.
+Tokens/s of two winners of the quickstart on two cores, alone and beside two busy processes: by default 13,100 and 525,
+10,300 and 495; with this value 12,850 and 4,700, 10,160 and 2,574 (tests/benchmarks/test_spin.py). With 1,000
+iterations it is 4,718 beside them, but 7,400 alone; OMP_WAIT_POLICY=passive costs a seventh alone. The OpenMP of Intel
+and LLVM, in some conda builds, ignores the variable."""
 _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
-"""Variables that say how threads wait: where the user has set one, ours is not."""
+"""Variables that control how threads wait. If the user has set one, workers keep it."""
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""GLIBC_TUNABLES for processes of ours, read when a process starts: malloc asks for transparent huge pages (glibc 2.35;
-other C libraries ignore it). A step on the CPU walks through hundreds of MiB, of which small pages fill the TLB many
-times over: 1.03 times the tokens/s, more in each of five pairs (tests/benchmarks/test_pages.py)."""
+"""GLIBC_TUNABLES of workers, read at process start: malloc requests transparent huge pages (glibc 2.35; other C
+libraries ignore it). A step on the CPU touches hundreds of MiB, so small pages overflow the TLB: 1.03 times the
+tokens/s, faster in each of five pairs (tests/benchmarks/test_pages.py)."""
 EXPANDABLE = "expandable_segments:True"
 _BUSY = 0.7
-"""Load average from which on another program is at work, at the least."""
+"""Smallest load average at which another program is assumed to run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """A machine and its software, as far as measurements depend on them."""
+    """Properties of a machine and its software that measurements depend on."""
 
     device: str
     """`cpu` or `cuda:0`."""
     device_name: str
     device_memory_bytes: int
-    """All of the card's memory; on the CPU, what this process may use of the main memory."""
+    """Memory of the card; on the CPU, main memory that this process may use."""
     capability: tuple[int, ...] = ()
     """CUDA compute capability."""
     driver: str = ""
@@ -86,33 +86,33 @@ class Environment:
     python: str
     autotune: str
     cpu_count: int
-    """Cores this process may use."""
+    """Number of cores that this process may use."""
     platform: str
     peak_flops: float | None = None
-    """Dense bfloat16 FLOP/s of the data sheet; None where unknown (and MFU with it)."""
+    """Dense bfloat16 FLOP/s of the data sheet; None if unknown (MFU is unknown then)."""
     threads: int | None = None
-    """Of torch's own operators; None in files that are older than this field."""
+    """Threads of torch's operators; None in files older than this field."""
     cores: str = ""
-    """Numbers of the cores this process may use: `0-3,8`."""
+    """Ids of the cores that this process may use: `0-3,8`."""
     cpu_quota: float | None = None
-    """Cores' worth of time that the control group grants; None: no less than the cores."""
+    """CPU time granted by the control group, in cores; None: unlimited."""
     power_limit_watts: float | None = None
-    """Of the card, where NVML tells."""
+    """Power limit of the card, from NVML."""
     variables: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables that can change a measurement, as they are set in processes of ours."""
+    """Environment variables of workers that can change a measurement."""
 
     def __post_init__(self) -> None:
         plain_texts("environment.", vars(self))
 
     @property
     def fingerprint(self) -> str:
-        """Equal for machines whose measurements may be compared: 10 hexadecimal digits."""
+        """Ten hexadecimal digits, equal for machines whose measurements are comparable."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
 
 
 def describe(device: str = "auto") -> Environment:
-    """This machine, seen from inside a process with torch. `auto`: the first CUDA device, else the CPU.
-    Raises ConfigError for a device that does not exist."""
+    """Describe this machine with torch. `auto`: the first CUDA device, else the CPU. Raises ConfigError for a device
+    that does not exist."""
     import torch
 
     if device == "auto":
@@ -161,7 +161,7 @@ def _with_card(here: Environment, index: int) -> Environment:
 
 
 def steering_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """Those that can change a measurement, without those that a plan sets by itself."""
+    """Variables that can change a measurement, except those that a plan sets."""
     return {
         name: visible(value[:200])
         for name, value in sorted(variables.items())
@@ -174,10 +174,10 @@ def steering_variables(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def differences(there: Mapping[str, Any], here: Environment) -> list[str]:
-    """What differs between a recorded environment and this one, in words. What an older version did not record is
-    not compared."""
-    now = json.loads(json.dumps(asdict(here)))  # tuples as lists, as JSON and TOML have them
-    after, complete = now.pop("variables"), "threads" in there  # TOML leaves out what is None
+    """Differences between a recorded environment and this one, in words. Fields that an older version did not record
+    are not compared."""
+    now = json.loads(json.dumps(asdict(here)))  # tuples become lists, as in JSON and TOML
+    after, complete = now.pop("variables"), "threads" in there  # TOML omits None
     lines = []
     for key, value in now.items():
         before = there.get(key, None if complete else value)
@@ -197,7 +197,7 @@ def _value(value: object) -> str:
 
 
 def busy_cores(seconds: float = 0.3) -> float:
-    """Cores at work while this process sleeps for so long (man 5 proc, /proc/stat)."""
+    """Number of busy cores while this process sleeps for `seconds` (man 5 proc, /proc/stat)."""
 
     def ticks() -> tuple[int, int]:
         all_cores = Path("/proc/stat").read_text().splitlines()[0]
@@ -212,20 +212,22 @@ def busy_cores(seconds: float = 0.3) -> float:
 
 
 def busy_machine() -> str:
-    """One line where other programs keep this machine busy, else empty. Ask before anything of ours runs: it counts."""
+    """A one-line warning if other programs keep this machine busy, else empty. Call it before starting workers, which
+    would count."""
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    if load < max(_BUSY, cores / 8) or busy_cores() < 0.3:  # an average of a minute remembers what has ended
+    if load < max(_BUSY, cores / 8) or busy_cores() < 0.3:  # the load average includes programs that have ended
         return ""
     return f"the machine is busy: load average {load:.1f} on {cores} cores; speeds will be too low and noisy"
 
 
 def child_command(module: str, *words: str) -> list[str]:
-    """Runs a module of ours in a process that dies with this one and imports nothing from the working folder."""
+    """Command that runs a module of this package in a process that dies with this one and imports nothing from the
+    working directory."""
     return [sys.executable, "-P", "-m", "autotune.measure.child", str(os.getpid()), module, *words]
 
 
 def probe(device: str = "auto") -> Environment:
-    """`describe`, from a fresh process. Raises what `describe` raises."""
+    """`describe` in a fresh process. Raises the same errors."""
     command = child_command("autotune.environment", device)
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=worker_environment())
     lines = run.stdout.strip().splitlines()
@@ -236,9 +238,9 @@ def probe(device: str = "auto") -> Environment:
 
 
 def worker_environment(cache_dir: Path | None = None, allocator: str = "default") -> dict[str, str]:
-    """Environment variables of a worker process: this checkout importable, a compile cache that outlives the process,
-    the allocator's settings and a bounded spin in place before torch loads. Nothing that it starts, compilers
-    included, imports modules from the working folder."""
+    """Environment variables of a worker process: an importable checkout, the compile cache, the allocator's settings,
+    bounded spinning and huge pages. The worker and its child processes, compilers included, import nothing from the
+    working directory."""
     variables = dict(os.environ)
     places.settle(variables)
     path = _import_path(variables.pop("PYTHONPATH", ""))
@@ -257,10 +259,10 @@ def worker_environment(cache_dir: Path | None = None, allocator: str = "default"
 
 
 def _import_path(users: str) -> list[str]:
-    """This checkout, where it is not installed, and the user's folders without the working one, which an empty
-    entry means too."""
+    """PYTHONPATH of a worker: this checkout, unless it is installed, and the user's entries without the working
+    directory (an empty entry means it too)."""
     checkout = Path(autotune.__file__).parent.parent
-    # what PYTHONPATH names stands before the standard library, so no folder of installed packages must be in it
+    # PYTHONPATH precedes the standard library, so it must not contain a folder of installed packages
     installed = checkout in (Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib")))
     working = Path.cwd()
     kept = [entry for entry in users.split(os.pathsep) if entry and Path(entry).resolve() not in (working, checkout)]
@@ -268,8 +270,8 @@ def _import_path(users: str) -> list[str]:
 
 
 def start_again_as_worker() -> None:
-    """Replace this process by itself with what C libraries read when a process starts, as a trial's worker has it.
-    Returns where that is so already."""
+    """Re-execute this process with the variables that C libraries read at process start, so that it runs like a worker.
+    Does nothing if they are set."""
     if "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
         os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -283,7 +285,7 @@ def _cpu_name() -> str:
 
 
 def _available_memory() -> int:
-    """Main memory, or the control group's share of it."""
+    """Main memory, or the limit of the control group."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = ControlGroups().memory_limit_bytes()
     return total if limit is None else min(total, limit)
@@ -306,7 +308,7 @@ def _driver_version() -> str:
     try:
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:  # a card without NVML (some virtual machines): the version stays unknown
+    except pynvml.NVMLError:  # no NVML, for example in some virtual machines
         return ""
 
 
@@ -317,7 +319,7 @@ def _power_limit(uuid: str) -> float | None:
         pynvml.nvmlInit()
         card = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
         return float(pynvml.nvmlDeviceGetEnforcedPowerLimit(card)) / 1000  # milliwatts
-    except pynvml.NVMLError:  # no NVML, or a card (a MIG slice, some virtual machines) that does not tell
+    except pynvml.NVMLError:  # no NVML, or no power limit (a MIG slice, some virtual machines)
         return None
 
 

@@ -1,4 +1,4 @@
-"""Files: read what a user named, replace a file as a whole, keep other processes out."""
+"""Reading files that a user named, atomic writes, digests and locks."""
 
 import contextlib
 import fcntl
@@ -11,9 +11,9 @@ from autotune.errors import ConfigError, one_line
 
 
 def read_text(path: Path, hint: str) -> str:
-    """A file that the user named. Raises ConfigError, with `hint` where there is none."""
+    """Text of a file that the user named. Raises ConfigError, with `hint` if it does not exist."""
     try:
-        return path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
+        return path.read_text(encoding="utf-8-sig")  # Windows editors write a byte order mark
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; {hint}") from None
     except (OSError, ValueError) as error:
@@ -22,10 +22,10 @@ def read_text(path: Path, hint: str) -> str:
 
 
 def write_atomically(path: Path, *parts: str | bytes | memoryview, temporary: Path | None = None) -> str:
-    """Replace `path` as a whole by the parts, one after the other: a reader sees the old content or the new one,
-    never a part. Returns the content's sha256. Raises OSError, with `path` as it was.
+    """Replace `path` atomically by the concatenated parts: a reader sees the old content or the new one. Returns the
+    sha256 of the content. Raises OSError and leaves `path` unchanged.
 
-    temporary: where it is written first; by default a name of this process's own, in the same directory.
+    temporary: file that is written first; by default a name with this process's id in the same directory.
     """
     temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
     digest = hashlib.sha256()
@@ -39,20 +39,20 @@ def write_atomically(path: Path, *parts: str | bytes | memoryview, temporary: Pa
             os.fsync(handle.fileno())
         temporary.replace(path)
     except BaseException:
-        with contextlib.suppress(OSError):  # the directory itself may be gone: then nothing of ours is in it
+        with contextlib.suppress(OSError):  # the directory itself may have been removed
             temporary.unlink(missing_ok=True)
         raise
     return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file's content."""
+    """Hexadecimal sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a directory's entries, on the disk and not only in the kernel's cache."""
+    """Write a file's content, or a directory's entries, from the kernel's cache to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -62,8 +62,8 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(file: Path, taken: Exception) -> Iterator[None]:
-    """Hold the lock `file`, made where it does not exist, for the block's duration; a directory is locked itself. The
-    kernel releases it however the process ends. Raises `taken` where another process holds it, and OSError."""
+    """Hold a lock on `file` (created if missing) or on a directory during the block. The kernel releases it however the
+    process ends. Raises `taken` if another process holds it, and OSError."""
     handle = os.open(file, os.O_RDONLY if file.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

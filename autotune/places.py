@@ -1,4 +1,4 @@
-"""Where caches and temporary files go, also for users without a home, and where nothing of it can be written."""
+"""Folders of caches and temporary files, also for users without a home or with one that cannot be written."""
 
 import os
 import pwd
@@ -10,16 +10,16 @@ from autotune.errors import ConfigError
 
 _XDG = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
 _USER = ("LOGNAME", "USER", "LNAME", "USERNAME")
-"""What `getpass.getuser` looks for before it asks for a passwd entry."""
+"""Variables that `getpass.getuser` reads before the passwd entry."""
 
 
 def settle(variables: MutableMapping[str, str]) -> str:
-    """Complete the environment in which libraries look for the user's folders, as torch, Triton, matplotlib and
-    datasets all have a way of their own to fail (or to write into the working folder) where there is no usable home.
-    Returns what to say about it; empty where nothing had to be changed that matters.
+    """Set the variables by which libraries find the user's folders. Without a usable home, torch, Triton, matplotlib
+    and datasets each fail in their own way or write to the working directory. Returns a note for the user; empty if
+    nothing important was changed.
 
-    XDG variables that are empty or relative are dropped, as their specification asks. What cannot be written is
-    replaced by a folder of the user's own among the temporary files. Raises ConfigError where there is none.
+    Empty or relative XDG variables are dropped, as their specification requires. Folders that cannot be written are
+    replaced by a folder of this user among the temporary files. Raises ConfigError if that is impossible.
     """
     wanted, cache = _wanted_cache(variables), cache_home(variables)
     for name in _XDG:
@@ -39,8 +39,8 @@ def settle(variables: MutableMapping[str, str]) -> str:
 
 
 def cache_home(variables: Mapping[str, str]) -> Path:
-    """The folder of caches: XDG_CACHE_HOME, else ~/.cache; where neither can be written, one among the temporary
-    files. Raises ConfigError where that cannot be made either."""
+    """The folder of caches: XDG_CACHE_HOME, else ~/.cache; if it cannot be written, one among the temporary files.
+    Raises ConfigError if that cannot be created either."""
     wanted = _wanted_cache(variables)
     return wanted if wanted is not None and writable(wanted) else own_folder() / "cache"
 
@@ -51,7 +51,7 @@ def _wanted_cache(variables: Mapping[str, str]) -> Path | None:
 
 
 def _home(variables: Mapping[str, str]) -> Path | None:
-    """None for a user who has none, such as a number given to a container."""
+    """The user's home; None for a user without one, for example a numeric id in a container."""
     entry = _passwd_entry()
     asked = variables.get("HOME", "")
     return Path(asked) if Path(asked).is_absolute() else Path(entry.pw_dir) if entry else None
@@ -65,13 +65,13 @@ def _passwd_entry() -> pwd.struct_passwd | None:
 
 
 def writable(folder: Path) -> bool:
-    """Whether the folder can be written, or made where it does not exist."""
+    """Whether the folder can be written, or created if it does not exist."""
     existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110 - never raises
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def own_folder() -> Path:
-    """A folder of this user's among the temporary files. Libraries are loaded from it: nobody else may write there."""
+    """A folder of this user among the temporary files. Libraries are loaded from it, so nobody else may write to it."""
     folder = Path(temporary_folder(), f"autotune-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -79,7 +79,7 @@ def own_folder() -> Path:
     except OSError as error:
         raise ConfigError(f"{folder} cannot be made: {error.strerror}; set TMPDIR to a folder that can be") from None
     if status.st_uid != os.getuid() or status.st_mode & 0o022 or folder.is_symlink():
-        raise ConfigError(f"{folder} is not this user's alone; remove it, or set HOME or TMPDIR to another folder")
+        raise ConfigError(f"{folder} is not a private folder of this user; remove it, or set HOME or TMPDIR")
     return folder
 
 
@@ -87,4 +87,4 @@ def temporary_folder() -> str:
     try:
         return tempfile.gettempdir()
     except OSError:
-        raise ConfigError("no folder for temporary files can be written; set TMPDIR to one that can be") from None
+        raise ConfigError("no folder for temporary files can be written; set TMPDIR to one that can") from None

@@ -1,7 +1,7 @@
-"""Where text meets a terminal: what is printed is visible, in the terminal's encoding and within its width.
+"""Output to terminals and streams: escaped control characters, the terminal's encoding and width.
 
-Nothing else prints. Text that a stranger may have written (messages of compilers, names in files) can hold sequences
-that a terminal would execute; a stream may be closed, full, or unable to encode what is written.
+All printing goes through this module. Foreign text (messages of compilers, names in files) may contain terminal control
+sequences; a stream may be closed, full, or unable to encode a character.
 """
 
 import codecs
@@ -22,15 +22,14 @@ _ASCII = {
     "±": "+-", "\N{MULTIPLICATION SIGN}": "x", "→": "->", "←": "<-", "…": "...", "·": ".", "─": "-", "│": "|",
     "━": "=", "╸": "-", "╺": "-", "\N{NO-BREAK SPACE}": " ", "\N{EN DASH}": "-", "\N{EM DASH}": "-",
 }  # fmt: skip
-"""What is written in their place where an encoding lacks them."""
+"""Replacements for characters that an encoding lacks."""
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
-"""Format characters that some languages are spelled with."""
+"""Format characters that the spelling of some languages needs."""
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""The text with everything that would act on a terminal instead of being shown written as an escape (`\x1b`):
-    control characters, changes of the writing direction, separators of lines, halves of characters. `keep`: those of
-    them that stay."""
+    r"""The text with control characters, direction changes, line separators and lone surrogates escaped (`\x1b`), so
+    that nothing in it acts on a terminal. keep: characters that are not escaped."""
     if text.isprintable():
         return text
     return "".join(c if c in keep or not _acts(c) else c.encode("unicode_escape").decode() for c in text)
@@ -41,7 +40,7 @@ def _acts(character: str) -> bool:
 
 
 def encodable(text: str) -> str:
-    """The text as stdout will show it, for what is laid out before it is written."""
+    """The text as stdout will show it, for computing a layout."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, _REPLACED).decode(encoding)
 
@@ -58,14 +57,14 @@ codecs.register_error(_REPLACED, _replace)
 
 
 def width(stream: TextIO | None = None) -> int | None:
-    """Columns of the terminal that stdout (or another stream) is; None where it is none, and lines may be as long as
-    they are."""
+    """Columns of the terminal behind stdout (or another stream); None if it is not a terminal, so that lines are not
+    wrapped."""
     return shutil.get_terminal_size().columns if (stream or sys.stdout).isatty() else None
 
 
 def wrapped(text: str, columns: int | None) -> str:
-    """Lines broken between words; values of `name  value` lines stay below each other. A word that is longer, such as
-    a path or a command's argument, stays whole, so that it can be copied."""
+    """Wrap lines between words; values of `name  value` lines stay aligned. Longer words, such as paths, are not
+    broken, so that they can be copied."""
     if columns is None:
         return text
     return "\n".join(part for line in text.split("\n") for part in _wrapped_line(line, columns))
@@ -84,8 +83,8 @@ def _wrapped_line(line: str, columns: int) -> list[str]:
 
 
 def write(text: str, end: str = "\n") -> None:
-    """A result, as it is, to stdout. Raises BrokenPipeError for a reader that has left, AutotuneError for any other
-    reason why it cannot be written."""
+    """Write a result to stdout, unchanged. Raises BrokenPipeError if the reader has closed the pipe, AutotuneError for
+    any other failure."""
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:
@@ -93,27 +92,27 @@ def write(text: str, end: str = "\n") -> None:
     except OSError as error:
         silence(sys.stdout)
         raise AutotuneError(
-            f"stdout cannot be written: {error.strerror}; send it elsewhere, files that were written are whole"
+            f"stdout cannot be written: {error.strerror}; redirect it elsewhere, files that were written are complete"
         ) from None
 
 
 def write_lines(text: str) -> None:
-    """Lines for people, to stdout: visible, and broken between words where the terminal ends. Raises as `write`."""
+    """Write lines for people to stdout: escaped, and wrapped to the terminal. Raises as `write`."""
     write(wrapped(encodable(visible(text, keep="\n")), width()))
 
 
 def say(text: str) -> None:
-    """Progress, a note or an error: one line to stderr."""
+    """Write progress, a note or an error as one line to stderr."""
     print(wrapped(visible(text), width(sys.stderr)), file=sys.stderr, flush=True)
 
 
 def silence(stream: TextIO) -> None:
-    """Send what a stream still holds, and all that follows, nowhere: Python would complain of it once more at exit."""
+    """Discard the buffer of a stream and everything written later; Python would report the error again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def flush(stream: TextIO) -> None:
-    """Write what the stream still holds; where that is impossible, forget it."""
+    """Flush the stream; discard its buffer if that fails."""
     try:
         stream.flush()
     except OSError:
@@ -121,7 +120,7 @@ def flush(stream: TextIO) -> None:
 
 
 class _Unheard(io.FileIO):
-    """Stderr, for which it is no error that nobody can read it: a search does not end with the terminal's window."""
+    """Stderr that ignores write errors: a search does not end when its terminal is closed."""
 
     def write(self, content: "ReadableBuffer", /) -> int:
         try:
@@ -131,8 +130,8 @@ class _Unheard(io.FileIO):
 
 
 def open_streams() -> None:
-    """Make this process's standard streams fit for use. Closed ones lead nowhere: otherwise the next file to be
-    opened would take their number, and get whatever a library prints."""
+    """Prepare the standard streams of this process. Closed ones are opened on /dev/null: otherwise the next file to be
+    opened would get their number, and with it everything that libraries print."""
     for number in range(3):
         try:
             os.fstat(number)

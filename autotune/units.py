@@ -1,4 +1,4 @@
-"""Durations, byte sizes and counts as people write them. The only place that converts.
+"""Parsing and formatting of durations, byte sizes and counts.
 
 Inside the program: seconds, bytes, tokens. On screen: GiB (2^30), B/M/K counts, 1h05m.
 """
@@ -18,10 +18,10 @@ _BYTES = {
 }  # fmt: skip
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _LONGEST = 18
-"""Digits of a number."""
+"""Maximum characters of a number."""
 _LARGEST = 1e18
 _LEAST_BARE_SECONDS = 10.0
-"""A number without a unit is seconds, but nobody who writes 1 means one of them."""
+"""A number without a unit is seconds; smaller ones are refused, because hours or minutes are more likely meant."""
 _NUMBER = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 
 
@@ -49,7 +49,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_count(text: str) -> int:
-    """`"10B"`, `"2.5M"`, `"1000"`, `"1e9"` -> a whole number of tokens. Raises ConfigError."""
+    """`"10B"`, `"2.5M"`, `"1000"`, `"1e9"` -> integer. Raises ConfigError."""
     return _scaled(text, text.replace("_", "").replace(",", ""), _COUNTS, "count", "10B, 300M or 1000000")
 
 

@@ -9,7 +9,7 @@ def _sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """(B, n_head, T, head_size) three times -> the same shape. There is no dropout here."""
+    """Three (B, n_head, T, head_size) -> the same shape. `dropout` must be 0."""
     assert not dropout, dropout
     tokens = query.shape[2]
     mask = create_block_mask(_sees, None, None, tokens, tokens, device=query.device)

@@ -1,4 +1,4 @@
-"""Causal attention through torch's scaled_dot_product_attention, one function a backend."""
+"""Causal attention through torch's scaled_dot_product_attention, one function per backend."""
 
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def automatic(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """(B, n_head, T, head_size) three times -> the same shape; the backend is torch's choice."""
+    """Three (B, n_head, T, head_size) -> the same shape; torch selects the backend."""
     return scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
 
 
@@ -29,6 +29,6 @@ def efficient(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tens
 
 
 def math(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """Plain matrix products: B * n_head * T * T scores exist at one time."""
+    """Plain matrix products; holds all B * n_head * T * T scores."""
     with sdpa_kernel(SDPBackend.MATH):
         return automatic(query, key, value, dropout)

@@ -8,9 +8,9 @@ from autotune.kernels.loss_chunked import matrix_dtype
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels that tune themselves while they run
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
-    """Mean over targets other than -1, float32 scalar. `chunk_tokens` does not matter here.
+    """Mean over targets other than -1, float32 scalar. Ignores `chunk_tokens`.
 
-    By the variant made for pretraining: the weight's gradient is not filtered and summed with Kahan's correction.
+    Uses the variant for pretraining: the weight's gradient is unfiltered and summed with Kahan's correction.
     """
     from cut_cross_entropy import linear_cross_entropy
 

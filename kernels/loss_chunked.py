@@ -1,11 +1,11 @@
-"""Head and cross entropy chunk by chunk, so that the (N, vocab_size) logits never exist as a whole.
+"""Head and cross entropy chunk by chunk, so that the full (N, vocab_size) logits never exist.
 
-The gradients are computed in the forward, while a chunk's logits are at hand and become their own gradient in
-place: softmax - onehot(target). The backward only scales them, by 1/count too: before it, float16 would lose
-what is not the target's.
+Gradients are computed in the forward, where a chunk's logits become their own gradient in place: softmax -
+onehot(target). The backward only scales them, also by 1/count: scaled earlier, the gradients of words other than the
+target would underflow in float16.
 
-One opaque operator, because Inductor, given the loop, keeps every chunk's weight gradient until it can
-add them all in one kernel: 631 MiB against 459 MiB for full logits at 2048 tokens of 384.
+It is one opaque operator. Given the loop, Inductor keeps the weight gradient of every chunk until it can add them all
+in one kernel: 631 MiB against 459 MiB for full logits at 2048 tokens of 384.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 VOCABULARY_SLICE = {"cpu": 2048, "cuda": 16384}
-"""Rows of the weight gradient accumulated at one time: bounds its temporary; fewer would leave a large card idle."""
+"""Rows of the weight gradient accumulated at once. Bounds the temporary; fewer would not occupy a large card."""
 
 Softmax = Callable[[Tensor, Tensor, Tensor], Tensor]
 """logits (n, V), targets (n,), scale (n,) -> summed scaled loss (); logits become its gradient."""
@@ -24,26 +24,26 @@ SOFTMAX: dict[str, Softmax] = {}
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
-    """Mean over targets other than -1, float32 scalar; `chunk_tokens` rows of logits at one time."""
+    """Mean over targets other than -1, float32 scalar; `chunk_tokens` rows of logits exist at one time."""
     softmax = "compiled" if torch.compiler.is_compiling() else "eager"
     return by_chunks(hidden, weight, targets, chunk_tokens, softmax)
 
 
 def by_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, softmax: str) -> Tensor:
-    """`cross_entropy` by one of three ways from logits to loss and gradient: eager, compiled, triton."""
+    """`cross_entropy` with one of three implementations of softmax and gradient: eager, compiled, triton."""
     dtype = matrix_dtype(hidden)
     loss: Tensor = _chunked(hidden, weight, targets, chunk_tokens, dtype, torch.is_grad_enabled(), softmax)[0]
     return loss
 
 
 def matrix_dtype(hidden: Tensor) -> torch.dtype:
-    """Of matrix products here: autocast's, where it is on."""
+    """Dtype of matrix products: autocast's if it is enabled, else that of `hidden`."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _gradient_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """-> log of the softmax's normaliser (n,); logits become the loss's gradient."""
+    """Log normaliser of the softmax (n,); logits (n, V) become the gradient of the loss in place."""
     log_normaliser = torch.logsumexp(logits.float(), dim=-1)
     p = (logits.float() - log_normaliser[:, None]).exp_()
     p.add_(torch.arange(logits.shape[1], device=logits.device) == targets[:, None], alpha=-1)
@@ -60,7 +60,7 @@ def _softmax_of(name: str) -> Softmax:
     gradient_ = _compiled_gradient_ if name == "compiled" else _gradient_
 
     def in_two(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-        # not in one graph with what overwrites the logits: Inductor of torch 2.11 would read them afterwards
+        # outside of the graph that overwrites the logits: Inductor of torch 2.11 would read them afterwards
         target_logit = logits.gather(1, targets[:, None])[:, 0].float()
         return ((gradient_(logits, targets, scale) - target_logit) * scale).sum()
 
@@ -77,7 +77,7 @@ def _chunked(
     with_gradient: bool,
     softmax: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> mean loss (), gradients of the sum by hidden (N, C) and by weight (V, C); empty where not asked for."""
+    """Mean loss (), gradients of the sum by hidden (N, C) and by weight (V, C); empty without `with_gradient`."""
     softmax_ = _softmax_of(softmax)
     scale = (targets != -1).float()  # (N,): 0 where ignored
     count, targets = scale.sum().clamp(min=1), targets.clamp(min=0)

@@ -1,9 +1,9 @@
 """The chunked loss with softmax, loss and gradient of a chunk of logits in one Triton kernel.
 
-Against `loss_chunked`, whose softmax Inductor compiles: the logits are read twice and written once, with no
-kernel between, and nothing is compiled anew for another chunk size. One program a row: a first pass over the
-vocabulary finds largest logit and sum online (Milakov and Gimelshein, arXiv:1805.02867), a second one replaces
-each logit by its gradient. Sums are float32 whatever the dtype of the logits.
+Compared with `loss_chunked`, whose softmax Inductor compiles: logits are read twice and written once by one kernel, and
+another chunk size needs no recompilation. One program per row: a first pass over the vocabulary computes maximum and
+sum online (Milakov and Gimelshein, arXiv:1805.02867), a second pass replaces each logit by its gradient. Sums are
+float32 for any dtype of the logits.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from autotune.kernels.loss_chunked import SOFTMAX, by_chunks
 
 BLOCK_V = 4096
-"""Logits of a row that a program holds at one time."""
+"""Logits of a row that a program processes at once."""
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:

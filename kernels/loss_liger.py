@@ -6,9 +6,9 @@ from torch import Tensor
 from autotune.kernels.loss_chunked import matrix_dtype
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads a count back to the host, which no graph holds
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it copies a count to the host, which a graph cannot contain
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
-    """Mean over targets other than -1, float32 scalar. Liger chooses its chunks, `chunk_tokens` does not matter."""
+    """Mean over targets other than -1, float32 scalar. Liger chooses its chunks; ignores `chunk_tokens`."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     dtype = matrix_dtype(hidden)

@@ -1,4 +1,4 @@
-"""Which implementations there are and what each one needs. Readable without torch."""
+"""All implementations of attention and loss, and their requirements. Imports no torch."""
 
 import importlib
 import importlib.metadata
@@ -18,38 +18,38 @@ class Kernel:
 
     operation: Operation
     name: str
-    """What a plan writes."""
+    """Name in a plan."""
     path: str
     """`module:function`, relative to this package."""
     summary: str
     dtypes: tuple[str, ...] = ("float32", *HALF)
     capability: tuple[int, int] | None = None
-    """Smallest CUDA compute capability; None: it runs on the CPU too."""
+    """Smallest CUDA compute capability; None: runs on the CPU too."""
     torch: tuple[int, int] = (2, 11)
     """Smallest version."""
     package: str = ""
-    """An optional module that must be installed."""
+    """Optional module that must be installed."""
     package_version: tuple[int, int] = (0, 0)
     """Smallest version."""
     compiled_only: bool = False
-    """Exists only inside a compiled graph: plan.compile = off cannot run it."""
+    """Runs in compiled graphs only, not with plan.compile = off."""
     dropout: bool = True
-    """An attention that can drop out."""
+    """Attention: supports dropout."""
     head_multiple: int = 1
-    """An attention's head size must be a multiple of it."""
+    """Attention: head sizes must be a multiple of it."""
     largest_head: int = 1 << 16
     chunked: bool = False
-    """A loss that reads the plan's `loss_chunk_tokens`."""
+    """Loss: reads the plan's `loss_chunk_tokens`."""
     runs: str = ""
-    """Part of an operator's name that is seen whenever this kernel runs, compiled or not; empty: it has none."""
+    """Part of the name of an operator that runs whenever this kernel does, compiled or not; empty: none."""
     searched: tuple[str, ...] = ("cpu", "cuda")
-    """Devices on which a search tries it: not where another row was better in speed and memory (`scripts/bench -k
-    kernels`). A plan may name it everywhere."""
+    """Devices on which searches try it; left out where another row was better in speed and memory (`scripts/bench -k
+    kernels`). A plan may name it on any device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a kernel is checked against; `machine` makes one."""
+    """Properties that kernels are checked against; made by `machine`."""
 
     device: str
     """`cpu` or `cuda`."""
@@ -58,7 +58,7 @@ class Machine:
 
 
 def machine(device: str, capability: Sequence[int], torch: str) -> Machine:
-    """From a device's word (`cuda:0`), its compute capability (empty on the CPU) and torch's version string."""
+    """From a device (`cuda:0`), its compute capability (empty on the CPU) and torch's version string."""
     major, minor = (*capability, 0, 0)[:2]
     return Machine(device=device.partition(":")[0], torch=_release(torch), capability=(major, minor))
 
@@ -118,7 +118,7 @@ KERNELS = (
         operation="attention",
         name="flex",
         path="attention_flex:causal",
-        summary="torch's FlexAttention under a causal block mask; its backward is CUDA's only",
+        summary="torch's FlexAttention with a causal block mask; its backward exists on CUDA only",
         capability=(8, 0),
         compiled_only=True,  # otherwise unfused, with all scores in float32
         dropout=False,
@@ -190,17 +190,17 @@ KERNELS = (
 
 
 def kernels(operation: Operation) -> tuple[Kernel, ...]:
-    """The rows of one operation, the plain one first."""
+    """All rows of one operation, the default first."""
     return tuple(kernel for kernel in KERNELS if kernel.operation == operation)
 
 
 def names(operation: Operation) -> tuple[str, ...]:
-    """What a plan may write for one operation."""
+    """Names that a plan may use for one operation."""
     return tuple(kernel.name for kernel in kernels(operation))
 
 
 def find(operation: Operation, name: str) -> Kernel:
-    """The row of that name, which must be one of `names(operation)`."""
+    """The row called `name`, which must be one of `names(operation)`."""
     return next(kernel for kernel in kernels(operation) if kernel.name == name)
 
 
@@ -213,7 +213,7 @@ def why_unavailable(
     head_size: int | None = None,
     dropout: float = 0.0,
 ) -> str | None:
-    """The reason why `machine` cannot run `kernel` (in the way that is given), or None if it can."""
+    """The reason why `machine` cannot run `kernel` with these options, or None if it can."""
     if kernel.capability and machine.device == "cpu":
         return "needs cuda, this is cpu"
     if kernel.capability and machine.capability < kernel.capability:

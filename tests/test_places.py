@@ -89,7 +89,7 @@ def test_a_folder_that_others_may_write_is_refused(nobody: Path, damage: str) ->
     else:
         own.mkdir()
         own.chmod(0o777)
-    with pytest.raises(ConfigError, match=f"{own} (is not this user's alone|cannot be made)"):
+    with pytest.raises(ConfigError, match=f"{own} (is not a private folder of this user|cannot be made)"):
         places.own_folder()
 
 

@@ -1,1 +1,1 @@
-"""FineWeb and other sources -> GPT-2 tokens -> shards -> deterministic batches. Never imports torch."""
+"""FineWeb and other sources -> GPT-2 tokens -> shards -> deterministic batches. Imports no torch."""

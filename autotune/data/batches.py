@@ -1,7 +1,7 @@
-"""Training and validation batches: a pure function of the data, a seed and a step number; and micro batches of them.
+"""Training and validation batches as a pure function of the data, a seed and a step number; and their micro batches.
 
-Nothing is remembered between batches, so a resumed training continues where it was by its step number alone,
-and neither the micro batch nor the number of processes can change what a step learns from.
+There is no state between batches. A resumed training continues by its step number alone, and neither the micro batch
+nor the number of processes changes the data of a step.
 """
 
 import hashlib
@@ -31,13 +31,13 @@ class BatchSource:
     train: Sequence[Shard]
     val: Sequence[Shard]
     seed: int
-    """Of the order of training windows, together with the epoch's number."""
+    """Seed of the order of training windows, together with the epoch."""
     global_batch_size: int
-    """Sequences of a training batch."""
+    """Sequences per training batch."""
     block_size: int
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     vocab_size: int
-    """A token of a batch that is not below it is a DataError naming the file."""
+    """Tokens must be below this; a batch with another one is a DataError that names the file."""
 
     def __post_init__(self) -> None:
         for kind, shards, have, need in (
@@ -61,33 +61,32 @@ class BatchSource:
 
     @property
     def train_windows(self) -> int:
-        """Training sequences of an epoch."""
+        """Training sequences per epoch."""
         return int(self._train_ends[-1])
 
     @property
     def validation_windows(self) -> int:
-        """Different validation sequences."""
+        """Distinct validation sequences."""
         return int(self._val_ends[-1])
 
     def train_batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """The batch of optimizer step `step` (from 0), or these rows of it: x, y of (rows, block_size).
+        """Batch of optimizer step `step` (from 0), or some rows of it: x, y of (rows, block_size).
 
-        Each epoch uses each window once, in an order drawn from (seed, epoch); a batch may straddle epochs.
-        Raises DataError, naming the file, for one that was damaged since it was opened.
+        Each epoch uses each window once, in an order drawn from (seed, epoch); a batch may span epochs.
+        Raises DataError, naming the file, if a file was damaged since it was opened.
         """
         first = step * self.global_batch_size
         epochs, places = np.divmod(np.arange(first, first + self.global_batch_size)[rows], self.train_windows)
         windows = np.empty_like(places)
         for epoch in np.unique(epochs):
-            now = epochs == epoch
-            windows[now] = shuffled(places[now], self.train_windows, self.seed, int(epoch))
+            mask = epochs == epoch
+            windows[mask] = shuffled(places[mask], self.train_windows, self.seed, int(epoch))
         return self._gather(self.train, self._train_ends, windows)
 
     def validation_batch(self, index: int, batch_size: int) -> Batch:
         """Validation sequences from `index * batch_size` on, in file order: x, y of (batch_size, block_size).
 
-        Beyond the last of `validation_windows` they begin again at the first, so that an evaluation batch
-        may be larger than a small validation split.
+        They wrap around after the last one, so that a batch may be larger than a small validation split.
         """
         windows = np.arange(index * batch_size, (index + 1) * batch_size) % self.validation_windows
         return self._gather(self.val, self._val_ends, windows)
@@ -113,7 +112,7 @@ class BatchSource:
 def open_batches(
     directory: Path, *, seed: int, global_batch_size: int, block_size: int, vocab_size: int
 ) -> BatchSource:
-    """Batches of a data directory. Raises DataError where it is missing, unfinished, damaged or too small."""
+    """Batches of a data directory. Raises DataError if it is missing, unfinished, damaged or too small."""
     return BatchSource(
         train=open_split(directory, "train"),
         val=open_split(directory, "val"),
@@ -125,17 +124,17 @@ def open_batches(
 
 
 def _window_ends(shards: Sequence[Shard], block_size: int) -> IntArray:
-    """(files,): how many windows the files up to and including each one hold."""
-    # The last token of a window is only a target, and the first input of the next one: none is wasted.
+    """Cumulative number of windows by file, (files,)."""
+    # The last token of a window is a target only and the first input of the next window, so none is wasted.
     return np.cumsum([max(0, len(shard) - 1) // block_size for shard in shards], dtype=np.int64)
 
 
 def shuffled(places: IntArray, size: int, seed: int, epoch: int) -> IntArray:
-    """Where a permutation of range(size), drawn from (seed, epoch), sends each of `places` (N,).
+    """Image of `places` (N,) under a permutation of range(size) drawn from (seed, epoch).
 
-    A Feistel network over the smallest even number of bits that holds `size`, walked until it lands inside
-    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): no table of 10M entries to build at
-    each start, and no generator whose stream another NumPy version may change.
+    A Feistel network over the smallest even number of bits that holds `size`, repeated until the result is in range
+    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). It needs no table of 10M entries at each start
+    and no generator whose stream may differ between NumPy versions.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -159,14 +158,14 @@ def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def synthetic_batch(*, seed: int, step: int, global_batch_size: int, block_size: int, vocab_size: int) -> Batch:
-    """For where there are no shards: x, y of (global_batch_size, block_size) from p(id) ~ 1 / (id + 2.7).
+    """Tokens without a data set: x, y of (global_batch_size, block_size) with p(id) ~ 1 / (id + 2.7).
 
-    That is the Zipf-Mandelbrot law. Its skew matters: the gradients of frequent tokens' embeddings collide
-    as in real text, which uniform tokens would not show and zeros would exaggerate.
+    This Zipf-Mandelbrot law is skewed like real text: gradients of frequent tokens' embeddings collide, which uniform
+    tokens would not show and zeros would exaggerate.
     """
     law = np.cumsum(1.0 / (np.arange(vocab_size) + 2.7))
     key = np.frombuffer(hashlib.sha256(f"synthetic/{seed}/{step}".encode()).digest()[:16], dtype="<u8")
-    # Raw bits, whose stream NumPy keeps over its versions; 53 of them are a uniform double.
+    # Raw bits, whose stream is stable between NumPy versions; 53 of them make a uniform double.
     raw = np.random.Philox(key=key).random_raw(global_batch_size * (block_size + 1))
     uniform = (raw >> np.uint64(11)) * 2.0**-53
     rows = np.searchsorted(law, uniform * law[-1], side="right").reshape(global_batch_size, block_size + 1)
@@ -179,10 +178,10 @@ def micro_batches(
 ) -> Iterator[tuple[IntArray, IntArray, float]]:
     """tokens, targets (rows, T) -> (tokens, targets, share) with micro_batch_size rows each.
 
-    Where the division leaves a rest, the last micro batch is filled up with token 0 and target -1, so that
-    every micro batch has one shape (one compilation) and the effective batch stays exactly that of the recipe.
-    share: counted rows of the micro batch over all rows, the weight of its mean loss. Where the rows are one
-    process's part of a batch of `global_rows`, over those.
+    If the division leaves a rest, the last micro batch is padded with token 0 and target -1, so that all micro batches
+    have one shape (one compilation) and the global batch stays exact.
+    share: counted rows of the micro batch over all rows, the weight of its mean loss. If the rows are one process's
+    part of a batch of `global_rows`, over those.
     """
     rows = tokens.shape[0]
     for start in range(0, rows, micro_batch_size):

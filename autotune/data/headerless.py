@@ -1,6 +1,6 @@
-"""What the bytes of a headerless token file are: nanoGPT writes uint16, but nothing in the file says so.
+"""Number type of a headerless token file. nanoGPT writes uint16, which the file does not record.
 
-Other programs write other numbers under the same name, and read as uint16 those are tokens too, only wrong ones.
+Other programs write other types under the same name. Read as uint16, those would be valid but wrong tokens.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from autotune.errors import DataError
 _BLOCK_BYTES = 16 << 10
 _MOST_BLOCKS = 64
 _FEWEST_BYTES = 128
-"""Of a file that can be judged."""
+"""Smallest file whose type can be recognised."""
 _FOREIGN = {
     b"\x93NUMPY": "a NumPy .npy file",
     b"PK\x03\x04": "a zip archive, as torch.save and numpy.savez write them",
@@ -27,10 +27,10 @@ _HIGHEST_HALF = 15
 
 
 def token_dtype(path: Path) -> Literal["<u2", "<u4"]:
-    """The type of the ids in `path`, by its size and up to 1 MiB of it, spread evenly.
+    """Type of the ids in `path`, from its size and up to 1 MiB of its content, spread evenly.
 
-    Raises DataError for anything but little-endian 16- or 32-bit whole numbers: text, floats, 64-bit or big-endian
-    ids, archives, and files whose preparation was interrupted before all of it was written.
+    Raises DataError for anything but little-endian 16- or 32-bit integers: text, floats, 64-bit or big-endian ids,
+    archives, and files whose preparation was interrupted.
     """
     size = path.stat().st_size
     if size == 0 or size % 2:
@@ -50,12 +50,12 @@ def token_dtype(path: Path) -> Literal["<u2", "<u4"]:
             "write them with ids.astype(numpy.uint16).tofile(path)"
         )
     if found == "uint32" and size % 4:
-        raise DataError(f"{path} is truncated: it holds uint32 ids, which {size} bytes are no whole number of")
+        raise DataError(f"{path} is truncated: it holds uint32 ids, and {size} bytes are not a multiple of 4")
     return "<u2" if found == "uint16" else "<u4"
 
 
 def _sample(path: Path, size: int) -> list[bytes]:
-    """The whole of a small file as one block, else the beginnings of equal parts and the end."""
+    """A small file as one block; otherwise the beginnings of equal parts, and the end."""
     with path.open("rb") as file:
         if size <= _MOST_BLOCKS * _BLOCK_BYTES:
             return [file.read()]
@@ -68,12 +68,12 @@ def _sample(path: Path, size: int) -> list[bytes]:
 
 
 def _foreign(blocks: list[bytes]) -> str:
-    """What else the file is, "" for numbers."""
+    """Kind of a file that holds no numbers; empty for numbers."""
     for magic, kind in _FOREIGN.items():
         if blocks[0].startswith(magic):
             return kind
     head = blocks[0][:_BLOCK_BYTES]
-    try:  # ids make no valid UTF-8 for long, or have zero bytes in it; a character may be cut at the end
+    try:  # ids are not valid UTF-8 for long, or contain zero bytes; the last character may be cut
         head.decode("utf-8")
     except UnicodeDecodeError as error:
         if error.start < len(head) - 3:
@@ -82,7 +82,7 @@ def _foreign(blocks: list[bytes]) -> str:
 
 
 def _number_type(sample: bytes) -> str:
-    """`uint16`, `uint32`, or the name of a type that is not read; sample: a multiple of 8 bytes."""
+    """`uint16`, `uint32`, or the name of an unsupported type. sample: a multiple of 8 bytes."""
     for name, code in (("float64", "<f8"), ("float32", "<f4"), ("float16", "<f2")):
         if _whole_floats(np.frombuffer(sample, code)):
             return name
@@ -99,7 +99,7 @@ def _number_type(sample: bytes) -> str:
     low, high = np.frombuffer(sample, np.uint8).reshape(-1, 2).T
     if not low.any() and _varied(high):
         return "big-endian uint16"
-    # ids that need a second byte fill all of the first one: a half-empty first byte is an id of its own
+    # ids above 255 use all values of the low byte; a low byte below 128 is an id of its own
     if low.max() < 128 and high.max() < 128 and len(np.unique(high)) >= 8 and len(low) >= 64:
         return "uint8"
     return "uint16"
@@ -111,8 +111,8 @@ def _whole_floats(values: npt.NDArray[np.floating]) -> bool:
 
 
 def _is_low_half(low: npt.NDArray[np.uint16], high: npt.NDArray[np.uint16]) -> bool:
-    """These are the halves of 32-bit ids: tokens of 16 bits look alike at even and odd places."""
-    # a few high halves may be anything: int32 has -1 for what is no token
+    """Whether these are the halves of 32-bit ids; with 16-bit tokens, even and odd positions look alike."""
+    # a few high halves may have any value: int32 files use -1 for padding
     few = np.mean(high > _HIGHEST_HALF) <= 0.01 and np.mean(low > _HIGHEST_HALF) >= 0.5
     return _varied(low) and bool(few or not high.any())
 

@@ -1,4 +1,4 @@
-"""`autotune data info`: what a data directory holds."""
+"""`autotune data info`: describes a data directory."""
 
 from pathlib import Path
 
@@ -14,26 +14,26 @@ _SPLITS: dict[str, Split] = {"training": "train", "validation": "val"}
 
 
 def info(directory: Path) -> dict[str, str]:
-    """Names and values, from sizes, headers, ids, `meta.pkl` and the manifest. Raises DataError if it is missing,
-    empty or damaged."""
-    shards = {name: [open_shard(path) for path in split_paths(directory, split)] for name, split in _SPLITS.items()}
+    """Facts by name, from sizes, headers, ids, `meta.pkl` and the manifest. Raises DataError if the directory is
+    missing, empty or damaged."""
+    splits = {name: [open_shard(path) for path in split_paths(directory, split)] for name, split in _SPLITS.items()}
     manifest = read_manifest(directory)
-    found = [shard for split in shards.values() for shard in split if len(shard)]
-    if manifest is None and not found:
+    shards = [shard for split in splits.values() for shard in split if len(shard)]
+    if manifest is None and not shards:
         raise DataError(f"{directory} holds no tokens (no *_train_*.bin, no train.bin); {how_to_prepare(directory)}")
     tokens = {
-        name: f"{format_count(sum(map(len, found)))} tokens in {len(found)} files" for name, found in shards.items()
+        name: f"{format_count(sum(map(len, split)))} tokens in {len(split)} files" for name, split in splits.items()
     }
-    bare = any(not shard.offset for shard in found) or (manifest is not None and manifest.format == "nanogpt")
-    meta, largest = read_meta(directory), largest_id(found)[0] if found else 0
+    bare = any(not shard.offset for shard in shards) or (manifest is not None and manifest.format == "nanogpt")
+    meta, largest = read_meta(directory), largest_id(shards)[0] if shards else 0
     beyond = ", which the vocabulary does not have" if meta and largest >= meta.vocab_size else ""
     gpt2 = manifest is not None and manifest.tokenizer == TOKENIZER
     return {
         "directory": str(directory),
-        "format": ("nanogpt" if bare else "shards") + (", uint32" if any(map(_is_wide, found)) else ""),
+        "format": ("nanogpt" if bare else "shards") + (", uint32" if any(map(_is_wide, shards)) else ""),
         **tokens,
-        "vocabulary": _vocabulary(meta, gpt2, any(shard.offset and _is_wide(shard) for shard in found)),
-        "largest token": f"{largest:,}{beyond}" if found else "",
+        "vocabulary": _vocabulary(meta, gpt2, any(shard.offset and _is_wide(shard) for shard in shards)),
+        "largest token": f"{largest:,}{beyond}" if shards else "",
         "source": " ".join(filter(None, (manifest.source, manifest.name))) if manifest else "-",
         "finished": "-" if manifest is None else "yes" if manifest.finished else "no: run the same prepare again",
     }

@@ -1,4 +1,4 @@
-"""`manifest.json`: what `autotune data prepare` was asked for and how far it has come."""
+"""`manifest.json`: settings and progress of `autotune data prepare`."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -18,19 +18,19 @@ Format = Literal["shards", "nanogpt"]
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """A place in a source's stream of documents, between two tokens."""
+    """A position in a source's stream of documents, between two tokens."""
 
     documents: int
-    """Whole documents before this place."""
+    """Whole documents before this position."""
     offset: int = 0
-    """Tokens of the next document, its end-of-text token included, before this place."""
+    """Tokens of the next document before this position, its end-of-text token included."""
     bookmark: dict[str, Any] | None = None
-    """A streamed source's own state, from which it can go on without reading all before it again."""
+    """State of a streamed source, from which it continues without reading everything before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """One whole shard; in nanoGPT's format as many tokens of `train.bin` or `val.bin`."""
+    """One complete shard; in nanoGPT's format a range of tokens in `train.bin` or `val.bin`."""
 
     file: str
     """Name inside the data directory."""
@@ -39,9 +39,9 @@ class ShardRecord:
     documents: int
     """Documents that begin in it."""
     sha256: str
-    """Of the whole file, header included; in nanoGPT's format of these tokens."""
+    """Digest of the file, header included; in nanoGPT's format, of these tokens."""
     end: Position | None = None
-    """Where the shard ends in the stream; None where shards do not follow the stream's order."""
+    """End of the shard in the stream; None if shards do not follow the stream's order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +57,26 @@ class Manifest:
     """Limit over both splits; None for the whole source."""
     format: Format = "shards"
     source_fingerprint: str | None = None
-    """Of the source's files (names, sizes, times); None for a dataset on the hub."""
+    """Fingerprint of the source's files (names, sizes, times); None for a dataset on the hub."""
     finished: bool = False
     split_rule: str | None = None
-    """How documents were divided into training and validation, in words; None while undecided."""
+    """Rule that divides documents into training and validation; None while undecided."""
     shards: tuple[ShardRecord, ...] = ()
     version: int = MANIFEST_VERSION
 
     def tokens(self, split: Split) -> int:
-        """Tokens in the whole shards of one split."""
+        """Tokens in the complete shards of one split."""
         return sum(shard.tokens for shard in self.shards if shard.split == split)
 
     def to_json(self) -> str:
-        """The file's text, with totals for its human readers."""
+        """Text of the file, with totals for human readers."""
         documents = sum(shard.documents for shard in self.shards)
         totals = {"documents": documents, "train": self.tokens("train"), "val": self.tokens("val")}
         return json.dumps({"totals": totals} | asdict(self), indent=2) + "\n"
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The directory's manifest, None where it has none. Raises DataError for a damaged or newer one."""
+    """Manifest of a directory; None if it has none. Raises DataError for a damaged or newer one."""
     path = directory / MANIFEST_NAME
     if not path.exists():
         return None

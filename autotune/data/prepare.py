@@ -1,21 +1,20 @@
-"""`autotune data prepare`: any source of documents -> whole shards of GPT-2 tokens, resumable to the byte.
+"""`autotune data prepare`: a source of documents -> shards of GPT-2 tokens, resumable with identical bytes.
 
-Documents are tokenised in threads (tiktoken works without Python's global lock, so they keep as many cores
-busy as processes would, and a killed run leaves no orphans) and packed in the stream's order.
+Documents are tokenised in threads, because tiktoken releases Python's global lock and a killed run then leaves no
+orphans, and packed in the order of the stream.
 
-Validation, decided once `2 * shard_tokens` tokens are known or the source has ended:
-- a source of at least two shards: its first shard, as in llm.c;
-- a smaller one of 10 documents or more: every 100th document, or every 50th, 20th, ... where those are too few tokens;
-- fewer documents, or very unequal ones: the last tenth of the tokens, as nanoGPT does for Shakespeare.
-Of a smaller source it is at least 1025 tokens (a block of GPT-2's and the target of its last token) or, where that
-would be more than that, a fifth of all.
+The validation split is decided once `2 * shard_tokens` tokens are known or the source has ended:
+- at least two shards: the first shard, as in llm.c;
+- fewer, with 10 documents or more: every 100th document, or every 50th, 20th, ... if those have too few tokens;
+- fewer documents, or very unequal ones: the last tenth of the tokens, as in nanoGPT's Shakespeare.
+For a source of less than two shards it has at least 1025 tokens (a block of GPT-2 and the target of its last token), or
+a fifth of all tokens if that is less.
 
-In nanoGPT's format the shards follow each other in `train.bin` and `val.bin`, which have `.part` behind their names
-until all is there: nanoGPT's own train.py would read half a file without a word.
+In nanoGPT's format, shards are appended to `train.bin` and `val.bin`. The names end in `.part` until the files are
+complete, because nanoGPT's train.py would silently read an incomplete file.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import os
@@ -36,6 +35,7 @@ from autotune.data.shards import Tokens, append_tokens, open_shard, write_file, 
 from autotune.data.sources import Bookmark, Source, count_by_suffix, documents, find_source
 from autotune.data.tokenizer import END_OF_TEXT, TOKENIZER, encode_documents, encoder
 from autotune.errors import DataError, InterruptedByUser, suggest
+from autotune.files import locked
 from autotune.units import format_count, format_duration
 
 FIRST_SHARD = "the first shard is validation"
@@ -49,7 +49,7 @@ _MOST_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
-    """What to prepare. All but `workers` decide the bytes written."""
+    """What to prepare. Everything but `workers` determines the bytes written."""
 
     source: str
     """`owner/name` on the hub, a file, a folder, or `sources.PYTHON_DOCS`."""
@@ -57,27 +57,27 @@ class PrepareSettings:
     name: str | None = None
     """Subset of a hub dataset; None: sample-10BT of FineWeb, the default subset of any other."""
     max_tokens: int | None = None
-    """Tokens in both splits together, end-of-text tokens included; None: the whole source."""
+    """Tokens in both splits, end-of-text tokens included; None: the whole source."""
     shard_tokens: int = 100_000_000
-    """Tokens of a full shard: 200 MB."""
+    """Tokens of a full shard; the default makes 200 MB."""
     format: Format = "shards"
     workers: int | None = None
-    """Tokenising threads; None: one a core that this process may use."""
+    """Tokenising threads; None: one per core that this process may use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What stands in the data directory after `prepare`."""
+    """Content of the data directory after `prepare`."""
 
     manifest: Manifest
     outcome: Literal["written", "resumed", "already finished"]
 
 
 def prepare(settings: PrepareSettings) -> Prepared:
-    """Fill `settings.out` with shards and a manifest; take up what a call with the same settings began.
+    """Fill `settings.out` with shards and a manifest; continue what a call with the same settings began.
 
-    Says on stderr how far it has come. Raises DataError for bad settings or sources and for a directory
-    that holds something else or cannot be written, InterruptedByUser on Ctrl-C. Whole shards stay.
+    Prints progress on stderr. Raises DataError for bad settings or sources and for a directory that holds something
+    else or cannot be written, InterruptedByUser on Ctrl-C. Complete shards are kept.
     """
     _check(settings)
     out, source = settings.out, find_source(settings.source, settings.name)
@@ -91,15 +91,15 @@ def prepare(settings: PrepareSettings) -> Prepared:
         try:
             finished = _write(settings, source, manifest)
         except BaseException as error:
-            found = read_manifest(out)
+            so_far = read_manifest(out)
             if not _token_files(out):
                 (out / MANIFEST_NAME).unlink(missing_ok=True)
             if isinstance(error, KeyboardInterrupt):
-                kept = f"{len(found.shards) if found else 0} whole shards stay in {out}"
+                kept = f"{len(so_far.shards) if so_far else 0} whole shards stay in {out}"
                 raise InterruptedByUser(f"interrupted; {kept}; run the same command to go on") from None
             raise
         finally:
-            if sys.stderr.isatty():  # the live line ends
+            if sys.stderr.isatty():  # end the live line
                 print(file=sys.stderr)
     return Prepared(manifest=finished, outcome="resumed" if manifest.shards else "written")
 
@@ -117,23 +117,19 @@ def _check(settings: PrepareSettings) -> None:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Make `out` and keep other preparing processes away from it; remove it if it was new and stays empty."""
+    """Create and lock `out`; at the end, remove it if it was new and is still empty."""
     new = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise DataError(f"cannot make directory {out}: {error.strerror}; choose another --out") from error
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out, DataError(f"another process is preparing {out}; wait for it")))
         except OSError as error:
-            raise DataError(f"another process is preparing {out} ({error.strerror}); wait for it") from error
-        yield
-    finally:
-        os.close(descriptor)
-        if new and not any(out.iterdir()):
-            out.rmdir()
+            raise DataError(f"cannot make directory {out}: {error.strerror}; choose another --out") from error
+        try:
+            yield
+        finally:
+            if new and not any(out.iterdir()):
+                out.rmdir()
 
 
 def _token_files(out: Path) -> list[Path]:
@@ -141,7 +137,7 @@ def _token_files(out: Path) -> list[Path]:
 
 
 def _take_up(settings: PrepareSettings, source: Source) -> Manifest:
-    """The manifest to go on from: an unfinished one lists the whole shards that are kept."""
+    """The manifest to continue from; an unfinished one lists the complete shards, which are kept."""
     out = settings.out
     wanted = Manifest(
         source=source.location,
@@ -151,39 +147,39 @@ def _take_up(settings: PrepareSettings, source: Source) -> Manifest:
         max_tokens=settings.max_tokens,
         format=settings.format,
     )
-    found = read_manifest(out)
-    if found is None and _token_files(out):
+    manifest = read_manifest(out)
+    if manifest is None and _token_files(out):
         raise DataError(f"{out} holds *.bin files that were not prepared here; choose another --out")
-    found = found or wanted
-    if not found.finished:
-        _set_apart(out, found)
+    manifest = manifest or wanted
+    if not manifest.finished:
+        _restore_part_names(out, manifest)
     for key in ("source", "name", "tokenizer", "shard_tokens", "max_tokens", "format"):
-        if (before := getattr(found, key)) != (now := getattr(wanted, key)):
+        if (before := getattr(manifest, key)) != (now := getattr(wanted, key)):
             raise DataError(f"{out} was begun with {key} {before!r}, now {now!r}; {_OTHER_OUT}")
-    shards = _whole_shards(out, found)
-    if found.finished and shards == found.shards:
-        return found
-    if found.finished:
-        _set_apart(out, found)
+    shards = _whole_shards(out, manifest)
+    if manifest.finished and shards == manifest.shards:
+        return manifest
+    if manifest.finished:
+        _restore_part_names(out, manifest)
     fingerprint = source.fingerprint()
-    if shards and fingerprint != found.source_fingerprint:
+    if shards and fingerprint != manifest.source_fingerprint:
         raise DataError(f"the files of {source.location} changed since {out} was begun; {_OTHER_OUT}")
-    return replace(found, shards=shards, finished=False, source_fingerprint=fingerprint)
+    return replace(manifest, shards=shards, finished=False, source_fingerprint=fingerprint)
 
 
 def _whole_shards(out: Path, manifest: Manifest) -> tuple[ShardRecord, ...]:
-    """The shards up to the first missing or damaged one; their contents are read only if unfinished."""
+    """Shards before the first missing or damaged one. Contents are verified only if the manifest is unfinished."""
     whole: list[ShardRecord] = []
     for shard in manifest.shards:
         before = sum(other.tokens for other in whole if other.file == shard.file)
         if not _is_whole(out, manifest, shard, before):
-            break  # it and all after it are made again
+            break  # it and all later ones are written again
         whole.append(shard)
     return tuple(whole)
 
 
 def _is_whole(out: Path, manifest: Manifest, shard: ShardRecord, before: int) -> bool:
-    """before: tokens in front of it in its file."""
+    """Whether a shard is complete. before: tokens that precede it in its file."""
     if manifest.format == "nanogpt":
         path = out / shard.file if manifest.finished else _part(out / shard.file)
         start, size = 2 * before, 2 * shard.tokens
@@ -203,19 +199,19 @@ def _is_whole(out: Path, manifest: Manifest, shard: ShardRecord, before: int) ->
 
 
 def _part(path: Path) -> Path:
-    """Where nanoGPT's file grows."""
+    """Name of an incomplete file of nanoGPT's format."""
     return path.with_name(f"{path.name}.part")
 
 
-def _set_apart(out: Path, manifest: Manifest) -> None:
-    """Give files that are not finished their `.part` again, where a run was killed while it took that away."""
+def _restore_part_names(out: Path, manifest: Manifest) -> None:
+    """Rename incomplete files to `.part` again, after a run was killed while it removed that suffix."""
     for name in ("train.bin", "val.bin") if manifest.format == "nanogpt" else ():
         if (out / name).exists():
             (out / name).replace(_part(out / name))
 
 
 def _sha256(path: Path, start: int = 0, size: int | None = None) -> str:
-    """Of `size` bytes from `start` on; None: to the end."""
+    """Digest of `size` bytes from `start` on; None: to the end of the file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(start)
@@ -231,17 +227,17 @@ def _save(out: Path, manifest: Manifest) -> None:
 
 
 def _write(settings: PrepareSettings, source: Source, manifest: Manifest) -> Manifest:
-    """Write the shards that `manifest` lacks, it after each of them, and return it finished."""
+    """Write the missing shards, and the manifest after each of them; returns the finished manifest."""
     start, skipped, done = Position(documents=0), 0, 0
     if manifest.shards and manifest.shards[-1].end:
         start, skipped = manifest.shards[-1].end, len(manifest.shards)
         done = sum(shard.tokens for shard in manifest.shards)
     marks: list[Bookmark] = [start.bookmark] if start.bookmark else []
-    # A bookmark was taken at or before the start: the documents between the two are read and dropped.
+    # A bookmark is at or before the start; the documents between the two are read and dropped.
     dropped = start.documents - (marks[0]["documents"] if marks else 0)
     skipped_texts: Counter[str] = Counter()
     texts = itertools.islice(documents(source, start.bookmark, marks, skipped_texts), dropped, None)
-    encoder()  # a missing tokenizer is better told before the first download
+    encoder()  # report a missing tokenizer before the first download
     with ThreadPoolExecutor(workers := settings.workers or len(os.sched_getaffinity(0))) as pool:
         stream = _reported(_tokenised(texts, pool, 2 * workers), done, settings.max_tokens)
         stream = _limited(stream, start.offset, done, settings.max_tokens)
@@ -249,7 +245,7 @@ def _write(settings: PrepareSettings, source: Source, manifest: Manifest) -> Man
         rule = FIRST_SHARD
         if not skipped:
             rule, parts = _divided(stream, settings.shard_tokens)
-            if manifest.shards and manifest.split_rule != rule:  # begun by a version that divided otherwise
+            if manifest.shards and manifest.split_rule != rule:  # begun by a version with another rule
                 for shard in manifest.shards:
                     (settings.out / shard.file).unlink(missing_ok=True)
                 manifest = replace(manifest, shards=())
@@ -259,7 +255,7 @@ def _write(settings: PrepareSettings, source: Source, manifest: Manifest) -> Man
         )
         for index, (split, tokens, end) in enumerate(packed, start=skipped):
             if index < len(manifest.shards):
-                continue  # a small source is read again from its start, but its whole shards are kept
+                continue  # a small source is read again from its start, but its complete shards are kept
             if in_order and index == 0:
                 split = "val"
             bookmark = next((mark for mark in reversed(marks) if mark["documents"] <= end.documents), None)
@@ -285,7 +281,7 @@ def _write(settings: PrepareSettings, source: Source, manifest: Manifest) -> Man
 
 
 def _write_tokens(out: Path, manifest: Manifest, split: Split, index: int, tokens: Tokens) -> tuple[str, str]:
-    """Write shard `index`: the name of its file, and its sha256."""
+    """Write shard `index`; returns its file name and sha256."""
     if manifest.format == "shards":
         file = f"fineweb_{split}_{index:06d}.bin"
         return file, write_shard(out / file, tokens)
@@ -294,22 +290,22 @@ def _write_tokens(out: Path, manifest: Manifest, split: Split, index: int, token
 
 
 def _tokenised(texts: Iterable[str], pool: ThreadPoolExecutor, ahead: int) -> Iterator[Tokens]:
-    """Each text's end-of-text token and tokens (1 + T,), in order, with at most `ahead` chunks in flight."""
-    flying: deque[Future[list[Tokens]]] = deque()
+    """End-of-text token and tokens of each text (1 + T,), in order, with at most `ahead` chunks in flight."""
+    pending: deque[Future[list[Tokens]]] = deque()
     try:
         for chunk in _chunks(texts):
-            flying.append(pool.submit(encode_documents, chunk))
-            if len(flying) >= ahead:
-                yield from flying.popleft().result()
-        while flying:
-            yield from flying.popleft().result()
+            pending.append(pool.submit(encode_documents, chunk))
+            if len(pending) >= ahead:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
     finally:
-        for future in flying:
+        for future in pending:
             future.cancel()
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of texts of about `_CHUNK_CHARACTERS` together."""
+    """Lists of texts with about `_CHUNK_CHARACTERS` characters in total."""
     chunk: list[str] = []
     size = 0
     for text in texts:
@@ -323,7 +319,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _reported(stream: Iterable[Tokens], done: int, total: int | None) -> Iterator[Tokens]:
-    """The same stream; says on stderr how far it is, in one live line on a terminal, else in a line now and then."""
+    """The same stream, with progress on stderr: one live line on a terminal, otherwise a line every few seconds."""
     live = sys.stderr.isatty()
     began = last = time.monotonic()
     tokens = 0
@@ -331,13 +327,13 @@ def _reported(stream: Iterable[Tokens], done: int, total: int | None) -> Iterato
         tokens += len(document)
         if (now := time.monotonic()) - last >= (0.5 if live else 5.0):
             last, line = now, progress_line(done + tokens, total, tokens / (now - began))
-            room = shutil.get_terminal_size().columns - 1  # the cursor's place: a full line would move on to the next
+            room = shutil.get_terminal_size().columns - 1  # a full line would move the cursor to the next one
             print(f"\r{line[:room]:<{room}}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
         yield document
 
 
 def progress_line(tokens: int, total: int | None, tokens_per_second: float) -> str:
-    """`5.0M of 10.0M tokens, 1.0M tokens/s, 5.0s left`; total: None where the end of the source is not known."""
+    """`5.0M of 10.0M tokens, 1.0M tokens/s, 5.0s left`. total: None if the end of the source is unknown."""
     speed = f"tokens, {format_count(tokens_per_second)} tokens/s"
     if total is None:
         return f"{format_count(tokens)} {speed}"
@@ -358,7 +354,7 @@ def _limited(stream: Iterable[Tokens], skip: int, done: int, max_tokens: int | N
 
 
 def _divided(stream: Iterator[Tokens], shard_tokens: int) -> tuple[str, dict[Split, Iterable[Tokens]]]:
-    """Look ahead by two shards and decide which tokens are validation: the rule in words, and the parts in order."""
+    """Read up to two shards ahead and choose the validation tokens; returns the rule in words and the splits."""
     ahead: deque[Tokens] = deque()
     size = 0
     for document in stream:
@@ -367,7 +363,7 @@ def _divided(stream: Iterator[Tokens], shard_tokens: int) -> tuple[str, dict[Spl
         if size >= 2 * shard_tokens:
             return FIRST_SHARD, {"train": _drained(ahead, stream)}
     if size < 2:
-        raise DataError("the source holds no text at all; give one with documents that are not empty")
+        raise DataError("the source has no text; give one with documents that are not empty")
     least = min(_LEAST_VALIDATION, size // 5)
     for stride in (100, 50, 20, 10, 5, 2) if len(ahead) >= 10 else ():
         stride = min(stride, len(ahead))
@@ -381,16 +377,16 @@ def _divided(stream: Iterator[Tokens], shard_tokens: int) -> tuple[str, dict[Spl
 
 
 def _drained(ahead: deque[Tokens], stream: Iterator[Tokens]) -> Iterator[Tokens]:
-    """The documents looked at, each forgotten as it goes, and then the rest."""
+    """The documents read ahead, each released when it is yielded, and then the rest of the stream."""
     while ahead:
         yield ahead.popleft()
     yield from stream
 
 
 def _packed(stream: Iterable[Tokens], shard_tokens: int, start: Position) -> Iterator[tuple[Tokens, Position]]:
-    """Full shards (shard_tokens,) and a last shorter one, each with its end; documents straddle them as in llm.c.
+    """Full shards (shard_tokens,) and a shorter last one, each with its end; documents span shards as in llm.c.
 
-    The array is reused: a shard's tokens are valid until the next one is asked for.
+    The array is reused: the tokens of a shard are valid until the next one is yielded.
     """
     buffer = np.empty(shard_tokens, dtype=np.uint16)
     filled, whole, offset = 0, start.documents, start.offset

@@ -1,8 +1,8 @@
 """Token files: llm.c and modded-nanogpt shards and nanoGPT's headerless files, read and written.
 
-A shard is a header of 256 little-endian int32 (magic, version, token count, zeros) and then one uint16 a token of
-GPT-2 or one uint32 a token of Llama 3 (llm.c, dev/data/data_common.py). nanoGPT's `train.bin` and `val.bin` are the
-bare tokens.
+A shard is a header of 256 little-endian int32 (magic, version, token count, zeros), followed by one uint16 per token of
+GPT-2 or one uint32 per token of Llama 3 (llm.c, dev/data/data_common.py). nanoGPT's `train.bin` and `val.bin` have no
+header.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
 LLAMA3 = 20240801, 7
-"""Magic and version of llm.c's shards of Llama 3's tokens."""
+"""Magic and version of llm.c's shards for Llama 3."""
 LLAMA3_WORDS = 128256
 
 Tokens: TypeAlias = npt.NDArray[np.uint16]
@@ -37,9 +37,9 @@ _BARE = "train.bin", "val.bin"
 
 
 def write_shard(path: Path, tokens: npt.ArrayLike) -> str:
-    """Write `tokens` (T,), ids in 0..65535, as one shard that appears only when whole; returns its sha256.
+    """Write `tokens` (T,), ids in 0..65535, atomically as one shard; returns its sha256.
 
-    Raises DataError, leaving nothing behind, when the ids do not fit uint16 or the file cannot be written.
+    Raises DataError, without leaving a file, if the ids do not fit uint16 or the file cannot be written.
     """
     ids = np.asarray(tokens)
     if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > 0xFFFF):
@@ -50,9 +50,9 @@ def write_shard(path: Path, tokens: npt.ArrayLike) -> str:
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> str:
-    """`write_atomically`, with DataError where it fails.
+    """`write_atomically` with DataError as its error.
 
-    The temporary name is fixed, so a run that goes on after a SIGKILL replaces what the killed one left.
+    The temporary name is fixed, so that a run after a SIGKILL overwrites the file of the killed one.
     """
     try:
         return write_atomically(path, *parts, temporary=path.with_name(f".{path.name}.tmp"))
@@ -61,8 +61,8 @@ def write_file(path: Path, *parts: bytes | memoryview) -> str:
 
 
 def append_tokens(path: Path, start: int, tokens: Tokens) -> str:
-    """Make `tokens` (T,) the headerless file's tokens from number `start` on, and its last ones; returns the sha256 of
-    their bytes. Raises DataError, with the file as it was up to `start`, where they cannot be written."""
+    """Truncate a headerless file to `start` tokens and append `tokens` (T,); returns the sha256 of their bytes.
+    Raises DataError, with the file truncated to `start` tokens, if they cannot be written."""
     content = np.ascontiguousarray(tokens, dtype="<u2")
     size = start * content.itemsize
     try:
@@ -89,8 +89,8 @@ def append_tokens(path: Path, start: int, tokens: Tokens) -> str:
 
 
 def open_shard(path: Path) -> Shard:
-    """The tokens (T,) of a shard, or of nanoGPT's `train.bin` or `val.bin`, memory-mapped.
-    Raises DataError for a file that is not whole, or whose numbers cannot be token ids."""
+    """The memory-mapped tokens (T,) of a shard, or of nanoGPT's `train.bin` or `val.bin`.
+    Raises DataError for an incomplete file, or one whose numbers cannot be token ids."""
     try:
         actual = path.stat().st_size
         head = tuple(int(value) for value in np.fromfile(path, dtype="<i4", count=3))
@@ -101,7 +101,7 @@ def open_shard(path: Path) -> Shard:
         magic, version, count = head
         if (magic, version) not in _DTYPES:
             raise DataError(
-                f"{path} is no shard of tokens: magic {magic}, version {version}; allowed: "
+                f"{path} is not a shard of tokens: magic {magic}, version {version}; allowed: "
                 f"{', '.join(f'{magic} version {version}' for magic, version in _DTYPES)}; {_PREPARE}"
             )
         dtype = np.dtype(_DTYPES[magic, version])
@@ -118,16 +118,15 @@ def open_shard(path: Path) -> Shard:
 
 
 def split_paths(directory: Path, split: Split) -> list[Path]:
-    """The files of one split in order: `*_train_*.bin` shards, llm.c's `*_train.bin`, or nanoGPT's `train.bin` (`val`
-    likewise).
+    """Files of one split in order: shards `*_train_*.bin`, llm.c's `*_train.bin`, or nanoGPT's `train.bin` (`val`
+    likewise); empty if there are none.
 
-    Empty where there are none. Raises DataError for what is no directory, and for several kinds or data sets side by
-    side.
+    Raises DataError if `directory` is not a directory or holds several data sets.
     """
     if not directory.is_dir():
         state = "is a file" if directory.exists() else "does not exist"
         raise DataError(f"data directory {directory} {state}; {how_to_prepare(directory)}")
-    sets: dict[str, list[Path]] = {}  # by what stands in front of the split
+    sets: dict[str, list[Path]] = {}  # by the name before the split
     for path in sorted(directory.glob("*.bin")):
         if path.name == f"{split}.bin":
             sets.setdefault("", []).append(path)
@@ -140,9 +139,9 @@ def split_paths(directory: Path, split: Split) -> list[Path]:
 
 
 def open_split(directory: Path, split: Split) -> list[Shard]:
-    """The tokens of one split of a data directory, one memory map a file, in the order of the files' names.
+    """Tokens of one split of a data directory, one memory map per file, in the order of file names.
 
-    Reads our own shards, modded-nanogpt's and llm.c's as they are, and nanoGPT's `train.bin`, `val.bin`.
+    Reads shards of this project, modded-nanogpt and llm.c, and nanoGPT's `train.bin` and `val.bin`.
     Raises DataError for a missing, empty, damaged or unfinished directory.
     """
     paths = split_paths(directory, split)
@@ -166,8 +165,8 @@ def open_split(directory: Path, split: Split) -> list[Shard]:
 
 
 def check_length(shard: Shard) -> None:
-    """Raise DataError, naming the file, where it was cut short since it was mapped: to read there would be
-    a SIGBUS, which ends the process without a word."""
+    """Raise DataError if the file was truncated after it was mapped: reading beyond its end would be a SIGBUS, which
+    ends the process without a message."""
     path, mapped = Path(str(shard.filename)), shard.offset + shard.nbytes
     if path.exists() and (actual := path.stat().st_size) < mapped:
         raise DataError(f"{path} is damaged: it has {actual} bytes, {mapped} when it was opened; prepare it again")

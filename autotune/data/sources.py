@@ -1,4 +1,4 @@
-"""Documents, one string each and always in the same order, from the hub, files or Python itself."""
+"""Documents, one string each and in a fixed order, from the hub, from files or from Python's documentation."""
 
 import ast
 import bz2
@@ -23,11 +23,10 @@ from typing import Any, Literal, TypeAlias, TypeGuard
 from autotune.errors import DataError
 
 PYTHON_DOCS = "python-docs"
-"""The source's name for the documentation inside the running Python's standard library."""
+"""Name of the documentation inside the running Python's standard library as a source."""
 DEFAULT_NAMES = {"HuggingFaceFW/fineweb": "sample-10BT", "HuggingFaceFW/fineweb-edu": "sample-10BT"}
-"""Subsets read where none is named, in place of the whole 15 trillion tokens."""
+"""Default subsets, instead of all 15 trillion tokens."""
 FORMATS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
-"""Of text, in any of these compressions:"""
 COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
     "": lambda path: path.open("rb"),
     ".gz": gzip.open,
@@ -37,12 +36,12 @@ COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
 }
 
 Bookmark: TypeAlias = dict[str, Any]
-"""A place in a streamed source: `documents` before it, and the source's own `state`, from which it goes on."""
+"""A position in a streamed source: `documents` before it, and the `state` from which the stream continues."""
 
 _TEXT = "text"
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "manifest.json"}
-"""What stands beside texts without being one."""
+"""Files beside texts that hold no text."""
 _MARK_EVERY = 1000
 _END_OF_TEXT = b"<|endoftext|>"
 _READ_BYTES = 1 << 20
@@ -54,16 +53,16 @@ _ALLOWED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A source that exists and whose kind is known."""
+    """An existing source of a known kind."""
 
     kind: Literal["hub", "saved", "files", "python-docs"]
     location: str
     """owner/name on the hub, an absolute path, or `python-docs`."""
     name: str | None = None
-    """The hub dataset's subset (its `config`); None for its default."""
+    """Subset of a hub dataset (its `config`); None: the default."""
     files: tuple[Path, ...] = ()
     unread: tuple[Path, ...] = ()
-    """Other files of the folder, whose kind is not read."""
+    """Files of the folder in an unsupported format."""
 
     def fingerprint(self) -> str | None:
         """sha256 over the files' paths, sizes and modification times; None for a dataset on the hub."""
@@ -75,7 +74,7 @@ class Source:
 
 
 def find_source(source: str, name: str | None = None) -> Source:
-    """What `source` means: `python-docs`, an existing path, or `owner/name` on the hub. Raises DataError."""
+    """Resolve `python-docs`, an existing path, or `owner/name` on the hub. Raises DataError."""
     path = Path(source).resolve()
     if source != PYTHON_DOCS and not path.exists():
         if not _HUB_NAME.fullmatch(source) or _text_format(Path(source)):
@@ -97,14 +96,14 @@ def find_source(source: str, name: str | None = None) -> Source:
 
 
 def count_by_suffix(paths: Iterable[Path]) -> str:
-    """`3 .md, 1 .pdf`: the most frequent ones first."""
+    """`3 .md, 1 .pdf`: the most frequent suffixes first."""
     counts = Counter(path.suffix.lower() or path.name for path in paths).most_common()
     more = [f"{sum(count for _, count in counts[5:])} others"] if counts[5:] else []
     return ", ".join([*(f"{count} {suffix}" for suffix, count in counts[:5]), *more])
 
 
 def how_to_prepare(path: Path) -> str:
-    """What to do where `path` was given as a data directory and is none: the exact command, where it is a source."""
+    """Advice if `path` was given as a data directory but is not one: the exact command, if it is a source."""
     if path.suffix == ".bin" and path.is_file():
         return f"give its folder {path.parent}"
     if path.is_dir() and (inside := sorted({file.parent for file in path.glob("*/*.bin")})):
@@ -128,13 +127,13 @@ def _holds_text(path: Path) -> bool:
 
 
 def _is_saved(path: Path) -> bool:
-    """Written by `datasets.save_to_disk`."""
+    """Whether the folder was written by `datasets.save_to_disk`."""
     saved = path / "state.json", path / "dataset_info.json"
     return (path / "dataset_dict.json").is_file() or all(file.is_file() for file in saved)
 
 
 def _text_format(path: Path) -> tuple[str, str] | None:
-    """Its format and compression by its name, (".jsonl", ".gz"); None for what is not read."""
+    """Format and compression by the name, (".jsonl", ".gz"); None if unsupported."""
     name = path.name.lower()
     if name in _METADATA:
         return None
@@ -151,10 +150,10 @@ def documents(
     marks: list[Bookmark] | None = None,
     skipped: Counter[str] | None = None,
 ) -> Iterator[str]:
-    """Every document that is not empty, in order. Raises DataError for what cannot be read.
+    """All documents that are not empty, in order. Raises DataError for anything unreadable.
 
-    A hub dataset is streamed from `start` on, and adds a bookmark to `marks` now and then; other sources are
-    always read from their beginning. Texts that are left out are counted in `skipped`, as `null` or `empty`.
+    A hub dataset is streamed from `start` on and regularly appends a bookmark to `marks`; other sources are read from
+    their beginning. `skipped` counts the texts left out, as `null` or `empty`.
     """
     skipped = Counter() if skipped is None else skipped
     if source.kind == "hub":
@@ -171,14 +170,14 @@ def documents(
 
 
 def _is_document(text: str | None, skipped: Counter[str]) -> TypeGuard[str]:
-    """Whether there is anything to read; if not, it is counted."""
+    """Whether the text is not empty; counts it in `skipped` otherwise."""
     if not text:
         skipped["null" if text is None else "empty"] += 1
     return bool(text)
 
 
 def _files_below(folder: Path, suffix: str = "") -> tuple[Path, ...]:
-    """Files under `folder`, sorted by path, hidden ones left out."""
+    """Files below `folder`, sorted by path, without hidden ones."""
     found = (path for path in folder.rglob(f"*{suffix}") if path.is_file())
     return tuple(sorted(path for path in found if "/." not in f"/{path.relative_to(folder)}"))
 
@@ -215,7 +214,7 @@ def _parquet_documents(path: Path, file: Any) -> Iterator[str | None]:
     import pyarrow.parquet
 
     try:
-        # a compressed parquet can be read from its beginning only, but its index stands at its end
+        # a compressed file is read sequentially, but a parquet's index is at its end
         whole = file if file.seekable() else pyarrow.BufferReader(file.read())
         with pyarrow.parquet.ParquetFile(whole) as table:
             schema = table.schema_arrow
@@ -223,7 +222,7 @@ def _parquet_documents(path: Path, file: Any) -> Iterator[str | None]:
             for batch in table.iter_batches(batch_size=1024, columns=[_TEXT]):
                 yield from batch.column(0).to_pylist()
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is no parquet file: {_first_line(error)}; download it again") from error
+        raise DataError(f"{path} is not a parquet file: {_first_line(error)}; download it again") from error
 
 
 def _check_column(where: str, columns: dict[str, str]) -> None:
@@ -234,7 +233,7 @@ def _check_column(where: str, columns: dict[str, str]) -> None:
 
 
 def _text_documents(path: Path, file: Any) -> Iterator[str]:
-    """The whole file; where documents are separated by `<|endoftext|>`, each without the line breaks around it."""
+    """The whole file as one document; if it contains `<|endoftext|>`, each part without the line breaks around it."""
     held, start = bytearray(), 0
     divided = False
     while chunk := file.read(_READ_BYTES):
@@ -247,12 +246,12 @@ def _text_documents(path: Path, file: Any) -> Iterator[str]:
         del held[:begin]
         start += begin
     rest = _decoded(path, held, start)
-    if not divided or (rest := rest.strip("\r\n")):  # after a marker at the end of a file there is no document
+    if not divided or (rest := rest.strip("\r\n")):  # a marker at the end of the file is followed by no document
         yield rest
 
 
 def _decoded(path: Path, content: bytes | bytearray, start: int) -> str:
-    """UTF-8, without the byte order mark of some editors. start: its place in the file."""
+    """Decode UTF-8, without the byte order mark of some editors. start: offset in the file."""
     try:
         return content.decode("utf-8").removeprefix("\ufeff" if start == 0 else "")
     except UnicodeDecodeError as error:
@@ -267,18 +266,18 @@ def _lines(path: Path, file: Any) -> Iterator[str]:
 
 
 def _csv_documents(path: Path, file: Any, delimiter: str) -> Iterator[str | None]:
-    csv.field_size_limit(sys.maxsize)  # a text may be as long as it likes; the default is 128 KiB
+    csv.field_size_limit(sys.maxsize)  # the default is 128 KiB
     rows = csv.DictReader(_lines(path, file), delimiter=delimiter, strict=True)
     try:
         _check_column(str(path), dict.fromkeys(rows.fieldnames or (), "string"))
         for row in rows:
-            yield row[_TEXT] or None  # the format has no other null
+            yield row[_TEXT] or None  # CSV has no null
     except csv.Error as error:
         raise DataError(f"{path}:{rows.line_num} is not CSV ({error}); write it again") from error
 
 
 def _is_array(path: Path, compression: str) -> bool:
-    """A .json file is one array of objects, or one object a line."""
+    """Whether a .json file is an array of objects; otherwise it is one object per line."""
     with COMPRESSIONS[compression](path) as file:
         return next((line.strip()[:1] == b"[" for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), False)
 
@@ -312,12 +311,12 @@ def _text_of(row: Any, where: str) -> str | None:
 
 
 def _saved_documents(source: Source) -> Iterator[str | None]:
-    """Of a folder written by `datasets.save_to_disk`; of a DatasetDict its `train`."""
+    """Texts of a folder written by `datasets.save_to_disk`; of a DatasetDict, its `train`."""
     import datasets
 
     try:
         saved = datasets.load_from_disk(source.location)
-    except Exception as error:  # a third party's format: whatever it raises, the folder cannot be read
+    except Exception as error:  # whatever the library raises, the folder cannot be read
         raise DataError(f"{source.location} cannot be read by datasets: {_first_line(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
         if "train" not in saved:
@@ -332,7 +331,7 @@ def _saved_documents(source: Source) -> Iterator[str | None]:
 def _hub_documents(
     source: Source, start: Bookmark | None, marks: list[Bookmark], skipped: Counter[str]
 ) -> Iterator[str]:
-    """Streamed, so nothing is kept on disk."""
+    """Texts of a hub dataset, streamed without storing it on disk."""
     import datasets
 
     where = f"{source.location} ({source.name or 'default'})"
@@ -353,7 +352,7 @@ def _hub_documents(
                     marks.append({"documents": given, "state": stream.state_dict()})
     except DataError:
         raise
-    except Exception as error:  # many libraries stand between here and the hub
+    except Exception as error:  # many libraries are involved
         raise DataError(
             f"cannot read {where} from the Hugging Face hub: {_first_line(error)}; "
             "check the name and the network, or give local files"
@@ -366,12 +365,12 @@ def _first_line(error: Exception) -> str:
 
 def _stdlib_modules() -> tuple[Path, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    others = {"site-packages", "dist-packages", "pydoc_data"}  # other people's, and the topics, read apart
+    others = {"site-packages", "dist-packages", "pydoc_data"}  # third parties; the topics are read separately
     return tuple(path for path in _files_below(root, ".py") if others.isdisjoint(path.relative_to(root).parts))
 
 
 def _python_documents(files: tuple[Path, ...]) -> Iterator[str]:
-    """The help topics, one document each; then each module's docstrings and comments."""
+    """The help topics, one document each; then docstrings and comments by module."""
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
@@ -379,10 +378,10 @@ def _python_documents(files: tuple[Path, ...]) -> Iterator[str]:
 
 
 def _prose(code: bytes) -> str:
-    """Docstrings and whole-line comments of a module; "" for the few test files that are no valid Python."""
+    """Docstrings and whole-line comments of a module; empty for test files with invalid syntax."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old test modules are full of invalid escapes
+            warnings.simplefilter("ignore")  # invalid escapes in old test modules
             tree = ast.parse(code)
         lines = code.decode("utf-8").split("\n")
     except (SyntaxError, ValueError):

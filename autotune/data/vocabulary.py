@@ -1,4 +1,4 @@
-"""The vocabulary of a data directory: nanoGPT's `meta.pkl`, read without executing it, and the largest id in use."""
+"""Vocabulary of a data directory: nanoGPT's `meta.pkl`, read without executing it, and the largest id in use."""
 
 import io
 import pickle
@@ -14,14 +14,14 @@ from autotune.errors import DataError
 
 META = "meta.pkl"
 SCANNED_BYTES = 512 << 20
-"""Of one split, from which the largest id is found: the whole of it up to here, beyond that blocks of 1 MiB at equal
-distances. Batches are looked at again when they are read."""
+"""Bytes of one split that are searched for the largest id: all of a smaller one, else blocks of 1 MiB at equal
+distances. Batches are checked again when they are read."""
 
 _BLOCK_BYTES = 1 << 20
 _LARGEST_META = 16 << 20
 _MOST_WORDS = 1 << 21
-"""No tokenizer has more."""
-# What pickles of plain values are made of. Everything else imports, calls or builds objects.
+"""Larger than the vocabulary of any tokenizer."""
+# Opcodes of pickles of plain values. All others import, call or build objects.
 _PLAIN = {
     "PROTO", "FRAME", "STOP", "MARK", "POP", "DUP", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1",
     "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE",
@@ -33,16 +33,16 @@ _PLAIN = {
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """What `meta.pkl` says: the words that the ids of a directory stand for."""
+    """Content of `meta.pkl`: the words of a directory's ids."""
 
     path: Path
     vocab_size: int
     itos: Mapping[int, str]
-    """Text of each id; empty where the file does not have it."""
+    """Text of each id; empty if the file has none."""
     stoi: Mapping[str, int]
 
     def encode(self, text: str) -> list[int]:
-        """One id a character, as nanoGPT does it. Raises DataError for one that has none."""
+        """One id per character, as in nanoGPT. Raises DataError for an unknown character."""
         if not self.stoi:
             raise DataError(f"{self.path} has no stoi, so text cannot be encoded; leave the prompt out")
         if unknown := sorted(set(text) - self.stoi.keys()):
@@ -53,7 +53,7 @@ class Meta:
         return [self.stoi[character] for character in text]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids. Raises DataError for one that has none."""
+        """Text of ids. Raises DataError for an unknown id."""
         numbers = list(ids)
         if unknown := [number for number in numbers if number not in self.itos]:
             raise DataError(f"{self.path} has no text for id {unknown[0]}; prepare the data again")
@@ -66,8 +66,8 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_meta(directory: Path) -> Meta | None:
-    """The directory's `meta.pkl`, None where it has none. Nothing in it is executed: only dict, list, tuple, str,
-    bytes and numbers are read. Raises DataError for anything else, and for what is no vocabulary."""
+    """The directory's `meta.pkl`; None if it has none. Nothing in it is executed: only dict, list, tuple, str, bytes
+    and numbers are read. Raises DataError for anything else, and for an invalid vocabulary."""
     path = directory / META
     try:
         if path.stat().st_size > _LARGEST_META:
@@ -79,7 +79,8 @@ def read_meta(directory: Path) -> Meta | None:
         raise DataError(f"cannot read {path}: {error.strerror}; make it readable or remove it") from error
     except _BROKEN_PICKLE as error:
         raise DataError(
-            f"{path} is no plain vocabulary ({str(error)[:120]}); allowed: a pickled dict of vocab_size, itos and stoi"
+            f"{path} is not a plain vocabulary ({str(error)[:120]}); "
+            "allowed: a pickled dict of vocab_size, itos and stoi"
         ) from error
     return _meta(path, table)
 
@@ -88,14 +89,14 @@ _BROKEN_PICKLE = (
     pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, MemoryError,
     RecursionError, OverflowError,
 )  # fmt: skip
-"""What pickle raises for damaged files."""
+"""Exceptions of pickle for damaged files."""
 
 
 def _plain_values(content: bytes) -> Any:
     for opcode, argument, _ in pickletools.genops(content):  # reads, builds nothing
         if opcode.name not in _PLAIN:
             raise pickle.UnpicklingError(f"it holds more than plain values: {opcode.name} {argument or ''}".rstrip())
-        if "PUT" in opcode.name and int(str(argument)) > len(content):  # would make room for as many entries
+        if "PUT" in opcode.name and int(str(argument)) > len(content):  # would allocate as many entries
             raise pickle.UnpicklingError(f"it numbers its values up to {argument}")
     return _PlainUnpickler(io.BytesIO(content)).load()
 
@@ -128,8 +129,8 @@ def _is_id(value: object) -> bool:
 
 
 def data_vocabulary(directory: Path) -> tuple[int, str] | None:
-    """How many words a model of this data needs, and what says so; None where nothing does: a directory of GPT-2
-    tokens, or of nobody knows which. Raises DataError."""
+    """Vocabulary size that a model of this data needs, and its source; None if nothing names one: GPT-2 tokens, or
+    tokens of unknown origin. Raises DataError."""
     if meta := read_meta(directory):
         return meta.vocab_size, META
     if any(shard.dtype.itemsize == 4 and shard.offset for shard in open_split(directory, "train")):
@@ -138,7 +139,7 @@ def data_vocabulary(directory: Path) -> tuple[int, str] | None:
 
 
 def largest_id(shards: Sequence[Shard]) -> tuple[int, Path]:
-    """The largest id in these files and the first file that has it; see SCANNED_BYTES."""
+    """The largest id in these files and the first file that contains it; see SCANNED_BYTES."""
     total = sum(shard.nbytes for shard in shards)
     stride = max(1, -(-total // SCANNED_BYTES))
     found = [(_largest(shard, stride), Path(str(shard.filename))) for shard in shards if len(shard)]
@@ -151,8 +152,8 @@ def _largest(shard: Shard, stride: int) -> int:
 
 
 def check_ids(directory: Path, vocab_size: int) -> None:
-    """Raise DataError where a token of the directory is not below vocab_size, or all are 0, before anything is measured
-    or trained on them. A larger vocabulary is padding."""
+    """Raise DataError if a token of the directory is not below vocab_size or all are 0, before anything is measured or
+    trained. A larger vocabulary is padding."""
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:
         shards = open_split(directory, split)

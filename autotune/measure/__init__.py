@@ -1,1 +1,1 @@
-"""One fresh worker process a trial: phases, timing, memory."""
+"""One candidate in, one TrialResult out, from a fresh worker process."""

@@ -1,5 +1,6 @@
-"""Failures that belong to the machine, not to the candidate: no compiler, a compile cache that cannot be used. Every
-trial that compiles would fail in the same way, so the first one ends a search.
+"""Failures of the machine rather than of the candidate: no compiler, an unusable compile cache.
+
+Every trial that compiles would fail in the same way, so the first one ends a search.
 """
 
 import errno
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 _NOT_THERE = {errno.ENOTDIR, errno.ENOENT}
 _NO_EXEC = "failed to map segment"
-"""What the dynamic loader says of a library on a file system that is mounted noexec."""
+"""Message of the dynamic loader for a library on a file system mounted noexec."""
 _MISSING_HEADER = re.compile(r"fatal error: (\S+?): No such file|fatal error: '(\S+?)' file not found")
 
 EAGER = "or search eager plans only with --choices compile=off"
@@ -18,17 +19,14 @@ _COMPILER = "install g++ (Debian, Ubuntu: apt install g++) or name a compiler in
 
 
 def remedy(error: BaseException, cache_dir: str) -> str:
-    """What is wrong with the machine, and what to do; empty where the failure is the candidate's own. `cache_dir`: of
-    compiled kernels."""
-    for cause in _chain(error):
-        if found := _remedy(cause, cache_dir):
-            return found
-    return ""
+    """What is wrong with the machine and what to do about it; empty for a failure of the candidate.
+
+    cache_dir: the folder of compiled kernels."""
+    return next(filter(None, (_remedy(cause, cache_dir) for cause in _chain(error))), "")
 
 
 def start_remedy(last_line: str) -> str:
-    """The same of a worker that ended before it had read its request, from the last line it printed: nothing of the
-    candidate was touched."""
+    """Remedy for a worker that ended before it read its request, from the last line it printed."""
     if not re.match(
         r"(\w+\.)*(OSError|\w*(Permission|FileNotFound|NotADirectory|Import|ModuleNotFound)Error): ", last_line
     ):
@@ -37,19 +35,19 @@ def start_remedy(last_line: str) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it wraps (Inductor's `inner_exception`) and what caused it."""
+    """The error, the errors it wraps (Inductor's `inner_exception`) and its causes."""
     seen: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:
-        one = waiting.pop(0)
-        if one is not None and not any(one is other for other in seen):
-            seen.append(one)
-            yield one
-            waiting += [getattr(one, "inner_exception", None), one.__cause__, one.__context__]
+        cause = waiting.pop(0)
+        if cause is not None and not any(cause is other for other in seen):
+            seen.append(cause)
+            yield cause
+            waiting += [getattr(cause, "inner_exception", None), cause.__cause__, cause.__context__]
 
 
 def _remedy(error: BaseException, cache_dir: str) -> str:
-    # Inductor's types by their names: importing them would load the compiler into eager trials.
+    # Inductor's types by name: importing them would load the compiler into eager trials.
     kinds, text = {kind.__name__ for kind in type(error).__mro__}, str(error)
     if "InvalidCxxCompiler" in kinds or "Failed to find C compiler" in text:
         return f"torch.compile finds no working C++ compiler; {_COMPILER}, {EAGER}"
@@ -62,15 +60,15 @@ def _remedy(error: BaseException, cache_dir: str) -> str:
     if isinstance(error, OSError | ImportError) and _NO_EXEC in text:
         return f"compiled kernels cannot be loaded from {cache_dir} (is it mounted noexec?); {_CACHE}"
     if isinstance(error, OSError) and (
-        error.errno in _UNWRITABLE or (error.errno in _NOT_THERE and _of_cache(error.filename, cache_dir))
+        error.errno in _UNWRITABLE or (error.errno in _NOT_THERE and _in_cache(error.filename, cache_dir))
     ):
         where = error.filename or cache_dir
-        return f"{where} cannot be written ({error.strerror}); {_CACHE if _of_cache(where, cache_dir) else _SPACE}"
+        return f"{where} cannot be written ({error.strerror}); {_CACHE if _in_cache(where, cache_dir) else _SPACE}"
     return ""
 
 
 _SPACE = "make room, or make it writable"
 
 
-def _of_cache(where: object, cache_dir: str) -> bool:
+def _in_cache(where: object, cache_dir: str) -> bool:
     return bool(cache_dir) and str(where).startswith(cache_dir)

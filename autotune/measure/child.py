@@ -1,8 +1,8 @@
-"""Entry of every worker process: dies with its parent, loads torch ahead of its request, then runs its module.
+"""Entry point of worker processes: ends with its parent, loads torch before its request arrives, runs its module.
 
 python -P -m autotune.measure.child PARENT autotune.measure.worker [standby] < request.json
 
-`autotune.environment.child_command` makes this command; PARENT is the process id of who starts it.
+`autotune.environment.child_command` builds this command; PARENT is the parent's process id.
 """
 
 import ctypes
@@ -14,12 +14,12 @@ import sys
 
 
 def die_with(parent: int) -> None:
-    """End this process when its parent ends, however that happens: what a killed search or torchrun leaves behind
-    would slow the next one down (man 2 prctl)."""
+    """End this process when its parent ends for whatever reason (man 2 prctl). Workers left behind by a killed search
+    or torchrun would slow the next one down."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call, which therefore does nothing
+        if os.getppid() != parent:  # the parent died before the call took effect
             os._exit(1)
 
 
@@ -28,14 +28,14 @@ if __name__ == "__main__":
     die_with(int(parent))  # before torch loads, which takes seconds
     sys.argv = [module, *rest]
     if rest == ["standby"]:
-        # What torch.compile would load in the first step: twice as much as torch itself. Starts no process and
-        # makes no CUDA context.
+        # Loaded by torch.compile in the first step otherwise; takes twice as long as torch itself. Starts no process
+        # and creates no CUDA context.
         importlib.import_module("torch._inductor.compile_fx")
     try:
         runpy.run_module(module, run_name="__main__")
     except SystemExit as end:
-        # Taking torch down in good order takes as long as a small trial's build, and gains nothing: what a worker has
-        # to say is in its files, and its process group is ended anyway.
+        # A clean torch shutdown takes as long as the build of a small trial. Results are in files already, and the
+        # parent kills the process group.
         sys.stdout.flush()
         sys.stderr.flush()
         if isinstance(end.code, int):

@@ -1,4 +1,4 @@
-"""A memory limit that the operating system keeps: of this process, not of the compilers that it starts."""
+"""A memory limit enforced by the operating system, for this process but not for the compilers that it starts."""
 
 import resource
 import subprocess
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def limit_data(limit_bytes: int) -> None:
-    """From now on this process can allocate no more than `limit_bytes`. What it starts can: a C++ compiler needs
-    hundreds of MiB, which a training never holds.
+    """Limit this process to `limit_bytes` of memory from now on. Child processes are not limited: a C++ compiler needs
+    hundreds of MiB that a training never holds.
 
-    Processes inherit the soft limit, so it is lifted while one is started, for a few milliseconds.
+    Child processes inherit the soft limit, so it is lifted for the few milliseconds in which one starts.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     soft = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
@@ -26,4 +26,4 @@ def limit_data(limit_bytes: int) -> None:
                     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-    subprocess.Popen = Popen  # type: ignore[misc]  # Inductor has no place to say how its compiler is started
+    subprocess.Popen = Popen  # type: ignore[misc]  # Inductor has no option for how its compiler is started

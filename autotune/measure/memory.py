@@ -1,7 +1,7 @@
-"""Peak memory by stage, in four views: allocated, reserved, the device's own count, and retries.
+"""Peak memory by stage, in four views: allocated, reserved, the driver's count, and allocation retries.
 
-CUDA: the caching allocator's statistics and NVML's count for this process. CPU: the exact peak of torch's
-allocator, summed up from the profiler's memory events, and the resident size from /proc.
+CUDA: statistics of the caching allocator and NVML's count for this process. CPU: the exact peak of torch's
+allocator, summed from the profiler's memory events, and the resident size from /proc.
 """
 
 import os
@@ -22,36 +22,36 @@ from autotune.measure.types import MemoryView, Stage
 
 
 class MemoryMeter:
-    """Collects the peaks of stages: `with meter.stage("steady"): ...`, then `views()`."""
+    """Records the peaks of stages: `with meter.stage("steady"): ...`, then `views()`."""
 
     def __init__(self, device: torch.device, live_bytes: Callable[[], int]) -> None:
-        """live_bytes: of tensors that exist when a stage begins. On the CPU the allocator's peak is counted
-        from there; CUDA's allocator knows by itself."""
+        """live_bytes: returns the bytes of all tensors alive at the beginning of a stage. On the CPU, growth is added
+        to it; CUDA's allocator counts them itself."""
         self.device, self._live_bytes = device, live_bytes
         self._views: dict[str, MemoryView] = {}
         self.ran: Counter[str] = Counter()
-        """How often each operator ran in the first `steady` stage."""
+        """Calls by operator in the first `steady` stage."""
         self._card = _Card.open(device) if device.type == "cuda" else None
 
     @property
     def other_processes_bytes(self) -> int | None:
-        """What others held of the card when the meter was made; None on the CPU."""
+        """Device memory of other processes when the meter was created; None on the CPU."""
         return self._card.others_bytes if self._card else None
 
     def others_grown_bytes(self) -> int | None:
-        """What other processes have taken of the card since; None where that cannot be seen."""
+        """Growth of other processes' device memory since then; None where it is not known."""
         return self._card.others_grown_bytes() if self._card else None
 
     def process_bytes(self) -> int | None:
-        """What this process holds of the card now, its context included; None without NVML, and on the CPU."""
+        """Device memory of this process, its CUDA context included; None without NVML and on the CPU."""
         return self._card.process_bytes() if self._card else None
 
     def stage(self, name: Stage) -> AbstractContextManager[None]:
         """Measure the peaks of the block. A stage that is entered again keeps its largest values.
 
-        On the CPU the block must free what it allocates, or leave it counted by `live_bytes`."""
+        On the CPU the block must free what it allocates, except for tensors that `live_bytes` counts."""
         stage = self._cuda_stage(name) if self.device.type == "cuda" else self._cpu_stage(name)
-        return self._heard(stage) if name == "steady" and self.device.type == "cuda" and not self.ran else stage
+        return self._counted(stage) if name == "steady" and self.device.type == "cuda" and not self.ran else stage
 
     def views(self) -> Mapping[str, MemoryView]:
         return dict(self._views)
@@ -67,18 +67,18 @@ class MemoryMeter:
             torch.cuda.synchronize(self.device)
             stats = torch.cuda.memory_stats(self.device)
             reserved = stats["reserved_bytes.all.peak"]
-            # the driver is asked now, but the allocator may have held more for a moment
-            since_given_back = reserved - stats["reserved_bytes.all.current"]
+            # the driver's count is of now; the allocator may have held more at its peak
+            released = reserved - stats["reserved_bytes.all.current"]
             held = self.process_bytes()
             self._keep(name, MemoryView(
                 allocated_bytes=stats["allocated_bytes.all.peak"],
                 reserved_bytes=reserved,
-                device_bytes=None if held is None else held + since_given_back,
+                device_bytes=None if held is None else held + released,
                 num_alloc_retries=stats.get("num_alloc_retries", 0) - retries,
             ))  # fmt: skip
 
     @contextmanager
-    def _heard(self, stage: AbstractContextManager[None]) -> Iterator[None]:
+    def _counted(self, stage: AbstractContextManager[None]) -> Iterator[None]:
         with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded, stage:
             yield
         self.ran = Counter(event.name() for event in _events(recorded))
@@ -128,7 +128,7 @@ def _events(recorded: profile) -> list[Any]:
 
 
 def _allocations(recorded: profile) -> list[int]:
-    """Bytes of every allocation (+) and release (-) on the CPU, in order of time."""
+    """Bytes of every allocation (+) and release (-) on the CPU, in chronological order."""
     cpu = torch._C._autograd.DeviceType.CPU
     events = [event for event in _events(recorded) if event.name() == "[memory]" and event.device_type() == cpu]
     return [event.nbytes() for event in sorted(events, key=lambda event: int(event.start_ns()))]
@@ -136,9 +136,9 @@ def _allocations(recorded: profile) -> list[int]:
 
 def _resident_peak_bytes() -> int:
     """Largest resident size of this process since the last reset."""
-    found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None, "Linux has it since 2.6.33"
-    return int(found[1]) * 1024
+    match = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert match is not None, "Linux has it since 2.6.33"
+    return int(match[1]) * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +147,11 @@ class _Card:
 
     handle: object
     others_bytes: int
-    """What others held at first; where the driver refuses process accounting, all that was in use."""
+    """Memory of other processes at the beginning; all memory in use where process accounting is refused."""
 
     @classmethod
     def open(cls, device: torch.device) -> "_Card | None":
-        """None where there is no NVML: the driver's view stays unknown."""
+        """None without NVML: the driver's view is then unknown."""
         try:
             pynvml.nvmlInit()
             uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -161,24 +161,24 @@ class _Card:
             return None
 
     def process_bytes(self) -> int:
-        """What this process holds: by process accounting, else the device's use minus the use before."""
+        """Memory of this process by process accounting, else the growth of the device's use."""
         accounted = _accounted_bytes(self.handle)
         return _used_bytes(self.handle) - self.others_bytes if accounted is None else accounted
 
     def others_grown_bytes(self) -> int | None:
-        """What others have taken since; None where the driver refuses process accounting."""
-        own = _accounted_bytes(self.handle)
-        return None if own is None else _used_bytes(self.handle) - own - self.others_bytes
+        """Growth of other processes' memory; None where the driver refuses process accounting."""
+        accounted = _accounted_bytes(self.handle)
+        return None if accounted is None else _used_bytes(self.handle) - accounted - self.others_bytes
 
 
 def _used_bytes(handle: object) -> int:
-    """What processes hold; the first version of this call would count what the driver reserves for itself, too."""
+    """Memory of all processes. Version 1 of this call would include memory reserved by the driver."""
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
     return int(memory.total - memory.free - memory.reserved)
 
 
 def _accounted_bytes(handle: object) -> int | None:
-    """What NVML says that this process holds; None where the driver refuses to."""
+    """Memory of this process by NVML's process accounting; None where the driver refuses it."""
     try:
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except pynvml.NVMLError:

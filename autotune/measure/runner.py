@@ -1,6 +1,6 @@
-"""The parent's side of a trial: a fresh worker process in its own group, a clock, and the last word.
+"""The parent's side of a trial: a fresh worker process in its own group, a timeout, and the report of a crash.
 
-Where trials follow each other, the next worker loads torch while the present one builds and compiles.
+In a series of trials, the next worker loads torch while the current one builds and compiles.
 """
 
 import os
@@ -23,9 +23,9 @@ from autotune.measure.types import MemoryProfile, TrialRequest, TrialResult, fro
 from autotune.model.compile_cache import compile_cache_dir
 
 LOG_BYTES = 16 << 20
-"""A worker that prints more is ended."""
+"""Maximum size of a log; a worker that prints more is killed."""
 _WORKER = "autotune.measure.worker"
-_LOOK_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 _TIMED = (b'"phase": "warmup"', b'"phase": "measure"', b'"phase": "done"')
 
 _Process = subprocess.Popen[bytes]
@@ -34,8 +34,8 @@ _Process = subprocess.Popen[bytes]
 class Standby:
     """At most one worker process that has loaded torch and its compiler, and waits for its request.
 
-    It must not disturb what is being timed, so it stands still while another worker warms up or measures. It has no
-    CUDA context and dies with this process.
+    It is paused while another worker warms up or measures, so that it does not disturb the timing. It has no CUDA
+    context and dies with this process.
     """
 
     def __init__(self) -> None:
@@ -43,13 +43,13 @@ class Standby:
         self._log = Path()
 
     def start(self, log: Path) -> None:
-        """Start one, if there is none, for a trial whose log will lie beside `log`."""
+        """Start a worker, unless one is waiting, for a trial whose log will be in the directory of `log`."""
         if self._worker is None or self._worker.poll() is not None:
             self._log = log.with_name(".standby.log")
             self._worker = _start(_WORKER, self._log, "default", "standby")
 
     def take(self, request: TrialRequest, log: Path) -> _Process | None:
-        """The waiting worker, now logging to `log`; None where there is none that suits the request. An allocator is
+        """The waiting worker, now logging to `log`; None if there is none that suits the request. The allocator is
         set before torch loads, and an eager trial must not hold the compiler's memory."""
         worker, plan = self._worker, request.candidate.plan
         if worker is None or worker.poll() is not None or plan.allocator != "default" or plan.compile == "off":
@@ -58,10 +58,15 @@ class Standby:
         self._log.replace(log)
         return worker
 
-    def hold(self, still: bool) -> None:
-        """Let it stand still, or go on."""
+    def pause(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
         if self._worker is not None and self._worker.poll() is None:
-            self._worker.send_signal(signal.SIGSTOP if still else signal.SIGCONT)
+            self._worker.send_signal(number)
 
     def close(self) -> None:
         if self._worker is not None:
@@ -71,7 +76,7 @@ class Standby:
 
 @contextmanager
 def trials_in_a_row() -> Iterator[Callable[[TrialRequest, Path], TrialResult]]:
-    """`run_trial` with a standby worker, which is gone at the end. What killed searches have left goes first."""
+    """`run_trial` with a standby worker, which ends with the block. Removes leftovers of killed searches first."""
     remove_leftovers()
     with closing(Standby()) as standby:
         yield partial(run_trial, standby=standby)
@@ -80,37 +85,37 @@ def trials_in_a_row() -> Iterator[Callable[[TrialRequest, Path], TrialResult]]:
 def run_trial(
     request: TrialRequest, log: Path, standby: Standby | None = None, groups: ControlGroups | None = None
 ) -> TrialResult:
-    """Measure one candidate in a fresh worker process, the waiting one of `standby` where that suits; its output goes
-    to `log`. `groups`: where to look whether the kernel killed it for memory.
+    """Measure one candidate in a fresh worker process; its output goes to `log`.
 
-    Never raises for what the candidate does: OOM, a hang, a crash become the result's status.
-    KeyboardInterrupt kills the worker's group and is raised again.
+    standby: offers a worker that has loaded torch already. groups: control groups that count OOM kills.
+    OOM, hangs and crashes become the result's status, never an exception. KeyboardInterrupt kills the worker's process
+    group and is raised again.
     """
     with trial_folder() as directory:
         return _run(_WORKER, request, directory, log, standby, groups or ControlGroups())
 
 
 def run_profile(request: TrialRequest, directory: Path, log: Path) -> tuple[TrialResult, MemoryProfile | None]:
-    """Record one step of a candidate in a fresh worker process: its outcome as of a trial, and where its memory
-    goes (None where the status is not `ok`). `directory`: for profile.json and, on CUDA, snapshot.pickle.
+    """Record one step of a candidate in a fresh worker process: the result of the trial, and its memory profile (None
+    unless the status is `ok`). `directory` receives profile.json and, on CUDA, snapshot.pickle.
 
-    Raises ConfigError where the directory cannot be written, else as `run_trial`.
+    Raises ConfigError if the directory cannot be written, otherwise behaves as `run_trial`.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name in ("result.json", "profile.json", "snapshot.pickle"):  # of an earlier profile
+        for name in ("result.json", "profile.json", "snapshot.pickle"):  # left by an earlier profile
             (directory / name).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{directory} cannot be written: {error.strerror}; choose another with --out") from None
     result = _run("autotune.profile.recorder", request, directory, log, None, ControlGroups())
-    found = directory / "profile.json"
-    return result, from_json(MemoryProfile, found.read_text()) if result.status == "ok" else None
+    written = directory / "profile.json"
+    return result, from_json(MemoryProfile, written.read_text()) if result.status == "ok" else None
 
 
 def _run(
     module: str, request: TrialRequest, directory: Path, log: Path, standby: Standby | None, groups: ControlGroups
 ) -> TrialResult:
-    """What became of a worker whose files go to `directory`."""
+    """Run a worker whose files go to `directory`, and complete its result with what only the parent knows."""
     started_at, started = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     file, kills = directory / "result.json", groups.oom_kills()
     returncode = _run_worker(module, replace(request, result_path=str(file)), log, standby)
@@ -121,11 +126,11 @@ def _run(
         except (ValueError, OSError, ConfigError) as error:
             result = replace(result, message=f"the worker's result cannot be read: {one_line(str(error))}")
     seconds = time.monotonic() - started
-    told = dict(result.phase_seconds)
-    # A worker that was killed has not told how long its last phase took.
+    phases = dict(result.phase_seconds)
+    # a killed worker has not recorded the seconds of its last phase
     rest = "start" if result.message or result.status == "ok" else result.phase
-    told[rest] = told.get(rest, 0.0) + max(0.0, seconds - sum(told.values()))
-    result = replace(result, started_at=started_at, trial_seconds=seconds, phase_seconds=told)
+    phases[rest] = phases.get(rest, 0.0) + max(0.0, seconds - sum(phases.values()))
+    result = replace(result, started_at=started_at, trial_seconds=seconds, phase_seconds=phases)
     if log.stat().st_size > LOG_BYTES:
         os.truncate(log, LOG_BYTES)
         return replace(result, status="crashed", message=f"printed more than {LOG_BYTES >> 20} MiB; see {log.name}")
@@ -133,7 +138,7 @@ def _run(
         message = f"not done after {request.timeout_seconds:.0f} s, in phase {result.phase}; see {log.name}"
         return replace(result, status="timeout", message=message)
     if result.status == "crashed" and kills is not None and (groups.oom_kills() or 0) > kills:
-        # the worker itself, or a process that it needs: a compiler, for example
+        # the kernel killed the worker or one of its child processes, a compiler for example
         message = f"the kernel killed it for memory in phase {result.phase} (oom_kill); see {log.name}"
         return replace(result, status="oom", message=message)
     if result.status == "crashed" and not result.message:
@@ -144,14 +149,14 @@ def _run(
 
 
 def _run_worker(module: str, request: TrialRequest, log: Path, standby: Standby | None) -> int | None:
-    """-> the worker's return code (negative: a signal's number), None if its time or its log ran out."""
+    """Return code of the worker (negative: a signal's number); None if it exceeded its time or its log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     worker = standby.take(request, log) if standby else None
     if worker is None:
         worker = _start(module, log, request.candidate.plan.allocator)
     try:
         assert worker.stdin is not None
-        with suppress(BrokenPipeError), worker.stdin as pipe:  # a worker that is dead already says so below
+        with suppress(BrokenPipeError), worker.stdin as pipe:  # a dead worker is reported below
             pipe.write(to_json(request).encode())
         if standby:
             standby.start(log)
@@ -159,7 +164,7 @@ def _run_worker(module: str, request: TrialRequest, log: Path, standby: Standby 
     finally:
         _end(worker)
         if standby:
-            standby.hold(still=False)
+            standby.resume()
 
 
 def _start(module: str, log: Path, allocator: str, *words: str) -> _Process:
@@ -169,27 +174,27 @@ def _start(module: str, log: Path, allocator: str, *words: str) -> _Process:
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # its own process group, killed as a whole
+            start_new_session=True,  # a process group of its own, so that its children are killed with it
             env=worker_environment(compile_cache_dir(), allocator),
         )
 
 
 def _wait(worker: _Process, request: TrialRequest, log: Path, standby: Standby | None) -> int | None:
-    """Until the worker ends, its time is over, or it has printed too much."""
+    """Wait until the worker ends, exceeds its time or prints too much; see `_run_worker`."""
     deadline, result = time.monotonic() + request.timeout_seconds, Path(request.result_path)
     while (left := deadline - time.monotonic()) > 0:
         with suppress(subprocess.TimeoutExpired):
-            return worker.wait(timeout=min(_LOOK_SECONDS, left))
+            return worker.wait(timeout=min(_POLL_SECONDS, left))
         if log.stat().st_size > LOG_BYTES:
             return None
         if standby and result.exists() and any(phase in result.read_bytes() for phase in _TIMED):
-            standby.hold(still=True)
+            standby.pause()
             standby = None
     return None
 
 
 def _end(worker: _Process) -> None:
-    with suppress(ProcessLookupError):  # also what the worker has started: compilers, data loaders
+    with suppress(ProcessLookupError):  # the group includes the worker's compilers and data loaders
         os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
 

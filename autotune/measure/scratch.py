@@ -1,4 +1,4 @@
-"""A trial's folder for temporary files, and the end of those that killed searches have left."""
+"""Temporary folders of trials, and the removal of those left by killed searches."""
 
 import contextlib
 import fcntl
@@ -15,8 +15,9 @@ _DAY = 86400.0
 
 @contextlib.contextmanager
 def trial_folder() -> Iterator[Path]:
-    """A new folder, gone at the end. Those of processes that are dead go first. A living one holds a lock on its own,
-    which tells it also from other containers, and its number is in the name."""
+    """A new temporary folder, removed at the end; folders of dead processes are removed first.
+
+    The folder's name has the process id, and the process holds a lock on it, which other containers see too."""
     remove_leftovers()
     with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True) as directory:
         handle = os.open(directory, os.O_RDONLY)
@@ -28,21 +29,21 @@ def trial_folder() -> Iterator[Path]:
 
 
 def remove_leftovers() -> None:
-    """Remove the folders of trials whose process is dead. Others' folders, which may not be opened, stay."""
+    """Remove the folders of trials whose process is dead. Folders of other users, which cannot be opened, stay."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if _abandoned(folder.name, os.fstat(handle).st_mtime):
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is held
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the lock is held
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(handle)
 
 
 def _abandoned(name: str, changed: float) -> bool:
-    """Whether no process of that number lives. A name without one is an earlier version's, or keeps a log for the
-    user: it goes after a day."""
+    """Whether the process in the name is dead. Names without a process id (earlier versions, logs kept for the user)
+    are abandoned after a day."""
     number = name.removeprefix(_PREFIX).partition("-")[0]
     if not number.isdecimal():
         return time.time() - changed > _DAY
@@ -50,7 +51,7 @@ def _abandoned(name: str, changed: float) -> bool:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of that number runs, whoever owns it."""
+    """Whether a process with this id exists, of any user."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

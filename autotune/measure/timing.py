@@ -11,27 +11,27 @@ import torch
 TARGET = 0.01
 """Relative half width of the 95 % interval at which timing ends."""
 MIN_SAMPLES = 7
-"""Fewest samples for which two of them bound the median with 95 % confidence, and one can still be odd."""
+"""Fewest samples for which order statistics bound the median with 95 % confidence and one outlier is tolerated."""
 MAX_WARMUP = 20
 
-# Student's t, 97.5 %, by samples: below six, no two order statistics bound the median with 95 % confidence.
+# 97.5 % quantile of Student's t by sample count: below six, no order statistics bound the median with 95 % confidence.
 _STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of one kind of work."""
+    """Seconds of one part of a step."""
 
     median: float
     ci95: float
-    """Distance from the median to the farther end of its 95 % interval, which need not be symmetric."""
+    """Distance from the median to the farther end of its 95 % interval, which may be asymmetric."""
     samples: int
 
 
 def summarise(seconds: Sequence[float]) -> Timing:
     """Median and its distribution-free interval from order statistics (Conover, Practical Nonparametric
-    Statistics, 3.2): normal approximation to the binomial ranks; of fewer than six samples Student's. One sample says
-    nothing of its spread: the interval is then as wide as the sample. Needs at least one."""
+    Statistics, 3.2), with the normal approximation to binomial ranks. Below six samples: Student's interval. One
+    sample: an interval as wide as the sample. Needs at least one sample."""
     ordered = sorted(seconds)
     count, median = len(ordered), statistics.median(ordered)
     if count == 1:
@@ -45,13 +45,13 @@ def summarise(seconds: Sequence[float]) -> Timing:
 
 
 class Stopwatch:
-    """Times a piece of work: by device events on CUDA, by the monotonic clock on the CPU."""
+    """Times a function: by device events on CUDA, by the monotonic clock on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def time(self, work: Callable[[], object]) -> Callable[[], float]:
-        """Run `work`; the returned function gives its seconds (on CUDA once the device is synchronised)."""
+        """Run `work`; the returned function reads its seconds (on CUDA after `synchronise`)."""
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
@@ -69,8 +69,8 @@ class Stopwatch:
 
 
 def warm_up(cycle: Callable[[], float], deadline: float) -> int:
-    """Run `cycle` (which returns its seconds) until one is within 5 % of the one before it, at least three
-    times and at most MAX_WARMUP; stops at `deadline` (time.monotonic) after the first. Returns how often."""
+    """Run `cycle`, which returns its seconds, until one is within 5 % of its predecessor: at least three times and at
+    most MAX_WARMUP, and until `deadline` (time.monotonic) at the latest. Returns the number of cycles."""
     previous = math.inf
     for done in range(1, MAX_WARMUP + 1):
         seconds = cycle()

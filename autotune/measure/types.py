@@ -1,4 +1,4 @@
-"""What a trial is asked (TrialRequest) and what it answers (TrialResult): plain data, JSON both ways."""
+"""Request and result of a trial, and a memory profile: plain data with JSON in both directions."""
 
 import json
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from autotune.config.tables import parse_json, read_table
 
 Status = Literal[
     "ok",
-    "over_limit",  # it ran, but needs more than the limit
-    "oom",  # the device had no more memory
-    "predicted_over_limit",  # never run
-    "unsupported",  # this machine or version cannot run it
-    "incorrect",  # losses not finite, or wrong at the start
+    "over_limit",  # ran, but needs more than the limit
+    "oom",  # out of memory
+    "predicted_over_limit",  # not run
+    "unsupported",  # cannot run on this machine or version of torch
+    "incorrect",  # the loss is NaN or infinite, or wrong at the start
     "timeout",
     "crashed",
     "interrupted",
@@ -32,11 +32,11 @@ class MemoryView:
     allocated_bytes: int | None = None
     """Live tensors, by the allocator's count."""
     reserved_bytes: int | None = None
-    """What the allocator holds of the device (CUDA)."""
+    """Device memory held by the allocator (CUDA)."""
     device_bytes: int | None = None
-    """What the process holds: by the driver's count on CUDA, resident size on the CPU."""
+    """Memory of the process: by the driver's count on CUDA, resident size on the CPU."""
     num_alloc_retries: int | None = None
-    """How often the allocator had to give cached memory back first (CUDA)."""
+    """Times the allocator had to release cached memory before it could allocate (CUDA)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +47,20 @@ class TrialRequest:
     device: str
     """`cpu` or `cuda:0`."""
     result_path: str
-    """Where the worker leaves result.json, replaced at each phase."""
+    """Path of result.json, which the worker replaces at each phase."""
     memory_limit_bytes: int | None = None
-    """None: all there is."""
+    """None: the device's memory."""
     measure_seconds: float = 5.0
-    """Upper bound for the timed part; it ends earlier once the interval is within 1 percent."""
+    """Upper bound of the timed part; it ends earlier once the interval is within ±1 %."""
     timeout_seconds: float = 600.0
-    """The parent kills the worker's whole process group after this long."""
+    """Time after which the parent kills the worker's process group."""
     stop_below_tokens_per_second: float | None = None
-    """Timing ends as soon as it is clear that the candidate is slower than this: it cannot win any more."""
+    """Timing ends as soon as the candidate is certainly slower than this and cannot win."""
     final: bool = False
-    """A finalist: evaluation and a checkpoint are included in the peaks."""
+    """A finalist: its peaks include an evaluation and a checkpoint."""
     steps: Steps | None = None
-    """Optimizer steps are timed whole, or composed from micro steps and the optimizer's part. None: whole for a
-    finalist, composed for all others."""
+    """Time whole optimizer steps, or compose them from micro steps and the optimizer's update. None: whole for a
+    finalist, composed otherwise."""
 
     @property
     def whole_steps(self) -> bool:
@@ -69,48 +69,48 @@ class TrialRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:
-    """What became of a candidate. Unknown values are None, never 0."""
+    """Outcome of a trial. Unknown values are None, never 0."""
 
     status: Status
     phase: Phase
-    """The last phase that was entered."""
+    """Last phase that was entered."""
     message: str = ""
-    """Why, where the status is not `ok`; else what is worth knowing. One line."""
+    """Reason of a status other than `ok`, otherwise notes. One line."""
     tokens_per_second: float | None = None
     tokens_per_second_ci95: float | None = None
     """Half width of the 95 % interval, in tokens/s."""
     mfu: float | None = None
-    """Fraction of the device's dense peak; None where that is unknown."""
+    """Fraction of the device's dense peak; None if the peak is unknown."""
     step_seconds_p50: float | None = None
-    """One optimizer step: accumulation x micro step + optimizer step."""
+    """Median optimizer step: accumulation x micro step + update."""
     steps: Steps | None = None
-    """Whether that was timed as a whole, or composed from its parts; None: nothing was timed."""
+    """Optimizer steps were timed whole, or composed from their parts; None: nothing was timed."""
     micro_step_seconds_p50: float | None = None
     optimizer_seconds_p50: float | None = None
     memory: Mapping[str, MemoryView] = field(default_factory=dict)
-    """By stage."""
+    """Peaks by stage."""
     wanted_bytes: int | None = None
-    """Of the allocation that failed, for `oom`."""
+    """Size of the failed allocation, for `oom`."""
     other_processes_bytes: int | None = None
-    """What others held of the device before the trial."""
+    """Device memory of other processes before the trial."""
     first_loss: float | None = None
     last_loss: float | None = None
     build_seconds: float | None = None
     compile_seconds: float | None = None
-    """The first micro step and optimizer step, compilation and all."""
+    """The first steps, compilation included."""
     compile_cache_hits: int | None = None
-    """Graphs of the first steps whose code was found in the compile cache; None where nothing is compiled."""
+    """Graphs found in the compile cache; None if nothing is compiled."""
     compile_cache_misses: int | None = None
-    """Graphs whose code had to be generated."""
+    """Graphs that had to be compiled."""
     measured_steps: int | None = None
     trial_seconds: float | None = None
-    """Wall clock of the whole worker, its start included."""
+    """Wall clock of the worker, start-up included."""
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
-    """Where `trial_seconds` went, by phase; `start` is the process's start and end."""
+    """`trial_seconds` by phase; `start` is start and end of the process."""
     started_at: str = ""
     """ISO 8601, UTC."""
     remedy: str = ""
-    """What to do about a failure that belongs to the machine, not to the candidate: every trial would fail so."""
+    """What to do about a failure of the machine, which every other trial would share; empty otherwise."""
 
     def peak(self, view: str) -> int | None:
         """Largest `allocated_bytes`, `reserved_bytes` or `device_bytes` over all stages."""
@@ -124,7 +124,7 @@ class TrialResult:
 
 
 def cache_text(hits: int | None, misses: int | None) -> str:
-    """`4 of 6 graphs`: what the compile cache held of what was compiled; empty where nothing was."""
+    """`4 of 6 graphs`: graphs found in the compile cache; empty if nothing was compiled."""
     return "" if hits is None or misses is None else f"{hits} of {hits + misses} graphs"
 
 
@@ -141,8 +141,7 @@ CATEGORIES = (
     "allocator rounding",
     "unexplained",
 )
-"""What memory at the peak is for. They add up to the allocator's peak; what each one holds is said in
-`autotune.profile.recorder`."""
+"""Categories of memory; they add up to the allocator's peak. Definitions: docs/memory-model.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,16 +149,16 @@ class LiveTensor:
     """One allocation that was alive at the peak."""
 
     bytes: int
-    """As asked for, before CUDA's allocator rounds it up."""
+    """Requested bytes, before CUDA's allocator rounds them up."""
     category: str
     name: str = ""
-    """Of what is known: `exp_avg of transformer.wte.weight`, `tokens 1`."""
+    """Name of a known tensor: `exp_avg of wte.weight`, `tokens 1`."""
     made_by: str = ""
-    """An operator of torch or a generated kernel; empty for what was there before the step."""
+    """Operator of torch or generated kernel; empty for tensors older than the step."""
     lines: tuple[str, ...] = ()
-    """Of our code: one, or all those that were fused into the kernel. Empty where they are not known."""
+    """Lines of this package: one, or all that were fused into the kernel. Empty if unknown."""
     phase: str = ""
-    """In which it was made; empty: before the step, or between its phases."""
+    """Phase of the allocation; empty: before the step, or between its phases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,27 +175,27 @@ class MemoryProfile:
     """Where the memory of one warm optimizer step goes."""
 
     measured_peak_bytes: int
-    """The allocator's own. On the CPU, of the same step when nothing but its peak was measured."""
+    """Peak by the allocator's count; on the CPU, of an equal step without recording."""
     peak_bytes: Mapping[str, int]
-    """By category; they add up to `measured_peak_bytes`."""
+    """Bytes at the peak by category; they add up to `measured_peak_bytes`."""
     peak_phase: str
     peak_seconds: float
-    """Since the step's start, on the timeline (recording slows the step down)."""
+    """Time of the peak since the start of the step (recording slows the step down)."""
     device_bytes: int | None = None
-    """What the process holds: by the driver's count on CUDA, resident size on the CPU."""
+    """Memory of the process: by the driver's count on CUDA, resident size on the CPU."""
     live: tuple[LiveTensor, ...] = ()
-    """At the peak, the largest first."""
+    """Tensors alive at the peak, the largest first."""
     spans: tuple[Span, ...] = ()
     seconds: tuple[float, ...] = ()
-    """Of every allocation and release; the first entry is the start."""
+    """Time of every allocation and release; the first entry is the start of the step."""
     timeline: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Bytes by category, one for each of `seconds`."""
+    """Bytes by category, one entry for each of `seconds`."""
     snapshot: str = ""
-    """File that pytorch.org/memory_viz opens (CUDA)."""
+    """File for pytorch.org/memory_viz (CUDA)."""
 
     @property
     def unexplained(self) -> float:
-        """Fraction of the peak."""
+        """Unexplained fraction of the peak."""
         return abs(self.peak_bytes["unexplained"]) / self.measured_peak_bytes
 
 
@@ -206,5 +205,5 @@ def to_json(value: TrialRequest | TrialResult | MemoryProfile) -> str:
 
 
 def from_json(cls: type[T], text: str) -> T:
-    """What `to_json` wrote. Raises ConfigError."""
+    """Inverse of `to_json`. Raises ConfigError."""
     return read_table(cls, parse_json(text, cls.__name__), cls.__name__)

@@ -2,7 +2,7 @@
 
     python -m autotune.measure.worker < request.json
 
-result.json is replaced at every phase, so a killed worker has left word of where it died.
+result.json is replaced at every phase, so the last phase of a killed worker is known.
 """
 
 import math
@@ -38,22 +38,23 @@ from autotune.model.step import COMPILING_STEPS, TrainStep, build
 CYCLE = 4
 """Micro steps before each optimizer step while timing; a longer accumulation is composed from them."""
 LOSS_TOLERANCE = 0.3
-"""Nats by which the first loss may differ from what the initialisation gives."""
+"""Tolerated difference of the first loss from its expectation, in nats."""
 REPEAT_FAVOUR = 1.3
-"""Nats by which a new model prefers to repeat a token, at most: 0.8 to 1.22 from 64 to 1024 wide, 1 to 12 layers."""
+"""Largest preference of a new model for repeating a token, in nats: 0.8 to 1.22 measured for widths of 64 to 1024 and 1
+to 12 layers."""
 LIMIT_MARGIN = 0.01
-"""Part of its peak that a candidate must leave free below the limit: long trainings see slightly more."""
+"""Fraction of its peak that a candidate must leave free below the limit: long trainings need slightly more."""
 OTHERS_TOLERANCE_BYTES = 64 << 20
-"""What others may take during a trial without a word."""
+"""Growth of other processes' memory during a trial that is tolerated without a note."""
 CUDA_MARGIN_BYTES = 256 << 20
-"""Room left below an emulated limit for what libraries take after the fraction was set: the modules of cuBLAS, cuDNN
-and Triton's kernels are loaded when they are first used."""
+"""Room below an emulated limit for modules that libraries (cuBLAS, cuDNN, Triton) load on first use, after the limit
+was set."""
 
 MicroBatch = tuple[Tensor, Tensor, float]
 
 
-class TrialEnded(Exception):  # noqa: N818 - an outcome, as any other
-    """The trial ends here, with this status; the message says why."""
+class TrialEnded(Exception):  # noqa: N818 - an outcome, not a fault
+    """Ends the trial with a status; the message is the reason."""
 
     def __init__(self, status: Status, message: str) -> None:
         super().__init__(message)
@@ -61,8 +62,8 @@ class TrialEnded(Exception):  # noqa: N818 - an outcome, as any other
 
 
 @dataclass
-class Report:
-    """The result so far, written out at each phase."""
+class Outcome:
+    """The result so far; `enter` writes it to result.json."""
 
     path: Path
     result: TrialResult
@@ -77,41 +78,41 @@ class Report:
         write_atomically(self.path, to_json(self.result))
 
 
-def run(request: TrialRequest, report: Report) -> None:
-    """Measure the candidate of `request`; what it raises, `main` turns into a status."""
+def run(request: TrialRequest, outcome: Outcome) -> None:
+    """Measure the candidate of `request`. Exceptions become a status in `main`."""
     candidate, device = request.candidate, torch.device(request.device)
-    report.enter(phase="build")
+    outcome.enter(phase="build")
     started = time.perf_counter()
-    report.meter = meter = MemoryMeter(device, lambda: live_bytes(step, batches))  # before a context exists
+    outcome.meter = meter = MemoryMeter(device, lambda: live_bytes(step, batches))  # before the CUDA context
     limit_memory(request, device, meter)
     step = build(candidate, device)
     batches = resident_batches(candidate, device, whole_step=request.whole_steps)
-    report.enter(
+    outcome.enter(
         phase="verify",
         build_seconds=time.perf_counter() - started,
         other_processes_bytes=meter.other_processes_bytes,
     )
-    report.enter(first_loss=verify(step, batches[0]))
-    compiled = compile_step(step, batches[:2], report, meter)
+    outcome.enter(first_loss=verify(step, batches[0]))
+    compiled = compile_step(step, batches[:2], outcome, meter)
     check_loss(compiled, candidate, "compiled", batches[:2])
-    stop_if_over_limit(request, report.result)
-    measured = time_steps(step, batches, request, report)
+    stop_if_over_limit(request, outcome.result)
+    measured = time_steps(step, batches, request, outcome)
     if request.final:
-        rehearse(step, batches, meter, report.path.parent)
-    report.enter(phase="done", status="ok", memory=meter.views(), **throughput(measured, request))
-    stop_if_over_limit(request, report.result)
+        measure_eval_and_checkpoint(step, batches, meter, outcome.path.parent)
+    outcome.enter(phase="done", status="ok", memory=meter.views(), **throughput(measured, request))
+    stop_if_over_limit(request, outcome.result)
 
 
-def compile_step(step: TrainStep, batches: list[MicroBatch], report: Report, meter: MemoryMeter) -> float:
-    """The first steps, in which all is compiled, and a warm one: their peaks, and the warm one's loss. From then on
-    a recompilation is an error: it would be timed."""
-    report.enter(phase="compile")
+def compile_step(step: TrainStep, batches: list[MicroBatch], outcome: Outcome, meter: MemoryMeter) -> float:
+    """Run the compiling steps and a warm one, record their peaks, and return the warm step's mean loss. Recompiling
+    after that is an error, because it would be timed."""
+    outcome.enter(phase="compile")
     started = time.perf_counter()
     with meter.stage("first_step"):
         for _ in range(COMPILING_STEPS):
             step.step(batches, 0.0)
     hits, misses = compile_cache() or (None, None)
-    report.enter(
+    outcome.enter(
         phase="warmup",
         compile_seconds=time.perf_counter() - started,
         compile_cache_hits=hits,
@@ -121,21 +122,21 @@ def compile_step(step: TrainStep, batches: list[MicroBatch], report: Report, met
     torch.compiler.set_stance("fail_on_recompile")
     with meter.stage("steady"):
         loss, _ = step.step(batches, step.candidate.recipe.learning_rate)
-    report.enter(memory=meter.views())
+    outcome.enter(memory=meter.views())
     check_ran(step.candidate.plan, meter.ran, step.device)
     return loss.item() / sum(share for _, _, share in batches)
 
 
 def limit_memory(request: TrialRequest, device: torch.device, meter: MemoryMeter) -> None:
-    """Make this process live inside the limit for real, so that a small card can be tried on a larger one.
-    `meter` was made before this process had a context, so what it saw in use belongs to others."""
+    """Enforce the request's memory limit, so that a small card can be emulated on a larger one. `meter` was created
+    before this process had a CUDA context, so the memory it saw in use belongs to other processes."""
     limit = request.memory_limit_bytes
     if limit is None:
         return
     if device.type == "cpu":
         limit_data(limit)
         return
-    torch.zeros(1, device=device)  # the context exists from here on
+    torch.zeros(1, device=device)  # creates the context
     free, total = torch.cuda.mem_get_info(device)
     held = meter.process_bytes()
     context = max(0, (total - free if held is None else held) - torch.cuda.memory_reserved(device))
@@ -148,7 +149,7 @@ def limit_memory(request: TrialRequest, device: torch.device, meter: MemoryMeter
 
 
 def resident_batches(candidate: Candidate, device: torch.device, whole_step: bool) -> list[MicroBatch]:
-    """Micro batches of real text, or of a Zipf law where there is none, resident on the device."""
+    """Micro batches (tokens, targets, share) on the device: from the recipe's data, else from a Zipf law."""
     shape, recipe, micro = candidate.shape, candidate.recipe, candidate.plan.micro_batch_size
     count = candidate.gradient_accumulation_steps
     sizes = {
@@ -167,25 +168,27 @@ def resident_batches(candidate: Candidate, device: torch.device, whole_step: boo
 
 
 def live_bytes(step: TrainStep, batches: list[MicroBatch]) -> int:
-    """Bytes of all tensors that outlive a step."""
+    """Bytes of all tensors that outlive a step: parameters, gradients, optimizer state, batches."""
     return step.state_bytes() + sum(x.nbytes + y.nbytes for x, y, _ in batches)
 
 
 def verify(step: TrainStep, batch: MicroBatch) -> float:
-    """The loss of one sequence, not compiled, before anything is timed. Raises TrialEnded where it is wrong."""
+    """The loss of one sequence, not compiled, before anything is timed. Raises TrialEnded if it is wrong."""
     tokens, targets = batch[0][:1], batch[1][:1]
     torch.compiler.set_stance("force_eager")
     loss = step.evaluate(tokens, targets).item()
     torch.compiler.set_stance("default")
     check_loss(loss, step.candidate, "first", [(tokens, targets, 1.0)])
     if step.device.type == "cuda":
-        torch.cuda.empty_cache()  # a training runs no such forward, what it left reserved is none of its peak
+        torch.cuda.empty_cache()  # a training runs no such forward: its reserved memory must not count
     return loss
 
 
 def check_loss(loss: float, candidate: Candidate, which: str, batches: list[MicroBatch]) -> None:
-    """A new model's logits are normal(0, 0.02^2 n_embd): cross entropy ln(vocabulary) + variance / 2. But the tied
-    head favours the input token itself, so targets that repeat it (spaces in source code, for example) cost less."""
+    """Raise TrialEnded unless `loss` is plausible for a new model.
+
+    Its logits are normal(0, 0.02^2 n_embd), so the cross entropy is ln(vocabulary) + variance / 2. The tied head
+    favours the input token itself, so targets that repeat it (spaces in source code, for example) cost less."""
     same = sum((tokens == targets).sum().item() for tokens, targets, _ in batches)
     repeats = same / sum(tokens.numel() for tokens, _, _ in batches)
     expected = math.log(candidate.shape.vocab_size) + 0.02**2 * candidate.shape.n_embd / 2
@@ -196,12 +199,12 @@ def check_loss(loss: float, candidate: Candidate, which: str, batches: list[Micr
 
 
 Timings = Mapping[str, Timing]
-"""Of `whole` steps and of their parts: the `first` micro step after an optimizer step, the `later` ones, which add to
-gradients that exist (none without accumulation), and the `optimizer` step."""
+"""Timings of `whole` steps and of their parts: the `first` micro step after an update, the `later` ones, which add to
+existing gradients (absent without accumulation), and the `optimizer` update."""
 
 
-def time_steps(step: TrainStep, batches: list[MicroBatch], request: TrialRequest, report: Report) -> Timings:
-    """Warm up, then repeat until the interval is narrow enough or the time is over."""
+def time_steps(step: TrainStep, batches: list[MicroBatch], request: TrialRequest, outcome: Outcome) -> Timings:
+    """Warm up, then repeat steps until the interval is narrow enough or the time is over."""
     watch, lr = Stopwatch(step.device), request.candidate.recipe.learning_rate
     samples: dict[str, list[float]] = defaultdict(list)
     losses: list[Tensor] = []
@@ -222,7 +225,7 @@ def time_steps(step: TrainStep, batches: list[MicroBatch], request: TrialRequest
     deadline = time.monotonic() + request.measure_seconds
     warm_up(cycle, deadline)
     samples.clear()
-    report.enter(phase="measure")
+    outcome.enter(phase="measure")
     while True:
         cycle()
         timings = {kind: summarise(values) for kind, values in samples.items()}
@@ -232,19 +235,19 @@ def time_steps(step: TrainStep, batches: list[MicroBatch], request: TrialRequest
             continue
         if cannot_win(timings, request):
             least = request.stop_below_tokens_per_second
-            report.enter(message=f"timing ended early: below {least:,.0f} tokens/s it cannot win any more")
+            outcome.enter(message=f"timing ended early: below {least:,.0f} tokens/s it cannot win")
             break
         if steady or time.monotonic() > deadline:
             break
     last = losses[-1].item() / batches[-1][2]
-    report.enter(last_loss=last if math.isfinite(last) else None)
+    outcome.enter(last_loss=last if math.isfinite(last) else None)
     if not math.isfinite(last):
         raise TrialEnded("incorrect", f"loss is {last} after {whole.samples} steps")
     return timings
 
 
 def step_seconds(timings: Timings, request: TrialRequest) -> tuple[float, float]:
-    """Of a whole optimizer step, timed whole or composed from its parts, and the half width of its interval."""
+    """Seconds of one optimizer step, timed whole or composed from its parts, and the half width of its interval."""
     if request.whole_steps:
         return timings["whole"].median, timings["whole"].ci95
     parts = [(1, timings["first"]), (1, timings["optimizer"])]
@@ -255,7 +258,7 @@ def step_seconds(timings: Timings, request: TrialRequest) -> tuple[float, float]
 
 
 def cannot_win(timings: Timings, request: TrialRequest) -> bool:
-    """Even the fast end of the interval lies below what the request asks for."""
+    """Whether even the fast end of the interval is below `stop_below_tokens_per_second`."""
     if request.stop_below_tokens_per_second is None:
         return False
     seconds, ci95 = step_seconds(timings, request)
@@ -263,7 +266,7 @@ def cannot_win(timings: Timings, request: TrialRequest) -> bool:
 
 
 def throughput(timings: Timings, request: TrialRequest) -> dict[str, object]:
-    """Tokens/s of whole optimizer steps."""
+    """The fields of a TrialResult that follow from the timings."""
     candidate = request.candidate
     seconds, ci95 = step_seconds(timings, request)
     tokens_per_second = candidate.recipe.tokens_per_step / seconds
@@ -280,9 +283,9 @@ def throughput(timings: Timings, request: TrialRequest) -> dict[str, object]:
     }
 
 
-def rehearse(step: TrainStep, batches: list[MicroBatch], meter: MemoryMeter, folder: Path) -> None:
-    """What else a training does with the device's memory: an evaluation and a checkpoint, in the trial's own folder,
-    which is removed also where this process is killed."""
+def measure_eval_and_checkpoint(step: TrainStep, batches: list[MicroBatch], meter: MemoryMeter, folder: Path) -> None:
+    """Record the peaks of an evaluation and a checkpoint. `folder` belongs to the trial and is removed even if this
+    process is killed."""
     torch.compiler.set_stance("default")  # the forward without gradients is compiled here
     tokens, targets, _ = batches[0]
     rows = step.candidate.evaluation.eval_batch_size or step.candidate.plan.micro_batch_size
@@ -306,19 +309,19 @@ def failure(error: BaseException) -> dict[str, object]:
     """The status, message and wanted bytes of a trial that raised `error`."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
     if out_of_memory(error):
-        # CUDA's says much of the allocator's state after that; the trial's log keeps it
+        # the rest of CUDA's message is the state of the allocator, which the trial's log keeps
         return {"status": "oom", "message": text.partition(" GPU ")[0], "wanted_bytes": wanted_bytes(str(error))}
     if isinstance(error, TrialEnded):
         return {"status": error.status, "message": text}
-    if what := remedy(error, os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")):
-        return {"status": "unsupported", "message": text, "remedy": what}
+    if advice := remedy(error, os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")):
+        return {"status": "unsupported", "message": text, "remedy": advice}
     if isinstance(error, AutotuneError):
         return {"status": "unsupported" if isinstance(error, UnsupportedError) else "crashed", "message": text}
     return {"status": "crashed", "message": f"{type(error).__name__}: {text}"}
 
 
 def wanted_bytes(message: str) -> int | None:
-    """Of the allocation that failed, from the allocators' messages."""
+    """Bytes of the failed allocation, from the allocator's message."""
     if match := re.search(r"tried to allocate (\d+) bytes", message):
         return int(match[1])
     if match := re.search(r"Tried to allocate ([\d.]+) ([KMG]iB)", message):
@@ -326,23 +329,23 @@ def wanted_bytes(message: str) -> int | None:
     return None
 
 
-def main(measure: Callable[[TrialRequest, Report], None]) -> int:
-    """Do what stdin asks for by `measure`, and leave its outcome in result.json. Returns the exit code."""
+def main(measure: Callable[[TrialRequest, Outcome], None]) -> int:
+    """Read a request from stdin, run `measure`, and leave the outcome in result.json. Returns the exit code."""
     request = from_json(TrialRequest, sys.stdin.read())
-    report = Report(Path(request.result_path), TrialResult(status="crashed", phase="start"))
+    outcome = Outcome(Path(request.result_path), TrialResult(status="crashed", phase="start"))
     try:
-        measure(request, report)
+        measure(request, outcome)
     except KeyboardInterrupt:
-        report.enter(status="interrupted", message="interrupted")
+        outcome.enter(status="interrupted", message="interrupted")
         return 130
     except BaseException as error:
         traceback.print_exc()  # into the trial's log
-        report.enter(**failure(error))
-    notes, grown = [report.result.message], report.meter.others_grown_bytes() if report.meter else None
+        outcome.enter(**failure(error))
+    notes, grown = [outcome.result.message], outcome.meter.others_grown_bytes() if outcome.meter else None
     if grown is not None and grown > OTHERS_TOLERANCE_BYTES:
         notes.append(f"other processes took {grown} more bytes of the device during the trial, measure it again alone")
-    report.enter(message="; ".join(filter(None, notes)))  # also writes how long the last phase took
-    return 0 if report.result.status == "ok" else 1
+    outcome.enter(message="; ".join(filter(None, notes)))  # also records the seconds of the last phase
+    return 0 if outcome.result.status == "ok" else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The folder of compiled kernels, which all processes share: where it is, what of it is torn, what it saved.
+"""The folder of compiled kernels shared by all processes: its location, torn files, hits and misses.
 
-torch is not loaded here: the searching process asks where the folder is, too.
+Imports no torch, because the searching process uses it.
 """
 
 import contextlib
@@ -15,14 +15,13 @@ from autotune.errors import ConfigError
 
 
 def compile_cache_dir() -> Path:
-    """Where compiled kernels are kept between processes: AUTOTUNE_CACHE_DIR, else in the folder of caches."""
+    """The folder of compiled kernels: AUTOTUNE_CACHE_DIR, else a subfolder of the user's caches."""
     chosen = os.environ.get("AUTOTUNE_CACHE_DIR")
     return Path(chosen).absolute() if chosen else places.cache_home(os.environ) / "autotune" / "inductor"
 
 
 def make_cache(folder: Path) -> None:
-    """Make sure that compiled kernels can be kept in `folder`, and that there are temporary files, before anything
-    begins that needs them. Raises ConfigError."""
+    """Create `folder` and check that it and the folder of temporary files can be written. Raises ConfigError."""
     places.temporary_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,11 +35,11 @@ def make_cache(folder: Path) -> None:
 
 
 def drop_torn_libraries(cache_dir: Path, older_than_seconds: float = 3.0) -> list[Path]:
-    """Remove shared libraries that a killed linker left unfinished, and return them: Inductor takes any file of the
-    right name for a compiled kernel, so one torn file would crash every later process that needs it. Files that
-    changed just now may belong to a linker at work and stay."""
+    """Remove shared libraries that a killed linker left unfinished, and return them. Inductor takes any file of the
+    right name for a compiled kernel, so one torn file would crash every later process that needs it. Files changed
+    within `older_than_seconds` may belong to a running linker and stay."""
     torn = []
-    for folder, _, names in os.walk(cache_dir):  # passes over folders that another process removes meanwhile
+    for folder, _, names in os.walk(cache_dir):  # skips folders that another process removes meanwhile
         for path in (Path(folder, name) for name in names if name.endswith(".so")):
             with contextlib.suppress(OSError):  # another process was faster
                 status = path.stat()
@@ -51,7 +50,7 @@ def drop_torn_libraries(cache_dir: Path, older_than_seconds: float = 3.0) -> lis
 
 
 def _is_whole(path: Path, size: int) -> bool:
-    """An ELF file's table of sections stands at its end (System V ABI, object files: e_shoff, e_shentsize, e_shnum)."""
+    """Whether an ELF file is complete: its section table is at the end (System V ABI: e_shoff, e_shentsize, e_shnum)"""
     with path.open("rb") as file:
         header = file.read(64)
     if len(header) < 64 or header[:5] != b"\x7fELF\x02":
@@ -61,10 +60,10 @@ def _is_whole(path: Path, size: int) -> bool:
 
 
 def compile_cache() -> tuple[int, int] | None:
-    """Graphs that this process took from the compile cache, and those it had to compile; None: no graph yet."""
+    """Graphs of this process found in the compile cache, and graphs it had to compile; None: no graph yet."""
     from torch._dynamo.utils import counters
 
-    seen = counters["inductor"]
-    hits = seen["fxgraph_cache_hit"]
-    misses = seen["fxgraph_cache_miss"] + seen["fxgraph_cache_bypass"]
+    counts = counters["inductor"]
+    hits = counts["fxgraph_cache_hit"]
+    misses = counts["fxgraph_cache_miss"] + counts["fxgraph_cache_bypass"]
     return (hits, misses) if hits + misses else None

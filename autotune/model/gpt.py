@@ -1,4 +1,4 @@
-"""GPT-2 as nanoGPT has it: learned positions, LayerNorm without bias, GELU, the head tied to the embedding.
+"""GPT-2 as in nanoGPT: learned positions, LayerNorm without bias, GELU, the head tied to the embedding.
 
 B: sequences, T: tokens per sequence, C: n_embd, V: vocab_size. Weights are float32; matrix products run in
 the dtype of the surrounding autocast. The forward returns the loss only: a compiled function that also
@@ -21,7 +21,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """hidden (N, C), weight (V, C), targets (N,), chunk_tokens -> mean cross entropy."""
 
 RunBlock = Callable[[int, nn.Module, Tensor], Tensor]
-"""Number of a block, the block, its input -> its output. May keep less for the backward than a plain call would."""
+"""(layer, block, input) -> output of the block. May keep less for the backward than a plain call."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """nanoGPT's model, with its parameter names, so that weights go both ways."""
+    """nanoGPT's model with its parameter names, so that weights are exchangeable."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        # GPT-2: normal(0.02), the projections into the residual path scaled down by its depth
+        # GPT-2: normal(0.02); projections into the residual path are scaled down with depth
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.shape.n_layer))
@@ -109,7 +109,7 @@ class GPT(nn.Module):
         return normed
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """tokens and targets (B, T), -1 for a target that does not count -> mean loss, a scalar."""
+        """tokens and targets (B, T), -1 for targets to ignore -> mean loss, a scalar."""
         hidden = self.hidden(tokens).flatten(0, 1)  # (B * T, C)
         loss: Tensor = self.loss(hidden, self.wte.weight, targets.flatten(), self.loss_chunk_tokens)
         return loss

@@ -10,11 +10,11 @@ from torch import nn
 from autotune.config.candidate import Recipe
 
 MOMENTUM = 0.95
-"""Of Muon: its author's, and torch's default."""
+"""Momentum of Muon: its author's value and torch's default."""
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer. All decay matrices and embeddings but not norms and biases, as nanoGPT does."""
+    """The recipe's optimizer. Matrices and embeddings have weight decay, norms and biases have none, as in nanoGPT."""
     named = dict(model.named_parameters())
     blocks = [p for name, p in named.items() if p.dim() >= 2 and name.startswith("h.")]
     embeddings = [p for name, p in named.items() if p.dim() >= 2 and not name.startswith("h.")]
@@ -52,7 +52,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
             part.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)  # makes groups and state anew
+        super().load_state_dict(state_dict)  # replaces groups and state
         self._share()
 
     def _share(self) -> None:
@@ -62,10 +62,11 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 
 def learning_rate(recipe: Recipe, iteration: int) -> float:
-    """Linear warm-up, then down from `learning_rate` to `min_lr` at `lr_decay_iters`.
+    """Learning rate of step `iteration`: linear warm-up, then decay from `learning_rate` to `min_lr` at
+    `lr_decay_iters`.
 
-    `cosine` is nanoGPT's get_lr; `wsd` stays level and falls linearly over the last `decay_share` (Hu et al.,
-    MiniCPM, arXiv:2404.06395; the linear fall over a fifth: Haegele et al., arXiv:2405.18392).
+    `cosine` is nanoGPT's get_lr; `wsd` stays level and decays linearly over the last `decay_share` (Hu et al., MiniCPM,
+    arXiv:2404.06395; linearly over a fifth: Haegele et al., arXiv:2405.18392).
     """
     if iteration < recipe.warmup_iters:
         return recipe.learning_rate * (iteration + 1) / (recipe.warmup_iters + 1)

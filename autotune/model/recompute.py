@@ -1,7 +1,7 @@
-"""What a plan computes again in the backward instead of keeping it: by blocks, by operators, or by a budget.
+"""Activation checkpointing: what the backward recomputes, by blocks, by operators, or by a memory budget.
 
-By blocks, a compiled block is one unit: what is kept is its input. By operators, the compiler has to see the
-choice, so checkpoint and block are compiled together. By a budget, Inductor's partitioner makes the choice.
+By blocks, a compiled block is one unit and only its input is kept. By operators, the compiler has to see the choice,
+so checkpoint and block are compiled together. By a budget, Inductor's partitioner chooses.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -25,11 +25,12 @@ KEPT = [
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.higher_order.flex_attention,
 ]
-"""Matrix products and attention: what costs most to compute. The rest is nearly free to compute again."""
+"""Operators whose outputs are kept: matrix products and attention, the expensive ones. The rest is cheap to
+recompute."""
 
 
 def run_block(plan: Plan) -> RunBlock:
-    """How a training forward runs one block; `every_k` counts from the first."""
+    """How the training forward runs one block; `every_k` recomputes blocks 0, k, 2k, ..."""
     every = plan.recomputed_every
     if every is not None:
         return lambda layer, block, x: _checkpoint(block, x) if layer % every == 0 else block(x)
@@ -37,7 +38,7 @@ def run_block(plan: Plan) -> RunBlock:
 
 
 def compile_blocks(model: GPT, plan: Plan) -> None:
-    """Compile every block by itself: one compilation serves all of them, whatever the depth."""
+    """Compile the blocks separately: one compilation serves all layers."""
     for block in model.h:
         block.compile(dynamic=False)
     if plan.activation_checkpointing == "selective":
@@ -45,7 +46,7 @@ def compile_blocks(model: GPT, plan: Plan) -> None:
 
 
 def budget(plan: Plan) -> AbstractContextManager[Any]:
-    """Within it, a forward's first call compiles graphs that keep the plan's part of their activations."""
+    """Context in which the first forward compiles graphs that keep the plan's share of their activations."""
     if plan.memory_budget is None:
         return nullcontext()
     patched: AbstractContextManager[Any] = functorch_config.patch(activation_memory_budget=plan.memory_budget)

@@ -25,7 +25,7 @@ COMPILING_STEPS = 2
 """Steps until all is compiled. Dynamo guards on autograd's state, which differs between a first call and later ones, so
 an operator that compiles a part of itself is compiled twice."""
 RECOMPILE_LIMIT = 32
-"""Versions of one code (sizes, training or evaluation) that a process may compile; one more is an error."""
+"""Versions of one function (sizes, training or evaluation) that a process may compile; one more is an error."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -40,9 +40,9 @@ class TrainStep:
         self._parallel: DistributedDataParallel | None = None
 
     def over_processes(self) -> None:
-        """From now on, add up the gradients of all processes of torch's default group, once a step.
+        """Sum gradients over all processes of torch's default group, once per step, from now on.
 
-        Each process then gives its own micro batches to `step`, whose shares are of the one global batch.
+        Each process passes its own micro batches to `step`, with shares of the one global batch.
         """
         if not isinstance(self._forward, nn.Module):
             raise UnsupportedError("plan.loss = 'auto_chunker' trains in one process only; use chunked")
@@ -50,24 +50,24 @@ class TrainStep:
         self._parallel = DistributedDataParallel(self._forward, device_ids=devices, gradient_as_bucket_view=True)
 
     def micro_step(self, tokens: Tensor, targets: Tensor, share: float) -> Tensor:
-        """Forward and backward of one micro batch; gradients add up until `optimizer_step`.
+        """Forward and backward of one micro batch; gradients accumulate until `optimizer_step`.
 
         tokens, targets: (micro_batch_size, T) on the device, targets -1 in padded rows.
-        share: this micro batch's part of the global batch (its counted targets over all of them).
-        Returns its part of the global mean loss, on the device and not synchronised.
+        share: counted targets of this micro batch over those of the global batch.
+        Returns its share of the global mean loss, on the device and not synchronised.
         """
         with _sums_in_order(self.device):
             with record_function("autotune::step::forward"), self._autocast(), budget(self.candidate.plan):
                 loss: Tensor = (self._parallel or self._forward)(tokens, targets) * share
             with record_function("autotune::step::backward"):
-                # DistributedDataParallel takes the mean over processes, the shares ask for the sum
+                # DistributedDataParallel takes the mean over processes, shares need the sum
                 summed = loss * torch.distributed.get_world_size() if self._parallel else loss
                 self.scaler.scale(summed).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     @record_function("autotune::step::optimizer")
     def optimizer_step(self, lr: float) -> Tensor:
-        """Clip, update, clear the gradients. Returns the gradients' norm before clipping, on the device."""
+        """Clip, update, clear the gradients. Returns the gradient norm before clipping, on the device."""
         recipe = self.candidate.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -80,8 +80,8 @@ class TrainStep:
         return norm
 
     def gradients(self, micro_batches: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
-        """Forward and backward of (tokens, targets, share) micro batches -> mean loss; over several processes,
-        this one's part of it. Nothing is learned yet: where it fails, clear the gradients and repeat it."""
+        """Forward and backward of (tokens, targets, share) micro batches -> mean loss; with several processes, this
+        one's share of it. The weights do not change: after a failure, clear the gradients and repeat it."""
         loss = torch.zeros((), device=self.device)
         for index, (tokens, targets, share) in enumerate(micro_batches):
             if self._parallel:
@@ -95,7 +95,7 @@ class TrainStep:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch (B, T) without gradients, by the plan's own kernels."""
+        """Mean loss of a batch (B, T) without gradients, with the plan's kernels."""
         self.model.eval()
         with self._autocast():
             loss: Tensor = self._forward(tokens, targets)
@@ -103,7 +103,7 @@ class TrainStep:
         return loss
 
     def state_bytes(self) -> int:
-        """Bytes of parameters, gradients and optimizer state that exist now."""
+        """Bytes of the existing parameters, gradients and optimizer state."""
         tensors = [t for p in self.model.parameters() for t in (p, p.grad) if t is not None]
         tensors += [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
         return sum(t.nbytes for t in tensors)
@@ -116,41 +116,41 @@ class TrainStep:
 
 @contextmanager
 def _sums_in_order(device: torch.device) -> Iterator[None]:
-    """On the CPU, add up gradients in one order, so that a training repeats bit for bit.
+    """On the CPU, sum gradients in a fixed order, so that a training is reproducible bit for bit.
 
-    Compiled, the embeddings' gradient would be added by several threads in whatever order they come. On CUDA
-    the same promise would cost speed, and is not made.
+    In compiled code, several threads would add to the embedding's gradient in arbitrary order. On CUDA determinism
+    would cost speed and is not promised.
     """
     if device.type != "cpu":
         yield
         return
-    filling: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
-    filling.fill_uninitialized_memory = False  # nobody here reads memory before writing it
+    deterministic: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = False  # takes time, and no uninitialised memory is read here
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        filling.fill_uninitialized_memory = before[1]
+        deterministic.fill_uninitialized_memory = before[1]
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees, for the next one.
+    """Let glibc keep freed memory for the next step.
 
-    By default it gives the end of the heap back to the system wherever it happens to lie free: then one process
-    faults thousands of pages in anew each step, and another, of the same plan, none.
+    By default it returns the free end of the heap to the system. Depending on the layout of the heap, one process then
+    faults thousands of pages in again at each step, and another one with the same plan none.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # another C library
         return
-    mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # as far as glibc would raise it by itself; larger blocks get their own map
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # glibc's own upper bound; larger blocks have a mapping of their own
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def build(candidate: Candidate, device: torch.device) -> TrainStep:
-    """Instantiate the candidate on `device`, seeded by the recipe. Raises UnsupportedError, with the reason,
-    where this machine lacks what the plan asks for."""
+    """Instantiate the candidate on `device`, seeded by the recipe. Raises UnsupportedError, with the reason, if this
+    machine cannot run the plan."""
     shape, plan = candidate.shape, candidate.plan
     check_supported(candidate, machine_of(device))
     if device.type == "cpu":
@@ -170,7 +170,7 @@ def build(candidate: Candidate, device: torch.device) -> TrainStep:
 
 
 def machine_of(device: torch.device) -> registry.Machine:
-    """What kernels are checked against."""
+    """The machine that kernels are checked against."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else ()
     return registry.machine(device.type, capability, torch.__version__)
 
@@ -216,14 +216,14 @@ def _obstacles(candidate: Candidate, machine: registry.Machine) -> Iterator[str]
 
 
 def _compiled(model: GPT, candidate: Candidate) -> Callable[..., Tensor]:
-    """The model's forward, compiled as the plan says. Parameters stay those of `model`."""
+    """The model's forward, compiled as planned. Its parameters are those of `model`."""
     plan = candidate.plan
     if plan.compile != "off":
         drop_torn_libraries(compile_cache_dir())
-        # past torch's limit of 8, one more version of a code would silently run uncompiled, in far more memory
+        # beyond torch's limit of 8, another version of a function would silently run uncompiled, in far more memory
         dynamo_config.recompile_limit = RECOMPILE_LIMIT
         dynamo_config.fail_on_recompile_limit_hit = True
-        dynamo_config.suppress_errors = False  # TORCHDYNAMO_SUPPRESS_ERRORS: what fails to compile would run uncompiled
+        dynamo_config.suppress_errors = False  # TORCHDYNAMO_SUPPRESS_ERRORS would run failures uncompiled
     compiler: Callable[..., Any] = partial(torch.compile, dynamic=False)
     if plan.loss == "auto_chunker":
         from autotune.kernels.loss_auto_chunker import compile_in_chunks

@@ -1,1 +1,1 @@
-"""Where each byte of one step goes."""
+"""Memory profile of one step: every byte of the peak, by category."""

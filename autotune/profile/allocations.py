@@ -1,8 +1,7 @@
-"""Every allocation of a piece of work, with the operators and the Python lines that made it.
+"""All allocations of a function call, with the operators and the Python lines that made them.
 
-One recorder for both devices: torch's profiler, which hears of each block that the CPU allocator and CUDA's
-caching allocator hand out or take back. On CUDA the allocator's own history (pytorch.org/memory_viz draws it)
-adds what was asked for before rounding and the exact stack of every allocation.
+Both devices use torch's profiler, which records each block that the CPU allocator or CUDA's caching allocator allocates
+or frees. On CUDA the allocator's own history (drawn by pytorch.org/memory_viz) adds requested sizes and exact stacks.
 """
 
 from bisect import bisect_left
@@ -19,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from autotune.measure.types import Span
 
 _MARK = "autotune::step::"
-"""Begins the names that `autotune.model.step` gives to the parts of a step."""
+"""Prefix of the parts of a step, as named by `autotune.model.step`."""
 _COPIES = ("aten::_to_copy", "aten::to")
 _ENGINE = "autograd::engine::evaluate_function"
 
@@ -31,63 +30,64 @@ class Frame:
     file: str
     line: int
     inside: str = ""
-    """Name of the function that begins at `line`, where no more is known: the profiler sees calls, and `a + b` is
-    none."""
+    """Function that begins at `line`, if the line itself is unknown: the profiler records calls, and `a + b` is not
+    one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """One block from the time it was handed out until it was given back."""
+    """One block from its allocation until its release."""
 
     address: int
     bytes: int
-    """By the allocator's count."""
+    """Size by the allocator's count."""
     requested_bytes: int
-    """What was asked for; less than `bytes` where CUDA's allocator rounds up."""
+    """Requested size; less than `bytes` where CUDA's allocator rounds up."""
     born: int = -1
-    """Index of its event; -1: it was there before."""
+    """Event of the allocation; -1: allocated before the recording."""
     freed: int | None = None
-    """Index of its event; None: it was there after."""
+    """Event of the release; None: not released."""
     operator: str = ""
-    """The outermost one of torch around it: what the code called."""
+    """Outermost torch operator around the allocation: the one that the code called."""
     frames: tuple[Frame, ...] = ()
-    """Innermost first. For a backward operator: those of the forward operator that it belongs to."""
+    """Stack, innermost first. For a backward operator, the stack of its forward operator."""
     copied_from: int | None = None
     """Address of the tensor that was converted into this one."""
 
     def alive_at(self, event: int) -> bool:
-        """Whether the block is held right after event `event`."""
+        """Whether the block is allocated right after event `event`."""
         return self.born <= event and (self.freed is None or event < self.freed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """All allocations of a piece of work, those that were there before included."""
+    """All allocations of a function call, including those that existed before it."""
 
     allocations: tuple[Allocation, ...]
     seconds: tuple[float, ...]
-    """Of the events, since the start: each one an allocation or a release."""
+    """Time of each event (an allocation or a release) since the start."""
     spans: tuple[Span, ...]
     peak_bytes: int | None = None
-    """CUDA's allocator's own count of its peak. It may differ from another step's: a block need not be split."""
+    """Peak by CUDA's allocator. Equal steps may differ, depending on whether a block had to be split."""
     library_addresses: frozenset[int] = frozenset()
-    """Blocks that CUDA's libraries keep as their workspace."""
+    """Workspaces of CUDA's libraries."""
 
     def span_of(self, event: int) -> str:
-        """Name of the span in which event `event` lies; empty between them."""
+        """Name of the span that contains event `event`; empty between spans."""
         now = self.seconds[event]
         return next((span.name for span in self.spans if span.begin_seconds <= now < span.end_seconds), "")
 
     def last_event(self, span: str) -> int:
-        """The last one in the span of that name, or before it."""
+        """Last event in the span of that name, or before it."""
         end = next(one.end_seconds for one in self.spans if one.name == span)
         return bisect_left(self.seconds, end) - 1
 
 
 def record(work: Callable[[], object], device: torch.device, before: list[Allocation], snapshot: Path) -> Recording:
-    """Run `work` and tell its allocations on `device`. `before`: the tensors that exist (CUDA knows by itself).
+    """Run `work` and return its allocations on `device`.
 
-    On CUDA the allocator's history goes to the file `snapshot` (a pickle that pytorch.org/memory_viz opens).
+    before: tensors that exist already; on CUDA the allocator's own list replaces it.
+    snapshot: file for the history of CUDA's allocator, a pickle for pytorch.org/memory_viz.
     """
     cuda = device.type == "cuda"
     peak, libraries = None, frozenset[int]()
@@ -103,22 +103,22 @@ def record(work: Callable[[], object], device: torch.device, before: list[Alloca
     assert recorded.profiler is not None
     kineto: Any = recorded.profiler.kineto_results
     events = list(_in_order(kineto.experimental_event_tree()))
-    heard = [e for e in events if e.tag == _EventType.Allocation and e.extra_fields.device.type == device.type]
-    heard.sort(key=lambda event: int(event.start_time_ns))
-    made = _paired(heard, _forward_operators(events))
+    memory = [e for e in events if e.tag == _EventType.Allocation and e.extra_fields.device.type == device.type]
+    memory.sort(key=lambda event: int(event.start_time_ns))
+    allocations = _paired(memory, _forward_operators(events))
     marks = [e for e in events if e.tag == _EventType.TorchOp and e.name.startswith(_MARK)]
-    start = min(event.start_time_ns for event in (heard[0], marks[0]))
+    start = min(event.start_time_ns for event in (memory[0], marks[0]))
     if cuda:
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.memory._dump_snapshot(str(snapshot))  # type: ignore[no-untyped-call]
         history = torch.cuda.memory._snapshot()["device_traces"][device.index or 0]
         torch.cuda.memory._record_memory_history(enabled=None)
-        made = _with_history(made, history)
+        allocations = _with_history(allocations, history)
         libraries = _library_addresses(device)
     return Recording(
-        allocations=(*before, *made),
-        seconds=tuple((event.start_time_ns - start) / 1e9 for event in heard),
+        allocations=(*before, *allocations),
+        seconds=tuple((event.start_time_ns - start) / 1e9 for event in memory),
         spans=_spans(marks, start),
         peak_bytes=peak,
         library_addresses=libraries,
@@ -126,7 +126,7 @@ def record(work: Callable[[], object], device: torch.device, before: list[Alloca
 
 
 def _in_order(roots: list[Any]) -> Iterator[Any]:
-    """All events below `roots`, each before those that it contains."""
+    """All events below `roots` in depth-first order, each before the events that it contains."""
     waiting = list(reversed(roots))
     while waiting:
         event = waiting.pop()
@@ -134,17 +134,17 @@ def _in_order(roots: list[Any]) -> Iterator[Any]:
         waiting.extend(reversed(event.children))
 
 
-def _paired(heard: list[Any], forwards: dict[int, Any]) -> list[Allocation]:
-    """Allocations with their releases."""
-    found: list[Allocation] = []
+def _paired(events: list[Any], forwards: dict[int, Any]) -> list[Allocation]:
+    """Allocations with their releases, from memory events in chronological order."""
+    allocations: list[Allocation] = []
     released: dict[int, int] = {}  # address -> index of the next release
-    for index, event in reversed(list(enumerate(heard))):
+    for index, event in reversed(list(enumerate(events))):
         address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
         if size > 0:
-            found.append(_allocation(event, index, released.pop(address, None), forwards))
+            allocations.append(_allocation(event, index, released.pop(address, None), forwards))
         else:
             released[address] = index
-    return found[::-1]
+    return allocations[::-1]
 
 
 def _allocation(event: Any, born: int, freed: int | None, forwards: dict[int, Any]) -> Allocation:
@@ -175,8 +175,8 @@ def _allocation(event: Any, born: int, freed: int | None, forwards: dict[int, An
 
 
 def _ancestors(event: Any, forwards: dict[int, Any]) -> Iterator[Any]:
-    """What the event happened inside of, innermost first. From a node of the backward it goes on to the
-    forward operator that made the node, whose Python lines say more than the call of `backward`."""
+    """Events that contain `event`, innermost first. From a node of the backward it continues with the forward operator
+    that created the node, whose Python lines say more than the call of `backward`."""
     outer = event.parent
     while outer is not None:
         yield outer
@@ -187,12 +187,12 @@ def _ancestors(event: Any, forwards: dict[int, Any]) -> Iterator[Any]:
 
 
 def _forward_operators(events: list[Any]) -> dict[int, Any]:
-    """Sequence number of a backward node -> the operator that made it.
+    """Sequence number of a backward node -> the forward operator that created it.
 
-    An operator carries the count of nodes made before it; so the one that makes node n is the last to start
-    at count n. A node's own evaluation carries its number too, and is left out.
+    An operator's sequence number counts the nodes created before it, so the creator of node n is the last operator to
+    start at count n. The evaluation of a node has its number too and is left out.
     """
-    found = {}
+    creators = {}
     for event in events:
         if event.tag != _EventType.TorchOp or event.extra_fields.sequence_number < 0:
             continue
@@ -204,8 +204,8 @@ def _forward_operators(events: list[Any]) -> dict[int, Any]:
             and outer.extra_fields.sequence_number == number
         )
         if not evaluating:
-            found[number] = event
-    return found
+            creators[number] = event
+    return creators
 
 
 def _spans(marks: list[Any], start: int) -> tuple[Span, ...]:
@@ -222,7 +222,7 @@ def _spans(marks: list[Any], start: int) -> tuple[Span, ...]:
 
 
 def _active_blocks(device: torch.device) -> list[Allocation]:
-    """What CUDA's allocator has handed out at this moment."""
+    """Blocks that CUDA's allocator has in use now."""
     return [
         Allocation(address=block["address"], bytes=block["size"], requested_bytes=block["requested_size"])
         for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
@@ -232,15 +232,15 @@ def _active_blocks(device: torch.device) -> list[Allocation]:
     ]
 
 
-def _with_history(made: list[Allocation], history: list[dict[str, Any]]) -> list[Allocation]:
-    """Requested sizes and exact stacks. Both records are complete and in order, so the n-th allocation at an
-    address is the same one in both."""
+def _with_history(allocations: list[Allocation], history: list[dict[str, Any]]) -> list[Allocation]:
+    """`allocations` with requested sizes and exact stacks. Both records are complete and in order, so the n-th
+    allocation at an address is the same one in both."""
     entries: dict[int, deque[dict[str, Any]]] = defaultdict(deque)
     for entry in history:
         if entry["action"] == "alloc":
             entries[entry["addr"]].append(entry)
     joined = []
-    for allocation in made:
+    for allocation in allocations:
         if queue := entries.get(allocation.address):
             entry = queue.popleft()
             frames = [Frame(file=f["filename"], line=f["line"]) for f in entry.get("frames", [])]
@@ -250,7 +250,7 @@ def _with_history(made: list[Allocation], history: list[dict[str, Any]]) -> list
 
 
 def _library_addresses(device: torch.device) -> frozenset[int]:
-    """Workspaces of cuBLAS: the blocks that are gone once torch drops them."""
+    """Workspaces of cuBLAS: the blocks that disappear when torch clears them."""
     held = {block.address for block in _active_blocks(device)}
     torch._C._cuda_clearCublasWorkspaces()
     return frozenset(held - {block.address for block in _active_blocks(device)})

@@ -1,8 +1,8 @@
-"""From a line of Inductor's generated code to the lines of ours that it computes.
+"""Maps lines of Inductor's generated code to the lines of this package that they compute.
 
-Inductor writes a wrapper `call` which allocates buffers and runs kernels, with the kernel's provenance handle
-in a comment above each run. Which lines were fused into a kernel stands in an artifact of torch's structured
-trace: https://docs.pytorch.org/docs/stable/torch.compiler_inductor_provenance.html (torch 2.9 and later).
+Inductor generates a wrapper `call` that allocates buffers and runs kernels, with a provenance handle in a comment above
+each run. An artifact of torch's structured trace lists the lines fused into each kernel:
+https://docs.pytorch.org/docs/stable/torch.compiler_inductor_provenance.html (torch 2.9 and later).
 """
 
 import json
@@ -17,7 +17,7 @@ import torch._functorch.config
 import torch._inductor.config
 
 OURS = re.compile(r"(?:^|/)(autotune/(?:model|kernels)/\w+\.py)$")
-"""Files whose lines are told: the model, its step, and the kernels."""
+"""Files whose lines are reported: the model, its step, and the kernels."""
 _STACK_LINE = re.compile(r'File "([^"]+)", line (\d+), in ')
 _BUFFER = re.compile(r"\s*(\w+) = empty_strided_\w+\(\(([\d, ]*)\), \([\d, ]*\), torch\.(\w+)")
 _INPUT = re.compile(r"\s*assert_size_stride\((\w+), \(([\d, ]*)\)")
@@ -34,11 +34,11 @@ class Buffer:
     """A buffer of generated code."""
 
     kernel: str
-    """The first one that writes it."""
+    """First kernel that writes it."""
     lines: tuple[str, ...]
-    """Of our code, all that were fused into the kernel; empty where Inductor does not tell."""
+    """Lines of this package that were fused into the kernel; empty if unknown."""
     sizes: Sizes | None = None
-    """None for what an operator allocates by itself."""
+    """None if an operator allocated it."""
     dtype: str = ""
     reads: frozenset[Sizes] = frozenset()
     """Sizes of the graph's inputs that the kernel reads."""
@@ -49,14 +49,14 @@ class Wrapper:
     """One file of generated code."""
 
     text: tuple[str, ...]
-    """Its lines."""
+    """Lines of the file."""
     inputs: Mapping[str, Sizes]
     """Sizes of the graph's inputs by name."""
     traces: Mapping[str, list[str]]
-    """`kernel:handle` -> the stack traces of what was fused into the kernel."""
+    """`kernel:handle` -> stack traces of the operators fused into the kernel."""
 
     def buffer(self, number: int) -> Buffer | None:
-        """What line `number` allocates; None where nothing runs that would say."""
+        """Buffer allocated in line `number`; None if no kernel uses it."""
         declared = _BUFFER.match(self.text[number - 1])
         run = number if declared is None else self._first_run(number, declared[1])
         if run is None:
@@ -74,7 +74,7 @@ class Wrapper:
         )
 
     def _first_run(self, number: int, name: str) -> int | None:
-        """Number of the first line after `number` that computes with the buffer, under whatever name."""
+        """Number of the first line after `number` that computes with the buffer, following its renames."""
         for index in range(number, len(self.text)):
             line = self.text[index]
             if (reused := _REUSE.match(line)) and reused[2] == name:
@@ -94,11 +94,11 @@ class Wrapper:
 
 @contextmanager
 def listen() -> Iterator[dict[str, Wrapper]]:
-    """Have Inductor tell where its kernels come from: at the end, all wrappers compiled inside by file name
-    (a hash of the text).
+    """Record the provenance of kernels compiled inside the block. At its end, the yielded mapping holds all wrappers by
+    file name (a hash of the text).
 
-    Graphs are lowered anew: one from the cache would tell the lines of the source that it was made from,
-    which may have moved since. The kernels themselves still come from the cache.
+    Graphs are lowered again, not read from the cache: a cached graph names the lines of an older source. The kernels
+    still come from the cache.
     """
     wrappers: dict[str, Wrapper] = {}
     logger, listener = logging.getLogger("torch.__trace"), _Listener()
@@ -118,7 +118,7 @@ def listen() -> Iterator[dict[str, Wrapper]]:
 
 
 class _Listener(logging.Handler):
-    """Collects two artifacts of the structured trace: a wrapper's path, and then the stacks of its kernels."""
+    """Collects two artifacts of the structured trace: the path of a wrapper, then the stacks of its kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class _Listener(logging.Handler):
 
 
 def our_line(trace: str) -> str | None:
-    """The innermost line of our code in a formatted stack trace: `autotune/model/gpt.py:62`."""
+    """The innermost line of this package in a formatted stack trace: `autotune/model/gpt.py:62`."""
     ours = [f"{match[1]}:{line}" for path, line in _STACK_LINE.findall(trace) if (match := OURS.search(path))]
     return ours[-1] if ours else None
 

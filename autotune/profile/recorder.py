@@ -2,18 +2,8 @@
 
     python -m autotune.profile.recorder < request.json
 
-Leaves result.json as a trial does, profile.json and, on CUDA, snapshot.pickle. What the categories hold:
-
-- parameters, gradients, optimizer state, batch: known tensors, found by address, to the byte
-- weight casts: parameters converted to the matrix dtype. In generated code a cast is told by its sizes, and only
-  where no activation can have those of a weight; else it counts as what it is used for
-- logits and loss: what the lines of the plan's loss kernel make, in the forward and in the backward. A kernel
-  fused from other lines too counts where the buffer has tokens x vocab_size elements
-- activations: made in a forward and still alive when it returns, which is: saved for the backward
-- temporaries: all else that is released before the step ends; also what checkpointing makes again in the backward,
-  and a later micro step's gradients until they are added to the first one's
-- library workspaces, allocator rounding: CUDA only; cuBLAS's buffers, and blocks larger than asked for
-- unexplained: the measured peak less all of these
+Writes result.json as a trial does, profile.json and, on CUDA, snapshot.pickle. docs/memory-model.md defines the
+categories.
 """
 
 import sys
@@ -33,7 +23,7 @@ from autotune.measure.memory import MemoryMeter
 from autotune.measure.types import CATEGORIES, LiveTensor, MemoryProfile, MemoryView, TrialRequest, to_json
 from autotune.measure.worker import (
     MicroBatch,
-    Report,
+    Outcome,
     TrialEnded,
     compile_step,
     limit_memory,
@@ -47,22 +37,22 @@ from autotune.profile.provenance import OURS, Buffer, Wrapper, listen
 
 SNAPSHOT = "snapshot.pickle"
 Known = Mapping[int, tuple[str, str, Tensor]]
-"""Address -> category, name and the tensor."""
+"""Address -> category, name, tensor."""
 
 
-def profile(request: TrialRequest, report: Report) -> None:
-    """Record the candidate of `request`; what it raises becomes the result's status."""
+def profile(request: TrialRequest, outcome: Outcome) -> None:
+    """Record the candidate of `request`. Exceptions become the result's status."""
     candidate, device = request.candidate, torch.device(request.device)
-    lr, directory = candidate.recipe.learning_rate, report.path.parent
-    report.enter(phase="build")
-    report.meter = meter = MemoryMeter(device, lambda: live_bytes(step, batches))
+    lr, directory = candidate.recipe.learning_rate, outcome.path.parent
+    outcome.enter(phase="build")
+    outcome.meter = meter = MemoryMeter(device, lambda: live_bytes(step, batches))
     limit_memory(request, device, meter)
     with listen() as wrappers:
         step = build(candidate, device)
         batches = resident_batches(candidate, device, whole_step=False)
-        report.enter(other_processes_bytes=meter.other_processes_bytes)
-        compile_step(step, batches[:2], report, meter)
-    report.enter(phase="measure")
+        outcome.enter(other_processes_bytes=meter.other_processes_bytes)
+        compile_step(step, batches[:2], outcome, meter)
+    outcome.enter(phase="measure")
     known = known_tensors(step, batches)
     before = [Allocation(address=a, bytes=t.nbytes, requested_bytes=t.nbytes) for a, (_, _, t) in known.items()]
     gradients: dict[int, str] = {}
@@ -73,21 +63,21 @@ def profile(request: TrialRequest, report: Report) -> None:
         raise TrialEnded("incorrect", "the optimizer was not stepped: gradients are not finite")
     explainer = Explainer(recording=recording, candidate=candidate, wrappers=wrappers, known=known, gradients=gradients)
     write_atomically(directory / "profile.json", to_json(explain(explainer, meter.views()["steady"])))
-    report.enter(phase="done", status="ok")
+    outcome.enter(phase="done", status="ok")
 
 
 def known_tensors(step: TrainStep, batches: list[MicroBatch]) -> Known:
-    """All tensors that outlive a step, by address, those of the step's device."""
-    found = {}
+    """All tensors on the step's device that outlive a step, by address."""
+    known = {}
     for name, parameter in step.model.named_parameters():
-        found[parameter.data_ptr()] = ("parameters", name, parameter.detach())
+        known[parameter.data_ptr()] = ("parameters", name, parameter.detach())
         for key, state in step.optimizer.state[parameter].items():
             if torch.is_tensor(state) and state.device.type == step.device.type:
-                found[state.data_ptr()] = ("optimizer state", f"{key} of {name}", state)
+                known[state.data_ptr()] = ("optimizer state", f"{key} of {name}", state)
     for index, (tokens, targets, _) in enumerate(batches, 1):
-        found[tokens.data_ptr()] = ("batch", f"tokens {index}", tokens)
-        found[targets.data_ptr()] = ("batch", f"targets {index}", targets)
-    return found
+        known[tokens.data_ptr()] = ("batch", f"tokens {index}", tokens)
+        known[targets.data_ptr()] = ("batch", f"targets {index}", targets)
+    return known
 
 
 def _gradients(step: TrainStep) -> dict[int, str]:
@@ -97,7 +87,7 @@ def _gradients(step: TrainStep) -> dict[int, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Explainer:
-    """Puts allocations into categories by what is known of the step."""
+    """Assigns allocations to categories."""
 
     recording: Recording
     candidate: Candidate
@@ -105,7 +95,7 @@ class Explainer:
     """Generated code by file name."""
     known: Known
     gradients: Mapping[int, str]
-    """Address -> name, when the optimizer is about to step."""
+    """Address -> name, right before the optimizer's update."""
 
     def describe(self, allocation: Allocation) -> LiveTensor:
         """Category, name and origin of one allocation."""
@@ -125,7 +115,7 @@ class Explainer:
         return LiveTensor(bytes=size, category=category, name=name, made_by=made_by, lines=lines, phase=phase)
 
     def _origin(self, allocation: Allocation) -> tuple[Buffer | None, tuple[str, ...]]:
-        """The buffer, if generated code made it, and the lines of ours: those of the innermost frame."""
+        """The buffer, if generated code allocated it, and this package's lines in the innermost frame."""
         for frame in allocation.frames:
             wrapper = self.wrappers.get(PurePath(frame.file).name)
             if wrapper is not None and not frame.inside:
@@ -170,7 +160,7 @@ class Explainer:
 
 
 def explain(explainer: Explainer, steady: MemoryView) -> MemoryProfile:
-    """Put every allocation into its category and look at the peak."""
+    """The profile: all allocations by category, over time and at the peak."""
     recording = explainer.recording
     measured = recording.peak_bytes or steady.allocated_bytes
     assert measured is not None
@@ -196,7 +186,7 @@ def explain(explainer: Explainer, steady: MemoryView) -> MemoryProfile:
 
 
 def _timeline(described: list[tuple[Allocation, LiveTensor]], events: int) -> dict[str, tuple[int, ...]]:
-    """Bytes by category before the step and after each of its events."""
+    """Bytes by category, (events + 1,): before the step and after each event."""
     changes = {category: [0] * (events + 1) for category in CATEGORIES}
     for allocation, tensor in described:
         rounding = allocation.bytes - allocation.requested_bytes

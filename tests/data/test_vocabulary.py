@@ -64,7 +64,7 @@ class Touch:
 def test_nothing_is_executed(tmp_path: Path, protocol: int) -> None:
     trap = tmp_path / "executed"
     folder_of(tmp_path, {**TABLE, "trap": Touch(trap)}, protocol=protocol)
-    with pytest.raises(DataError, match=r"meta\.pkl is no plain vocabulary .*more than plain values") as caught:
+    with pytest.raises(DataError, match=r"meta\.pkl is not a plain vocabulary .*more than plain values") as caught:
         read_meta(tmp_path)
     assert "\n" not in str(caught.value)
     assert not trap.exists()

@@ -14,7 +14,7 @@ from autotune.kernels import loss_full
 from autotune.measure.memory import MemoryMeter
 from autotune.measure.runner import run_profile
 from autotune.measure.types import MemoryProfile, TrialRequest, TrialResult, from_json
-from autotune.measure.worker import Report, live_bytes, resident_batches
+from autotune.measure.worker import Outcome, live_bytes, resident_batches
 from autotune.model.gpt import GPT, MLP
 from autotune.model.step import build
 from autotune.profile.allocations import Allocation, _with_history, record
@@ -39,7 +39,7 @@ def request(plan: Plan, shape: Shape = SHAPE, device: str = "cpu") -> TrialReque
 
 def profile_here(plan: Plan, directory: Path, shape: Shape = SHAPE) -> MemoryProfile:
     """In this process, which saves the start of another one."""
-    report = Report(directory / "result.json", TrialResult(status="crashed", phase="start"))
+    report = Outcome(directory / "result.json", TrialResult(status="crashed", phase="start"))
     try:
         profile(request(plan, shape), report)
     finally:

@@ -178,7 +178,7 @@ def test_a_vocabulary_below_the_ids_costs_no_trial(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds token 89, the vocabulary has only 80 words"):
         resolve(CPU, data=folder)
     (folder / "meta.pkl").write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
-    with pytest.raises(DataError, match=r"meta\.pkl is no plain vocabulary"):
+    with pytest.raises(DataError, match=r"meta\.pkl is not a plain vocabulary"):
         resolve(CPU, data=folder)
     (folder / "meta.pkl").unlink()
     assert resolve(CPU, data=folder).recipe.shape.vocab_size == 50304

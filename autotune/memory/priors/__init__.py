@@ -43,11 +43,11 @@ class Noise:
     """Standard deviations around the structure's sums."""
 
     peak: float
-    """Of the allocated peak, as a fraction of it."""
+    """Noise of the allocated peak, as a fraction of it."""
     budget: float
     """The same for plans with a memory budget: what the partitioner keeps is not monotone in the budget."""
     overhead_bytes: float
-    """Of what the device shows beyond the allocated bytes."""
+    """Noise of the device memory beyond the allocated bytes."""
     overhead_share: float
     """Additional part: of the allocated bytes on the CPU, of half precision logits on CUDA."""
 
