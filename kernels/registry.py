@@ -31,6 +31,8 @@ class Kernel:
     """Optional module that must be installed."""
     package_version: tuple[int, int] = (0, 0)
     """Smallest version."""
+    package_source: str = ""
+    """What pip installs it from; empty: the package index has it under the module's name."""
     compiled_only: bool = False
     """Runs in compiled graphs only, not with plan.compile = off."""
     dropout: bool = True
@@ -184,7 +186,8 @@ KERNELS = (
         dtypes=HALF,
         capability=(8, 0),
         package="cut_cross_entropy",
-        package_version=(25, 4),  # cce_kahan_full_c; newer than what PyPI has
+        package_version=(25, 4),  # the first with cce_kahan_full_c; PyPI has 25.1
+        package_source="git+https://github.com/apple/ml-cross-entropy",
     ),
 )
 
@@ -237,12 +240,13 @@ def _why_not_installed(kernel: Kernel) -> str | None:
     if not kernel.package:
         return None
     name = kernel.package.replace("_", "-")  # as pip writes it
+    remedy = f"pip install {kernel.package_source or name}"
     if importlib.util.find_spec(kernel.package) is None:
-        return f"needs the package {name}, which is not installed"
+        return f"needs the package {name}, which is not installed: {remedy}"
     if kernel.package_version > (0, 0):
         found = _release(importlib.metadata.version(name))
         if found < kernel.package_version:
-            return f"needs {name} {_dotted(kernel.package_version)}, installed is {_dotted(found)}"
+            return f"needs {name} {_dotted(kernel.package_version)}, installed is {_dotted(found)}: {remedy}"
     return None
 
 

@@ -8,7 +8,7 @@ https://docs.pytorch.org/docs/stable/torch.compiler_inductor_provenance.html (to
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ OURS = re.compile(r"(?:^|/)(autotune/(?:model|kernels)/\w+\.py)$")
 """Files whose lines are reported: the model, its step, and the kernels."""
 _STACK_LINE = re.compile(r'File "([^"]+)", line (\d+), in ')
 _BUFFER = re.compile(r"\s*(\w+) = empty_strided_\w+\(\(([\d, ]*)\), \([\d, ]*\), torch\.(\w+)")
-_INPUT = re.compile(r"\s*assert_size_stride\((\w+), \(([\d, ]*)\)")
+_INPUTS = re.compile(r"\s*assert_size_stride(?:_grouped)?\(\(?([\w, ]+)\)?, (\(.*)")
 _REUSE = re.compile(r"\s*(\w+) = (?:reinterpret_tensor\()?(\w+)\b.*# reuse")
 _HANDLE = re.compile(r"\s*# \[Provenance debug handles\] (\S+:\d+)")
 _CALL = re.compile(r"\s*(?:\w+ = )?([\w.]+)\(")
@@ -113,8 +113,7 @@ def listen() -> Iterator[dict[str, Wrapper]]:
         logger.removeHandler(listener)
     for path, traces in listener.found.items():
         text = tuple(path.read_text().splitlines())
-        inputs = {match[1]: _sizes(match[2]) for line in text if (match := _INPUT.match(line))}
-        wrappers[path.name] = Wrapper(text=text, inputs=inputs, traces=traces)
+        wrappers[path.name] = Wrapper(text=text, inputs=_inputs(text), traces=traces)
 
 
 class _Listener(logging.Handler):
@@ -136,6 +135,16 @@ def our_line(trace: str) -> str | None:
     """The innermost line of this package in a formatted stack trace: `autotune/model/gpt.py:62`."""
     ours = [f"{match[1]}:{line}" for path, line in _STACK_LINE.findall(trace) if (match := OURS.search(path))]
     return ours[-1] if ours else None
+
+
+def _inputs(text: Iterable[str]) -> dict[str, Sizes]:
+    """Sizes of a graph's inputs by name, from the assertions: one for each input, or (torch 2.14 and later) one for
+    several, `assert_size_stride_grouped((a, b), ((4, 8), (8, )), ((8, 1), (1, )), 'input')`."""
+    return {
+        name: _sizes(size)
+        for asserted in filter(None, map(_INPUTS.match, text))
+        for name, size in zip(asserted[1].split(", "), re.findall(r"\(([^()]*)\)", asserted[2]), strict=False)
+    }
 
 
 def _sizes(text: str) -> Sizes:

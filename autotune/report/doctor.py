@@ -21,7 +21,7 @@ from autotune.model.compile_cache import compile_cache_dir, make_cache
 from autotune.report.table import Listing, plain
 from autotune.units import GIB, format_bytes
 
-TORCH_RANGE = ((2, 11), (2, 14))
+TORCH_RANGE = ((2, 11), (2, 15))
 """From the first to before the second, as pyproject.toml has it."""
 _WANTED = "torch>={}.{},<{}.{}".format(*TORCH_RANGE[0], *TORCH_RANGE[1])
 _OPTIONAL = {
@@ -112,7 +112,10 @@ def _why_no_cuda(torch: str) -> str:
         return f"torch {torch} is a build without CUDA"
     if not Path("/proc/driver/nvidia").exists():
         return "no NVIDIA driver is loaded"
-    return "torch sees none: compare `nvidia-smi` with CUDA_VISIBLE_DEVICES"
+    return (
+        "torch sees none: compare `nvidia-smi` with CUDA_VISIBLE_DEVICES; "
+        "a CUDA 13 build needs a driver from 580 on, a CUDA 12 build one from 525 on"
+    )
 
 
 def _nvml() -> Check:

@@ -18,7 +18,7 @@ from autotune.measure.worker import Outcome, live_bytes, resident_batches
 from autotune.model.gpt import GPT, MLP
 from autotune.model.step import build
 from autotune.profile.allocations import Allocation, _with_history, record
-from autotune.profile.provenance import Wrapper, our_line
+from autotune.profile.provenance import Wrapper, _inputs, our_line
 from autotune.profile.recorder import profile
 
 CPU = torch.device("cpu")
@@ -201,7 +201,7 @@ TRACE = (
 
 def test_generated_code_leads_back_to_our_lines() -> None:
     traces = {"extern_kernels.mm:2": [TRACE.format(46), TRACE.format(62), TRACE.format(46)]}
-    wrapper = Wrapper(text=tuple(WRAPPER), inputs={"primals_1": (768, 256)}, traces=traces)
+    wrapper = Wrapper(text=tuple(WRAPPER), inputs=_inputs(WRAPPER), traces=traces)
     cast, product, attention = wrapper.buffer(3), wrapper.buffer(8), wrapper.buffer(13)
     assert cast is not None
     assert (cast.kernel, cast.dtype) == ("triton_poi_fused__to_copy_t_0", "bfloat16")
@@ -214,6 +214,13 @@ def test_generated_code_leads_back_to_our_lines() -> None:
     assert attention is not None
     assert (attention.kernel, attention.sizes) == ("torch.ops.aten._flash.default", None)
     assert our_line('File "/a/torch/x.py", line 3, in f') is None
+
+
+def test_inputs_asserted_together_or_one_by_one_have_their_sizes() -> None:
+    together = "  assert_size_stride_grouped((primals_1, primals_2), ((768, 256), (256, )), ((256, 1), (1, )), 'input')"
+    both = {"primals_1": (768, 256), "primals_2": (256,)}
+    assert _inputs(["assert_size_stride_grouped = torch._C._dynamo.guards.name", together]) == both
+    assert _inputs([WRAPPER[0], "    assert_size_stride(primals_2, (256, ), (1, ), 'input')"]) == both
 
 
 def test_cudas_history_adds_requested_bytes_and_stacks_in_order() -> None:
