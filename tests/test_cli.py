@@ -215,7 +215,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path, flags: list[str]
 INTERRUPTED = """
 import os, signal, sys, time
 from autotune import cli
-import autotune.report.run
+import autotune.runs.read
 
 def slow(*_):
     try:
@@ -228,7 +228,7 @@ def slow(*_):
         open({saved!r}, "w").close()
         raise
 
-autotune.report.run.load_run = slow
+autotune.runs.read.load_run = slow
 sys.argv = ["autotune", "report", "x"]
 cli.main()
 """
@@ -268,7 +268,7 @@ def test_nohup_holds(tmp_path: Path) -> None:
 CLOSED = """
 import os, sys, time
 from autotune import cli
-import autotune.report.run
+import autotune.runs.read
 
 def slow(*_):
     try:
@@ -279,7 +279,7 @@ def slow(*_):
         open(sys.argv[2] + "/saved", "w").close()
         raise
 
-autotune.report.run.load_run = slow
+autotune.runs.read.load_run = slow
 try:
     cli.main()
 except SystemExit as end:

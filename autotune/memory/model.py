@@ -22,7 +22,7 @@ from autotune.config.tables import read_json, read_table
 from autotune.environment import Environment
 from autotune.errors import ConfigError
 from autotune.files import write_atomically
-from autotune.measure.types import TrialResult
+from autotune.measure.types import Z95, TrialResult
 from autotune.memory import priors, regression
 from autotune.memory.regression import Normal
 from autotune.memory.structure import Arrays, Key, arrays, half_logits_bytes, keys, overhead, peak_points
@@ -35,8 +35,6 @@ CALIBRATED = 256
 _REMEMBERED = 4096
 """Candidates whose sizes are kept: those of all trials are needed after each trial."""
 _MEASURED = ("ok", "over_limit")
-_95 = 1.96
-"""Standard deviations on each side of a 95 % interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +211,7 @@ def predictions(model: MemoryModel, candidates: Sequence[Candidate]) -> list[Pre
         near = _from_neighbours(model, candidate)
         allocated, sd = near or (total, math.hypot(unsure, _noise(candidate, model.device, total)))
         noise = _overhead_noise(candidate, model.device, allocated)
-        device, spread = allocated + float(rest[0][i]), _95 * math.hypot(sd, float(rest[1][i]), noise)
+        device, spread = allocated + float(rest[0][i]), Z95 * math.hypot(sd, float(rest[1][i]), noise)
         found.append(
             Prediction(
                 peak_allocated_bytes=round(allocated),

@@ -18,7 +18,7 @@ from autotune.environment import Environment, busy_machine, probe
 from autotune.errors import AutotuneError, ConfigError, DataError
 from autotune.kernels import registry
 from autotune.model.compile_cache import compile_cache_dir, make_cache
-from autotune.report.table import Listing, plain
+from autotune.report.table import Listing, make_table
 from autotune.units import GIB, format_bytes
 
 TORCH_RANGE = ((2, 11), (2, 14))
@@ -65,13 +65,13 @@ def can_search(checks: Sequence[Check]) -> bool:
 
 def check_table(checks: Sequence[Check]) -> Listing:
     """The checks, a line each."""
-    return plain([{"what": check.name, "state": check.state, "found": check.found} for check in checks])
+    return make_table([{"what": check.name, "state": check.state, "found": check.found} for check in checks])
 
 
 def kernel_table(environment: Environment) -> Listing:
     """The registry's rows with what each is, and why it cannot run here where it cannot."""
     machine = registry.machine(environment.device, environment.capability, environment.torch)
-    return plain(
+    return make_table(
         [
             {
                 "operation": kernel.operation,

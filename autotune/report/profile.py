@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from rich.console import Group
 
 from autotune.config.candidate import Candidate
-from autotune.config.toml import read_candidate
+from autotune.config.toml import BEST_TOML, read_candidate
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
 from autotune.files import write_atomically
 from autotune.measure.runner import run_profile
 from autotune.measure.types import CATEGORIES, LiveTensor, MemoryProfile, TrialRequest
-from autotune.report.table import Prose, plain
+from autotune.report.table import Prose, make_table
 from autotune.units import GIB, MIB, format_bytes
 
 _LINES = 3
@@ -63,7 +63,7 @@ def profile_candidates(named: Mapping[str, Candidate], *, out: Path, device: str
 
 def _names(files: Sequence[Path]) -> list[str]:
     """Of the file, or of its run; the second one of a name is called NAME-2."""
-    runs = [file.parent if file.name == "best.toml" else file for file in files]
+    runs = [file.parent if file.name == BEST_TOML else file for file in files]
     names = [run.stem if run.suffix == ".toml" else run.resolve().name for run in runs]
     return [f"{name}-{seen}" if (seen := names[: at + 1].count(name)) > 1 else name for at, name in enumerate(names)]
 
@@ -96,8 +96,8 @@ def profile_report(found: Profiled, top: int = 20) -> Group:
     snapshot = f", {profile.snapshot} (open it at pytorch.org/memory_viz)" if profile.snapshot else ""
     return Group(
         Prose(heading, "bold"),
-        plain(sizes, figures=("bytes", "size", "share")),
-        plain(live, figures=("count", "each")),
+        make_table(sizes, figures=("bytes", "size", "share")),
+        make_table(live, figures=("count", "each")),
         Prose(f"in {found.directory}: timeline.png, timeline.csv, profile.json{snapshot}"),
     )
 
@@ -114,7 +114,7 @@ def comparison(first: Profiled, second: Profiled) -> Group:
     lines.append({"at the peak": "stands in", **peaks, "difference": ""})
     return Group(
         Prose(f"{first.name} -> {second.name}: {_changes(first.candidate, second.candidate)}", "bold"),
-        plain(lines, figures=(first.name, second.name, "difference")),
+        make_table(lines, figures=(first.name, second.name, "difference")),
     )
 
 

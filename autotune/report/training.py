@@ -9,8 +9,10 @@ from typing import Any
 
 from autotune.config.tables import read_json
 from autotune.config.toml import CandidateFile, read_candidate
+from autotune.config.train_settings import LOG, RECIPE, SUMMARY, TRAINING
 from autotune.errors import ConfigError, one_line, shown
-from autotune.report.table import Listing, plain
+from autotune.report.table import Listing, make_table
+from autotune.runs.directory import SEARCH_TOML
 from autotune.units import format_bytes, format_count, format_duration
 
 _FIGURES = (
@@ -33,18 +35,18 @@ class TrainedRun:
 
 def is_training(path: Path) -> bool:
     """Whether `path` is a training's directory, and not a search's."""
-    return (path / "recipe.toml").exists() and not (path / "search.toml").exists()
+    return (path / RECIPE).exists() and not (path / SEARCH_TOML).exists()
 
 
 def trainings_of(paths: Sequence[Path]) -> list[TrainedRun]:
     """Those among the directories, and those inside of them. Raises ConfigError for a damaged one."""
-    places = [place for path in paths for place in (path, path / "train") if is_training(place)]
+    places = [place for path in paths for place in (path, path / TRAINING) if is_training(place)]
     return [load_training(place) for place in places]
 
 
 def load_training(path: Path) -> TrainedRun:
     """Read a training's directory. Raises ConfigError where a file of it is damaged."""
-    log, summary, ended = path / "train_log.csv", path / "summary.json", False
+    log, summary, ended = path / LOG, path / SUMMARY, False
     try:
         found = _last_row(log) if log.exists() else {}
         if summary.exists():
@@ -55,7 +57,7 @@ def load_training(path: Path) -> TrainedRun:
     except (ConfigError, OSError, ValueError, csv.Error) as error:
         why = one_line(str(error))
         raise ConfigError(f"{path} is not a readable training: {why}; go on with `autotune train --resume`") from None
-    return TrainedRun(path=path, file=read_candidate(path / "recipe.toml"), ended=ended, found=found)
+    return TrainedRun(path=path, file=read_candidate(path / RECIPE), ended=ended, found=found)
 
 
 def _last_row(log: Path) -> dict[str, float | None]:
@@ -93,7 +95,7 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
 def training_table(trainings: Sequence[TrainedRun]) -> Listing:
     """A line each: what was predicted and measured, an arrow, what the training does."""
-    return plain([_line(one) for one in trainings])
+    return make_table([_line(one) for one in trainings])
 
 
 def _line(one: TrainedRun) -> dict[str, str]:
