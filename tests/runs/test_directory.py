@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 
 import autotune
+from autotune.config import train_settings
 from autotune.runs import directory
 from autotune.runs.directory import claim_name
 
 PACKAGE = Path(autotune.__file__).parent
 NAMES = {
-    value for name, value in vars(directory).items()
+    value for name, value in {**vars(directory), **vars(train_settings)}.items()
     if name.isupper() and not name.startswith("_") and isinstance(value, str) and "." in value
 }  # fmt: skip
-HOMES = {"runs/directory.py", "config/toml.py", "measure/runner.py"}
-"""Modules that define names; best.toml and the standby's log belong to rooms below."""
+HOMES = {"runs/directory.py", "config/toml.py", "config/train_settings.py", "measure/runner.py"}
+"""Modules that define names: the run directory's, and of rooms below it."""
 
 
 def test_every_file_of_a_run_has_a_name() -> None:
