@@ -1,4 +1,4 @@
-"""One thing at a time, as names and values: above all a single trial."""
+"""A single trial as names and values."""
 
 from rich.console import Group
 from rich.table import Table
@@ -10,7 +10,7 @@ from autotune.units import format_bytes, format_duration
 
 
 def trial_facts(result: TrialResult, shape: Shape) -> Group:
-    """What became of one trial, and its peak memory by stage."""
+    """Result of one trial, and its peak memory by stage."""
     ci95 = "" if result.tokens_per_second_ci95 is None else f" ± {result.tokens_per_second_ci95:,.0f}"
     facts = {
         "model": f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}, block size {shape.block_size}, "
@@ -40,7 +40,7 @@ def trial_facts(result: TrialResult, shape: Shape) -> Group:
 
 
 def facts_table(facts: dict[str, str]) -> Table:
-    """Names and the values that there are."""
+    """Names and values; empty values are left out."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

@@ -84,8 +84,8 @@ def verdict_lines(run: Run) -> list[str]:
         lines.append(f"No candidate is feasible: {what}")
     else:
         cached = cache_text(winner.result.compile_cache_hits, winner.result.compile_cache_misses)
-        found = f", {cached} from the compile cache" if cached else ""
-        lines.append(f"best: trial {winner.trial}, {_status(verdict)}: {_figures(winner, verdict.speed)}{found}")
+        graphs = f", {cached} from the compile cache" if cached else ""
+        lines.append(f"best: trial {winner.trial}, {_status(verdict)}: {_figures(winner, verdict.speed)}{graphs}")
         if verdict.unsettled:
             lines.append(f"warning: not settled: {verdict.unsettled}")
         if run.best is not None and run.best.candidate.id != winner.candidate.id:
