@@ -347,8 +347,9 @@ def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
     from autotune.report import html as page
     from autotune.report import run as record
     from autotune.report import table, training
+    from autotune.runs import read
 
-    loaded = [record.load_run(path) for path in runs if not training.is_training(path)]
+    loaded = [read.load_run(path) for path in runs if not training.is_training(path)]
     trained = training.trainings_of(runs)
     pages = [page.write_html(one) for one in loaded] if html else []
     if json:
@@ -356,7 +357,7 @@ def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
         terminal.write(json_module.dumps(parts, allow_nan=False))
     else:
         if loaded:
-            table.print_text(table.run_report(loaded[0], top) if len(loaded) == 1 else table.comparison(loaded))
+            table.print_text(record.run_report(loaded[0], top) if len(loaded) == 1 else record.comparison(loaded))
         if trained:
             terminal.write("Training, measured or predicted -> reached:")
             table.print_text(training.training_table(trained))
@@ -460,15 +461,16 @@ def estimate(
     from autotune.memory import estimate as estimates
     from autotune.memory import model as memory_model
     from autotune.report import table
+    from autotune.runs.directory import MEMORY_MODEL_JSON
 
     limit = parse_bytes(memory_limit)
     known = memory_model.MemoryModel(device="cuda")
     if calibration is not None:
-        known = memory_model.load(calibration / "memory_model.json" if calibration.is_dir() else calibration)
+        known = memory_model.load(calibration / MEMORY_MODEL_JSON if calibration.is_dir() else calibration)
     rows, certainty = estimates.estimate(
         known, estimates.candidates(model or [], tuple(assignments or ()), vocab_size), limit
     )
-    table.print_text(table.plain(rows))
+    table.print_text(table.make_table(rows))
     terminal.write_lines(certainty)
 
 

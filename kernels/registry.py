@@ -59,10 +59,15 @@ class Machine:
     capability: tuple[int, int] = (0, 0)
 
 
+def device_kind(device: str) -> str:
+    """`cuda:0` -> `cuda`."""
+    return device.partition(":")[0]
+
+
 def machine(device: str, capability: Sequence[int], torch: str) -> Machine:
     """From a device (`cuda:0`), its compute capability (empty on the CPU) and torch's version string."""
     major, minor = (*capability, 0, 0)[:2]
-    return Machine(device=device.partition(":")[0], torch=_release(torch), capability=(major, minor))
+    return Machine(device=device_kind(device), torch=_release(torch), capability=(major, minor))
 
 
 def _release(version: str) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Run directories as a search leaves them, written by the project's own writers."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from autotune.config.toml import CandidateFile, format_candidate
 from autotune.environment import Environment
 from autotune.measure.types import MemoryView, TrialResult
 from autotune.runs.records import TrialRecord, write_csv
+from autotune.runs.verdict import Verdict, write_verdict
+from autotune.search.conclude import conclude
+from autotune.search.space import build_space
 from autotune.units import GIB
 
 ENVIRONMENT = Environment(
@@ -95,11 +99,12 @@ def write_run(
     name: str = "run",
     device_name: str = ENVIRONMENT.device_name,
     objective: Objective = "throughput",
+    verdict: Callable[[Verdict], Verdict] = lambda verdict: verdict,
 ) -> Path:
-    """A run directory of these trials; `best` is the candidate of best.toml."""
-    path = parent / name
+    """A run directory of these trials; `best` is the candidate of best.toml, `verdict` edits what was concluded."""
+    path, trials = parent / name, records() if trials is None else trials
     path.mkdir()
-    write_csv(path / "trials.csv", records() if trials is None else trials)
+    write_csv(path / "trials.csv", trials)
     settings = SearchSettings(
         name=name,
         device="cuda:0",
@@ -114,6 +119,8 @@ def write_run(
     )
     write_settings(path / "search.toml", settings)
     machine = replace(ENVIRONMENT, device_name=device_name)
+    concluded = conclude(trials, settings, machine, build_space(settings, machine))
+    write_verdict(path / "verdict.json", verdict(concluded))
     (path / "environment.json").write_text(json.dumps({**asdict(machine), "fingerprint": machine.fingerprint}))
     if best is not None:
         cached = {"compile_cache_hits": 4, "compile_cache_misses": 2}

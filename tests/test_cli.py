@@ -239,7 +239,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path, flags: list[str]
 INTERRUPTED = """
 import os, signal, sys, time
 from autotune import cli
-import autotune.report.run
+import autotune.runs.read
 
 def slow(*_):
     try:
@@ -252,7 +252,7 @@ def slow(*_):
         open({saved!r}, "w").close()
         raise
 
-autotune.report.run.load_run = slow
+autotune.runs.read.load_run = slow
 sys.argv = ["autotune", "report", "x"]
 cli.main()
 """
@@ -292,7 +292,7 @@ def test_nohup_holds(tmp_path: Path) -> None:
 CLOSED = """
 import os, sys, time
 from autotune import cli
-import autotune.report.run
+import autotune.runs.read
 
 def slow(*_):
     try:
@@ -303,7 +303,7 @@ def slow(*_):
         open(sys.argv[2] + "/saved", "w").close()
         raise
 
-autotune.report.run.load_run = slow
+autotune.runs.read.load_run = slow
 try:
     cli.main()
 except SystemExit as end:

@@ -15,8 +15,8 @@ from recorded_run import candidate, records, write_run
 
 import autotune
 from autotune import terminal
-from autotune.report.run import load_run
-from autotune.report.table import run_report
+from autotune.report.run import run_report
+from autotune.runs.read import load_run
 
 ROOT = Path(autotune.__file__).parent.parent
 HOSTILE = "a\x1b[31m\x07\x9b2J\u202eb\u2028c\x00\udcff\x7f"

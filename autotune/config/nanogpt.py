@@ -10,6 +10,7 @@ from autotune.config.candidate import TRAINING_PARTS, Candidate, DType, Plan, Re
 from autotune.config.tables import read_table
 from autotune.errors import ConfigError, suggest
 from autotune.files import read_text
+from autotune.kernels import registry
 from autotune.terminal import visible
 
 # The defaults in nanoGPT's train.py, which also give each key its type. An empty dtype depends on the device.
@@ -132,7 +133,7 @@ class _File:
         if self.values.get("eval_only"):
             self.said.append((self.lines["eval_only"], "eval_only = True is skipped: training is what is measured"))
         asked = self.values.get("device")
-        if isinstance(asked, str) and asked.partition(":")[0] != device.partition(":")[0]:
+        if isinstance(asked, str) and registry.device_kind(asked) != registry.device_kind(device):
             self.said.append((self.lines["device"], f"device = {asked!r} is skipped: {device} is measured"))
 
     def _assign(self, one: Assignment, used: set[str]) -> None:

@@ -24,6 +24,7 @@ from autotune.config.tables import parse_toml, read_table
 from autotune.config.toml import without_none
 from autotune.errors import ConfigError, shown
 from autotune.files import read_text, write_atomically
+from autotune.kernels.registry import device_kind
 from autotune.terminal import visible
 
 Objective = Literal["throughput", "loss"]
@@ -78,6 +79,11 @@ class SearchSettings:
     storage: str = ""
     """An Optuna storage URL, kept without its password; empty: study.db in the run directory."""
     seed: int = 0
+
+    @property
+    def device_kind(self) -> str:
+        """`cpu` or `cuda`."""
+        return device_kind(self.device)
 
     def __post_init__(self) -> None:
         one_of("--objective", self.objective, get_args(Objective))

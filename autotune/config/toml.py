@@ -16,6 +16,9 @@ from autotune.config.tables import check_keys, parse_toml, read_table
 from autotune.errors import SHOWN, ConfigError, one_line, shown, suggest
 from autotune.files import read_text
 
+BEST_TOML = "best.toml"
+"""Candidate file of a run directory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateFile:
@@ -81,8 +84,8 @@ def _is_plain(value: object) -> bool:
 
 def read_candidate(path: Path, overrides: tuple[str, ...] = ()) -> CandidateFile:
     """Read a candidate file, or the best.toml of a run directory. Raises ConfigError."""
-    file = path / "best.toml" if path.is_dir() else path
-    in_run = file.name == "best.toml" and file.parent.is_dir()
+    file = path / BEST_TOML if path.is_dir() else path
+    in_run = file.name == BEST_TOML and file.parent.is_dir()
     hint = "the run has no feasible trial yet" if in_run else "give a run directory or a TOML file"
     return parse_candidate(read_text(file, hint), str(file), overrides)
 

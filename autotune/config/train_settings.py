@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autotune.config.candidate import at_least
-from autotune.config.toml import CandidateFile
+from autotune.config.toml import BEST_TOML, CandidateFile
 from autotune.errors import ConfigError
 
 RECIPE, LOG, CHECKPOINTS, SUMMARY = "recipe.toml", "train_log.csv", "checkpoints", "summary.json"
 CURVE = "loss.png"
 """Files of a training directory."""
+TRAINING = "train"
+"""Folder of a run for the training of its best.toml."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ def locate(path: Path) -> tuple[Path, Path]:
     any other `y.toml` -> `results/y/train`. Nothing is read; the file may not exist.
     """
     if path.is_dir():
-        return (path / RECIPE, path) if (path / RECIPE).exists() else (path / "best.toml", path / "train")
+        return (path / RECIPE, path) if (path / RECIPE).exists() else (path / BEST_TOML, path / TRAINING)
     if path.name == RECIPE:
         return path, path.parent
-    return path, (path.parent if path.name == "best.toml" else Path("results") / path.stem) / "train"
+    return path, (path.parent if path.name == BEST_TOML else Path("results") / path.stem) / TRAINING

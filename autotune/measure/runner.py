@@ -24,6 +24,8 @@ from autotune.model.compile_cache import compile_cache_dir
 
 LOG_BYTES = 16 << 20
 """Maximum size of a log; a worker that prints more is killed."""
+STANDBY_LOG = ".standby.log"
+"""Output of a waiting worker, until it gets its trial."""
 _WORKER = "autotune.measure.worker"
 _POLL_SECONDS = 0.1
 _TIMED = (b'"phase": "warmup"', b'"phase": "measure"', b'"phase": "done"')
@@ -45,7 +47,7 @@ class Standby:
     def start(self, log: Path) -> None:
         """Start a worker, unless one is waiting, for a trial whose log will be in the directory of `log`."""
         if self._worker is None or self._worker.poll() is not None:
-            self._log = log.with_name(".standby.log")
+            self._log = log.with_name(STANDBY_LOG)
             self._worker = _start(_WORKER, self._log, "default", "standby")
 
     def take(self, request: TrialRequest, log: Path) -> _Process | None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from autotune.measure.types import Z95
+
 TARGET = 0.01
 """Relative half width of the 95 % interval at which timing ends."""
 MIN_SAMPLES = 7
@@ -38,7 +40,7 @@ def summarise(seconds: Sequence[float]) -> Timing:
         return Timing(median=median, ci95=median, samples=1)
     if count in _STUDENT:
         return Timing(median=median, ci95=_STUDENT[count] * statistics.stdev(ordered) / math.sqrt(count), samples=count)
-    spread = 1.96 * math.sqrt(count) / 2
+    spread = Z95 * math.sqrt(count) / 2
     low = max(0, math.floor(count / 2 - spread))
     high = min(count - 1, math.ceil(count / 2 + spread) - 1)
     return Timing(median=median, ci95=max(median - ordered[low], ordered[high] - median), samples=count)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from statistics import NormalDist
 from typing import Literal, TypeVar
 
 from autotune.config.candidate import Candidate
@@ -23,6 +24,11 @@ Phase = Literal["start", "build", "verify", "compile", "warmup", "measure", "don
 Stage = Literal["first_step", "steady", "evaluation", "checkpoint"]
 Steps = Literal["whole", "composed"]
 T = TypeVar("T")
+
+Z95 = NormalDist().inv_cdf(0.975)
+"""Half width of a 95 % interval in standard deviations."""
+PEAK_VIEWS = ("device_bytes", "reserved_bytes", "allocated_bytes")
+"""Fields of MemoryView, the widest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +122,11 @@ class TrialResult:
         """Largest `allocated_bytes`, `reserved_bytes` or `device_bytes` over all stages."""
         known = [value for stage in self.memory.values() if (value := getattr(stage, view)) is not None]
         return max(known, default=None)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Peak in the widest known view: device, else reserved, else allocated bytes."""
+        return max((peak for view in PEAK_VIEWS if (peak := self.peak(view)) is not None), default=None)
 
     @property
     def num_alloc_retries(self) -> int | None:

@@ -298,8 +298,7 @@ def measure_eval_and_checkpoint(step: TrainStep, batches: list[MicroBatch], mete
 
 def stop_if_over_limit(request: TrialRequest, result: TrialResult) -> None:
     limit = request.memory_limit_bytes
-    views = [result.peak(view) for view in ("allocated_bytes", "reserved_bytes", "device_bytes")]
-    largest = max((value for value in views if value is not None), default=0)
+    largest = result.peak_bytes or 0
     if limit is not None and largest * (1 + LIMIT_MARGIN) > limit:
         message = f"needs {largest} bytes and a margin of {LIMIT_MARGIN:.0%}, the limit is {limit}"
         raise TrialEnded("over_limit", message)

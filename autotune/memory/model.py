@@ -22,7 +22,7 @@ from autotune.config.tables import read_json, read_table
 from autotune.environment import Environment
 from autotune.errors import ConfigError
 from autotune.files import write_atomically
-from autotune.measure.types import TrialResult
+from autotune.measure.types import Z95, TrialResult
 from autotune.memory import priors, regression
 from autotune.memory.regression import Normal
 from autotune.memory.structure import Arrays, Key, arrays, half_logits_bytes, keys, overhead, peak_points
@@ -35,8 +35,6 @@ CALIBRATED = 256
 _REMEMBERED = 4096
 """Candidates whose sizes are kept: those of all trials are needed after each trial."""
 _MEASURED = ("ok", "over_limit")
-_95 = 1.96
-"""Standard deviations on each side of a 95 % interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +202,7 @@ def _prediction(
     structure = total, math.hypot(unsure, _noise(candidate, model.device, total))
     allocated, sd = _from_neighbours(model, candidate) or structure
     device, noise = allocated + beyond, _overhead_noise(candidate, model.device, allocated)
-    spread = _95 * math.hypot(sd, scatter, noise)
+    spread = Z95 * math.hypot(sd, scatter, noise)
     return Prediction(
         peak_allocated_bytes=round(allocated),
         peak_device_bytes=round(device),

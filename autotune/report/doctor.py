@@ -1,4 +1,4 @@
-"""What is available on this machine and, for each absence, why. Nothing here imports torch."""
+"""Checks of this machine: what a search needs or can use and, if absent, why. Nothing here imports torch."""
 
 import ctypes
 import importlib.util
@@ -18,7 +18,7 @@ from autotune.environment import Environment, busy_machine, probe
 from autotune.errors import AutotuneError, ConfigError, DataError
 from autotune.kernels import registry
 from autotune.model.compile_cache import compile_cache_dir, make_cache
-from autotune.report.table import Listing, plain
+from autotune.report.table import Listing, make_table
 from autotune.units import GIB, format_bytes
 
 TORCH_RANGE = ((2, 11), (2, 15))
@@ -35,43 +35,43 @@ _OPTIONAL = {
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that was looked at."""
+    """One requirement."""
 
     name: str
     state: Literal["ok", "absent", "missing"]
-    """`missing` keeps one from searching here, `absent` does not."""
-    found: str
-    """What is there, or why it is not and what to do."""
+    """`missing` prevents a search here, `absent` does not."""
+    details: str
+    """Version or place; if not ok, reason and remedy."""
 
 
-def _needed(name: str, found: str | None, otherwise: str) -> Check:
-    return Check(name=name, state="ok" if found else "missing", found=found or otherwise)
+def _needed(name: str, details: str | None, otherwise: str) -> Check:
+    return Check(name=name, state="ok" if details else "missing", details=details or otherwise)
 
 
-def _useful(name: str, found: str | None, otherwise: str) -> Check:
-    return Check(name=name, state="ok" if found else "absent", found=found or otherwise)
+def _useful(name: str, details: str | None, otherwise: str) -> Check:
+    return Check(name=name, state="ok" if details else "absent", details=details or otherwise)
 
 
 def examine() -> tuple[Check, ...]:
-    """Look at everything that a search needs or can use."""
+    """All checks of this machine."""
     quiet = _useful("quiet machine", None if (busy := busy_machine()) else "no other program keeps it busy", busy)
     return (_needed("Python", platform.python_version(), ""), quiet, *_torch(), *_host(), *_packages())
 
 
 def can_search(checks: Sequence[Check]) -> bool:
-    """Whether nothing that a search needs is missing."""
+    """Whether all that a search needs is there."""
     return all(check.state != "missing" for check in checks)
 
 
 def check_table(checks: Sequence[Check]) -> Listing:
-    """The checks, a line each."""
-    return plain([{"what": check.name, "state": check.state, "found": check.found} for check in checks])
+    """One line per check."""
+    return make_table([{"what": check.name, "state": check.state, "found": check.details} for check in checks])
 
 
 def kernel_table(environment: Environment) -> Listing:
-    """The registry's rows with what each is, and why it cannot run here where it cannot."""
+    """Registered kernels: summary, and whether they run here or why not."""
     machine = registry.machine(environment.device, environment.capability, environment.torch)
-    return plain(
+    return make_table(
         [
             {
                 "operation": kernel.operation,
@@ -87,15 +87,15 @@ def kernel_table(environment: Environment) -> Listing:
 
 
 def _torch() -> Iterator[Check]:
-    """torch, and the device as torch sees it."""
+    """torch's version and its device."""
     try:
         machine = probe()
     except AutotuneError as error:
         yield _needed("torch", None, f"{error}; install {_WANTED}")
         return
     release = tuple(int(number) for number in machine.torch.split(".")[:2])
-    fitting = machine.torch if TORCH_RANGE[0] <= release < TORCH_RANGE[1] else None
-    yield _needed("torch", fitting, f"{machine.torch}; run `pip install '{_WANTED}'`")
+    supported = machine.torch if TORCH_RANGE[0] <= release < TORCH_RANGE[1] else None
+    yield _needed("torch", supported, f"{machine.torch}; run `pip install '{_WANTED}'`")
     memory = format_bytes(machine.device_memory_bytes)
     if machine.device == "cpu":
         cores = f"searches run on the CPU: {machine.device_name}, {machine.cpu_count} cores, {memory}"
@@ -113,44 +113,45 @@ def _why_no_cuda(torch: str) -> str:
     if not Path("/proc/driver/nvidia").exists():
         return "no NVIDIA driver is loaded"
     return (
-        "torch sees none: compare `nvidia-smi` with CUDA_VISIBLE_DEVICES; "
+        "torch finds none: compare `nvidia-smi` with CUDA_VISIBLE_DEVICES; "
         "a CUDA 13 build needs a driver from 580 on, a CUDA 12 build one from 525 on"
     )
 
 
 def _nvml() -> Check:
-    """Whether the driver says what each process holds: the widest view of peak memory."""
+    """Whether the driver reports memory per process, the widest view of peak memory."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
         cards = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
         processes = [p for card in cards for p in pynvml.nvmlDeviceGetComputeRunningProcesses(card)]
-        refusal = "the driver hides it" if any(p.usedGpuMemory is None for p in processes) else ""
+        refusal = "the driver does not report it" if any(p.usedGpuMemory is None for p in processes) else ""
     except pynvml.NVMLError as error:
         refusal = str(error)
-    found = None if refusal else f"{len(processes)} processes seen on {len(cards)} devices"
-    instead = "peaks are the device's use minus its use before the trial: let nothing else run on it"
-    return _useful("NVML process accounting", found, f"{refusal}; {instead}")
+    details = None if refusal else f"{len(processes)} processes on {len(cards)} devices"
+    fallback = "peaks are the device's use minus its use before the trial: let nothing else run on it"
+    return _useful("NVML process accounting", details, f"{refusal}; {fallback}")
 
 
 def _host() -> Iterator[Check]:
-    """What torch.compile needs (it writes C++ on the CPU; on CUDA, Triton compiles its launcher in C), and places."""
+    """Compiler, headers, disk. torch.compile generates C++ on the CPU; on CUDA, Triton compiles its launcher in C."""
     header = Path(sysconfig.get_path("include"), "Python.h")
     advice = f"{header} is not there; install python3-dev for torch.compile"
     yield _needed("Python headers", str(header) if header.exists() else None, advice)
     yield from _compiling()
     free = shutil.disk_usage(Path.cwd()).free
-    told = f"{format_bytes(free)} at {Path.cwd()}"
-    yield _useful("free disk", told if free >= GIB else None, f"{told}; a run with checkpoints needs more than 1 GiB")
+    details = f"{format_bytes(free)} at {Path.cwd()}"
+    too_little = f"{details}; a run with checkpoints needs more than 1 GiB"
+    yield _useful("free disk", details if free >= GIB else None, too_little)
 
 
 _SOURCE = '#include <omp.h>\nextern "C" int answer() { return omp_get_max_threads() > 0 ? 42 : 0; }\n'
 
 
 def _compiling() -> Iterator[Check]:
-    """Inductor's compiler and its cache, by making a library there and loading it."""
-    compiler = os.environ.get("CXX", "g++")  # as Inductor has it: the name of a program, without options
+    """Inductor's compiler and cache, tested by building a library in the cache and loading it."""
+    compiler = os.environ.get("CXX", "g++")  # a program name without options, as Inductor reads it
     try:
         cache = compile_cache_dir()
         make_cache(cache)
@@ -171,7 +172,7 @@ _INSTALL = "torch.compile needs it: install g++, or point CXX at a compiler"
 
 
 def _compile(compiler: str, folder: Path) -> str:
-    """Make answer.so in the folder; why it failed, or an empty text."""
+    """Build answer.so in the folder. Returns the reason of a failure, or an empty text."""
     source, library = folder / "answer.cpp", folder / "answer.so"
     try:
         source.write_text(_SOURCE)
@@ -188,9 +189,9 @@ def _compile(compiler: str, folder: Path) -> str:
 
 
 def _load(library: Path) -> str:
-    """Load the library and call it; why that failed, or an empty text."""
+    """Load the library and call it. Returns the reason of a failure, or an empty text."""
     try:
-        return "" if ctypes.CDLL(str(library)).answer() == 42 else "it computes something else"
+        return "" if ctypes.CDLL(str(library)).answer() == 42 else "it returns a wrong value"
     except (OSError, AttributeError) as error:
         return str(error)
 

@@ -1,15 +1,19 @@
-"""A run as one self-contained page: nothing is loaded from elsewhere, everything is escaped."""
+"""A run as one self-contained HTML page: no external resources, all text escaped."""
 
 import base64
 from collections.abc import Sequence
 from html import escape as _escape
 from pathlib import Path
 
+import pandas as pd
+
 from autotune.errors import ConfigError
 from autotune.files import write_atomically
 from autotune.report.plots import write_plots
-from autotune.report.run import Run, next_command, ranked
-from autotune.report.table import Line, cells, heading, sections, verdict
+from autotune.report.run import cells, heading, next_command, sections, verdict_lines
+from autotune.report.table import Line
+from autotune.runs.directory import REPORT_HTML
+from autotune.runs.read import Run
 from autotune.terminal import visible
 
 _PAGE = """<!doctype html>
@@ -33,13 +37,13 @@ code {{ background: #f2f2f2; padding: .1rem .3rem }}
 
 
 def escape(text: str) -> str:
-    """As text of the page: neither markup nor a character that changes how others are read."""
+    """The text with markup escaped, and with it characters that change how others are displayed."""
     return _escape(visible(text))
 
 
 def write_html(run: Run) -> Path:
-    """Write report.html, and the plots that it embeds, into the run directory."""
-    page, plots = run.path / "report.html", write_plots(run)
+    """Write report.html, and the plots that it embeds, into the run directory. Raises ConfigError."""
+    page, plots = run.path / REPORT_HTML, write_plots(run)
     try:
         write_atomically(page, _page(run, plots))
     except OSError as error:
@@ -49,11 +53,11 @@ def write_html(run: Run) -> Path:
 
 def _page(run: Run, plots: Sequence[Path]) -> str:
     machine = [{"name": name, "value": str(value)} for name, value in vars(run.environment).items() if value]
-    tables: dict[str, Sequence[Line]]
-    tables = {"Feasible trials": [cells(run, row) for row in ranked(run)], **sections(run), "Machine": machine}
+    ranked = [cells(run, row) for row in run.select(run.verdict.ranking)]
+    tables: dict[str, Sequence[Line]] = {"Feasible trials": ranked, **sections(run), "Machine": machine}
     return _PAGE.format(
         title=escape(heading(run)),
-        verdict="<br>".join(map(escape, verdict(run))),
+        verdict="<br>".join(map(escape, verdict_lines(run))),
         command=escape(next_command(run)),
         plots="\n".join(map(_image, plots)),
         tables="\n".join(f"<h2>{title}</h2>\n{_table(lines)}" for title, lines in tables.items() if lines),
@@ -61,12 +65,11 @@ def _page(run: Run, plots: Sequence[Path]) -> str:
 
 
 def _table(lines: Sequence[Line]) -> str:
-    head = "".join(f"<th>{escape(header)}</th>" for header in lines[0])
-    body = "\n".join(
-        ('<tr class="best">' if line.get("") else "<tr>") + "".join(f"<td>{escape(c)}</td>" for c in line.values())
-        for line in lines
-    )
-    return f"<table><tr>{head}</tr>\n{body}\n</table>"
+    """HTML table, in which the best trial has the class `best`."""
+    frame = pd.DataFrame(lines).map(visible)
+    with pd.option_context("display.max_colwidth", None):
+        table = frame.to_html(index=False, border=0, justify="left")
+    return table.replace("<tr>\n      <td>*</td>", '<tr class="best">\n      <td>*</td>')
 
 
 def _image(path: Path) -> str:

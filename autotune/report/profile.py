@@ -1,4 +1,4 @@
-"""Where the memory of a step goes: tables, a timeline as CSV and PNG, and two candidates side by side."""
+"""Memory profile of a step: tables, a timeline as CSV and PNG, and two candidates side by side."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,41 +10,41 @@ from matplotlib.figure import Figure
 from rich.console import Group
 
 from autotune.config.candidate import Candidate
-from autotune.config.toml import read_candidate
+from autotune.config.toml import BEST_TOML, read_candidate
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
 from autotune.files import write_atomically
 from autotune.measure.runner import run_profile
 from autotune.measure.types import CATEGORIES, LiveTensor, MemoryProfile, TrialRequest
-from autotune.report.table import Prose, plain
+from autotune.report.table import Prose, make_table
 from autotune.units import GIB, MIB, format_bytes
 
 _LINES = 3
-"""How many of the lines fused into a kernel are shown."""
+"""Lines shown of those fused into one kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profiled:
-    """A candidate and where its memory goes."""
+    """A candidate and the memory profile of its step."""
 
     name: str
     candidate: Candidate
     profile: MemoryProfile
     directory: Path
-    """Holds profile.json, timeline.csv, timeline.png, log.txt and, on CUDA, snapshot.pickle."""
+    """Directory with profile.json, timeline.csv, timeline.png, log.txt and, on CUDA, snapshot.pickle."""
 
 
 def read_named(files: Sequence[Path], overrides: tuple[str, ...]) -> dict[str, Candidate]:
-    """Candidate files, or the best.toml of run directories, by a name each; `overrides` as `--set` takes them.
-    Raises ConfigError for a file that is not a candidate."""
+    """Candidates of files or run directories, by a unique name each; `overrides` have the syntax of `--set`. Raises
+    ConfigError for a file that is not a candidate."""
     candidates = [read_candidate(file, overrides).candidate for file in files]
     return dict(zip(_names(files), candidates, strict=True))
 
 
 def profile_candidates(named: Mapping[str, Candidate], *, out: Path, device: str) -> list[Profiled]:
-    """Profile candidates one after another and write what was found: one into `out`, several into a folder of it
-    each. Raises ConfigError for a folder that cannot be written, and AutotuneError for a candidate that does not
-    run here, with the reason."""
-    found = []
+    """Profile candidates one after another. A single one is written into `out`, several into a subfolder each. Raises
+    ConfigError for a folder that cannot be written, and AutotuneError with the reason for a candidate that does not
+    run here."""
+    profiled = []
     for name, candidate in named.items():
         directory = out if len(named) == 1 else out / name
         request = TrialRequest(candidate=candidate, device=device, result_path="")
@@ -57,20 +57,20 @@ def profile_candidates(named: Mapping[str, Candidate], *, out: Path, device: str
             draw_timeline(profile).savefig(directory / "timeline.png", dpi=120)
         except OSError as error:
             raise ConfigError(f"{directory} cannot be written: {error.strerror}; choose another with --out") from None
-        found.append(Profiled(name=name, candidate=candidate, profile=profile, directory=directory))
-    return found
+        profiled.append(Profiled(name=name, candidate=candidate, profile=profile, directory=directory))
+    return profiled
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """Of the file, or of its run; the second one of a name is called NAME-2."""
-    runs = [file.parent if file.name == "best.toml" else file for file in files]
+    """Name of each file or its run; the second of the same name becomes NAME-2."""
+    runs = [file.parent if file.name == BEST_TOML else file for file in files]
     names = [run.stem if run.suffix == ".toml" else run.resolve().name for run in runs]
     return [f"{name}-{seen}" if (seen := names[: at + 1].count(name)) > 1 else name for at, name in enumerate(names)]
 
 
-def profile_report(found: Profiled, top: int = 20) -> Group:
-    """One candidate: the peak by category, and the largest of what was alive then."""
-    profile = found.profile
+def profile_report(profiled: Profiled, top: int = 20) -> Group:
+    """One candidate: bytes at the peak by category, and the `top` largest groups of tensors alive then."""
+    profile = profiled.profile
     peak = profile.measured_peak_bytes
     sizes = [
         {
@@ -92,18 +92,18 @@ def profile_report(found: Profiled, top: int = 20) -> Group:
         }
         for equal in _grouped(profile)[:top]
     ]
-    heading = f"{found.name}: {format_bytes(peak)} at the peak, which stands in: {profile.peak_phase}"
+    heading = f"{profiled.name}: {format_bytes(peak)} at the peak, which is reached in: {profile.peak_phase}"
     snapshot = f", {profile.snapshot} (open it at pytorch.org/memory_viz)" if profile.snapshot else ""
     return Group(
         Prose(heading, "bold"),
-        plain(sizes, figures=("bytes", "size", "share")),
-        plain(live, figures=("count", "each")),
-        Prose(f"in {found.directory}: timeline.png, timeline.csv, profile.json{snapshot}"),
+        make_table(sizes, figures=("bytes", "size", "share")),
+        make_table(live, figures=("count", "each")),
+        Prose(f"in {profiled.directory}: timeline.png, timeline.csv, profile.json{snapshot}"),
     )
 
 
 def comparison(first: Profiled, second: Profiled) -> Group:
-    """Two candidates: what differs, and what that saves where."""
+    """Two candidates: their differences, and the bytes that these save by category."""
     before, after = _sizes(first.profile), _sizes(second.profile)
     lines = []
     for name in sorted({**before, **after}, key=_ORDER.index):
@@ -111,15 +111,15 @@ def comparison(first: Profiled, second: Profiled) -> Group:
         sizes = {first.name: format_bytes(old), second.name: format_bytes(new)}
         lines.append({"at the peak": name, **sizes, "difference": _difference(old, new)})
     peaks = {one.name: one.profile.peak_phase for one in (first, second)}
-    lines.append({"at the peak": "stands in", **peaks, "difference": ""})
+    lines.append({"at the peak": "reached in", **peaks, "difference": ""})
     return Group(
         Prose(f"{first.name} -> {second.name}: {_changes(first.candidate, second.candidate)}", "bold"),
-        plain(lines, figures=(first.name, second.name, "difference")),
+        make_table(lines, figures=(first.name, second.name, "difference")),
     )
 
 
 def timeline_csv(profile: MemoryProfile) -> str:
-    """One line an allocation or release: seconds since the step's start, the phase, bytes by category."""
+    """One line per allocation or release: seconds since the start of the step, phase, bytes by category."""
     columns = {
         "seconds": profile.seconds,
         "phase": [_phase_at(profile, seconds) for seconds in profile.seconds],
@@ -155,7 +155,7 @@ _ORDER = (*CATEGORIES, "allocated", "context and cache", "device")
 
 
 def _sizes(profile: MemoryProfile) -> dict[str, int | None]:
-    """Categories with something in them (`unexplained` always), then the views of the whole."""
+    """Non-empty categories (`unexplained` always), then the totals: allocated, context and cache, device."""
     device, allocated = profile.device_bytes, profile.measured_peak_bytes
     held = {name: count for name, count in profile.peak_bytes.items() if count or name == "unexplained"}
     cache = None if device is None else device - allocated
@@ -163,7 +163,7 @@ def _sizes(profile: MemoryProfile) -> dict[str, int | None]:
 
 
 def _grouped(profile: MemoryProfile) -> list[list[LiveTensor]]:
-    """Equal ones of all layers together: same size, category, lines and phase. The largest groups first."""
+    """Tensors of the same size, category, lines and phase, across layers; largest group first."""
     groups: dict[object, list[LiveTensor]] = defaultdict(list)
     for tensor in profile.live:
         groups[tensor.bytes, tensor.category, tensor.lines, tensor.phase].append(tensor)
@@ -177,7 +177,7 @@ def _lines(tensor: LiveTensor) -> str:
 
 
 def _maker(equal: Sequence[LiveTensor]) -> str:
-    """What they are, where they have names of their own; else what made them."""
+    """Name of the tensors if they have one, else the operator that made them."""
     if equal[0].category in ("parameters", "optimizer state", "gradients", "batch"):
         return equal[0].name + (", ..." if len(equal) > 1 else "")
     return equal[0].made_by or "-"
@@ -197,6 +197,6 @@ def _changes(first: Candidate, second: Candidate) -> str:
 
 
 def _phase_at(profile: MemoryProfile, seconds: float) -> str | None:
-    """The later one, where one ends as the next begins."""
+    """Phase at that time; the later one if one ends as the next begins."""
     inside = [span.name for span in profile.spans if span.begin_seconds <= seconds <= span.end_seconds]
     return inside[-1] if inside else None

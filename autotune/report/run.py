@@ -1,282 +1,283 @@
-"""A run directory, read back: its trials, its best candidate, its machine; and what they say."""
+"""A run as text: verdict, ranked trials, failures, next command; as tables for a terminal or a page, and as JSON."""
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
-import pandas as pd
+from rich.console import Group, RenderableType
 
-from autotune.config.candidate import Candidate, Plan
-from autotune.config.search import SearchSettings, read_settings
-from autotune.config.tables import read_json, read_table
-from autotune.config.toml import read_candidate
-from autotune.environment import Environment
-from autotune.errors import ConfigError, one_line
-from autotune.runs.records import COLUMNS, OPTIONAL_COLUMNS, PLAN_FIELDS, read_text
-from autotune.runs.verdict import Review, Speed, read_review
-from autotune.units import format_duration
+from autotune.config.candidate import Shape
+from autotune.config.toml import BEST_TOML
+from autotune.kernels import registry
+from autotune.measure.types import cache_text
+from autotune.report.table import Line, Prose, cell, command, fmt, make_table
+from autotune.runs.directory import TRIALS_CSV
+from autotune.runs.read import Row, Run, peak_bytes
+from autotune.runs.records import COLUMNS, PLAN_FIELDS, TrialRecord
+from autotune.runs.verdict import IDLE, Speed, Verdict
+from autotune.units import format_bytes, format_count, format_duration
 
-T = TypeVar("T")
-Row = Mapping[str, Any]
-"""One line of trials.csv by column; unknown values are None."""
-
-_PLAN_TYPES = {name: hint for name, hint in get_type_hints(Plan).items() if name in PLAN_FIELDS}
-_TEXT = (
-    "role", "status", "phase", "optimizer", "started_at", "candidate_id", "message",
-    *(name for name, hint in _PLAN_TYPES.items() if hint not in (int, float, bool)),
-)  # fmt: skip
-_NUMBERS = (
-    "objective", "tokens_per_second", "tokens_per_second_ci95", "mfu", "step_seconds_p50", "predicted_loss",
-    "compile_seconds", "trial_seconds", "first_loss", *(name for name, hint in _PLAN_TYPES.items() if hint is float),
-)  # fmt: skip
-_FLAGS = tuple(name for name, hint in _PLAN_TYPES.items() if hint is bool)
-_DTYPES = dict.fromkeys(COLUMNS, "Int64") | {
-    **dict.fromkeys(_TEXT, "string"), **dict.fromkeys(_NUMBERS, "Float64"), **dict.fromkeys(_FLAGS, "boolean")
+_SPENT = {
+    "compiling": ("compile",),
+    "warming up": ("warmup",),
+    "measuring": ("measure",),
+    "between trials": (IDLE,),
+    "starting trials": ("start", "build", "verify", "done"),
+}
+"""Phases of trials by their name in the report."""
+_HEADERS = {"activation_checkpointing": "recompute", "loss_chunk_tokens": "chunk tokens"}
+"""Shorter headers of some columns."""
+_PLAN = {
+    _HEADERS.get(name, name): name for name in COLUMNS if name in (*PLAN_FIELDS, "optimizer")
+    and name != "micro_batch_size"  # shown under `batch`
 }  # fmt: skip
+"""Columns of trials.csv that say how a step is executed, by header."""
+_SHARED = ("model", *_PLAN)
+"""Headers that are shown once below the table if all trials have the same text."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What lies in a run directory."""
-
-    path: Path
-    """As the user wrote it, for the commands that are printed."""
-    trials: tuple[Row, ...]
-    """trials.csv."""
-    candidate: Candidate | None
-    """Of best.toml; None where no trial is feasible yet."""
-    measured: Mapping[str, Any]
-    """Of best.toml: numbers of the best trial, of which some are no columns."""
-    environment: Environment
-    settings: SearchSettings
-    """search.toml."""
-    review: Review | None
-    """verdict.json; None until the search has ended."""
-    training: Mapping[str, Any]
-    """train/summary.json; empty where nothing was trained yet."""
-
-    @property
-    def lower_is_better(self) -> bool:
-        return self.settings.objective == "loss"
+def run_report(run: Run, top: int) -> Group:
+    """One run, with its `top` best trials in full."""
+    ranking = run.verdict.ranking
+    parts: list[RenderableType] = [Prose(heading(run), "bold"), *map(Prose, verdict_lines(run))]
+    if lines := [cells(run, row) for row in run.select(ranking[:top])]:
+        same = _constant(lines)
+        parts.append(make_table([{h: text for h, text in line.items() if h not in same} for line in lines]))
+        if notes := ", ".join(f"{header} {text}" for header, text in same.items() if text != "-"):
+            parts.append(Prose(f"All of these: {notes}."))
+    if len(ranking) > top:
+        parts.append(Prose(f"{len(ranking) - top} more in {run.path / TRIALS_CSV}, or with --top {len(ranking)}."))
+    parts += [make_table(lines) for lines in sections(run).values() if lines]
+    return Group(*parts, "", command(cell(f"next: {next_command(run)}").plain, "bold"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """Trials that failed in one way for one reason: that of the first, the others differ at most in their numbers."""
-
-    status: str
-    reason: str
-    trials: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gain:
-    """The best trial against the baseline: tokens/s and peak memory as ratios, predicted loss in nats as a difference.
-    None: unknown."""
-
-    speed: float | None
-    speed_ci95: float | None
-    """Half width, from both intervals."""
-    memory: float | None
-    """In the view of `peak_view`."""
-    loss: float | None
+def comparison(runs: Sequence[Run]) -> Group:
+    """Several runs side by side, one line each."""
+    notes = []
+    if len({run.environment.fingerprint for run in runs}) > 1:
+        notes.append("These runs are of different machines or versions: their numbers do not compare plans alone.")
+    if len({run.settings.objective for run in runs}) > 1:
+        notes.append("These runs have different objectives.")
+    commands = [command(cell(f"next: {next_command(run)}").plain) for run in runs]
+    return Group(make_table([_summary(run) for run in runs]), *map(Prose, notes), *commands)
 
 
-def load_run(path: Path) -> Run:
-    """Read a run directory. Raises ConfigError where it is none, or where a file of it is damaged."""
-    if not path.is_dir():
-        raise ConfigError(f"{path} is not a directory; give a run, for example results/<run>")
-    settings = read_settings(path / "search.toml")
-    best = read_candidate(path) if (path / "best.toml").exists() else None
-    verdict, summary = path / "verdict.json", path / "train" / "summary.json"
-    return Run(
-        path=path,
-        trials=_read(path / "trials.csv", _read_trials),
-        candidate=best.candidate if best else None,
-        measured=best.measured if best else {},
-        environment=_read(path / "environment.json", _read_environment),
-        settings=settings,
-        review=_read(verdict, read_review) if verdict.exists() else None,
-        training=_read(summary, read_json) if summary.exists() else {},
+def heading(run: Run) -> str:
+    """Objective, limits and machine of the search."""
+    settings, machine = run.settings, run.environment
+    objective = "least predicted loss" if run.lower_is_better else "most tokens/s"
+    limit, budget = format_bytes(settings.memory_limit_bytes), format_duration(settings.budget_seconds)
+    return (
+        f"{run.path}: {objective} within {limit} on {machine.device_name} ({machine.device}), "
+        f"torch {machine.torch}, budget {budget}"
     )
 
 
-def _read(file: Path, reader: Callable[[Path], T]) -> T:
-    try:
-        return reader(file)
-    except (ConfigError, OSError, ValueError, TypeError, OverflowError) as error:  # pandas knows many for a damaged CSV
-        why = "it does not exist" if isinstance(error, FileNotFoundError) else one_line(str(error))
-        raise ConfigError(
-            f"{file.parent} is not a readable run: {file.name}: {why}; "
-            "give the directory of a search, or mend it with `autotune report --rebuild`"
-        ) from None
+def verdict_lines(run: Run) -> list[str]:
+    """The verdict in a few lines, without markup."""
+    verdict, winner, baseline = run.verdict, run.verdict.winner, run.verdict.baseline
+    lines = [f"trials: {len(run.rows)}, of which {_ok(run)} ran to their end"]
+    if not verdict.ended:
+        lines.append("the search has not ended; this is its state so far")
+    if winner is None:
+        what = verdict.remedy or "give more memory, a longer budget or a smaller model."
+        lines.append(f"No candidate is feasible: {what}")
+    else:
+        cached = cache_text(winner.result.compile_cache_hits, winner.result.compile_cache_misses)
+        graphs = f", {cached} from the compile cache" if cached else ""
+        lines.append(f"best: trial {winner.trial}, {_status(verdict)}: {_figures(winner, verdict.speed)}{graphs}")
+        if verdict.unsettled:
+            lines.append(f"warning: not settled: {verdict.unsettled}")
+        if run.best is not None and run.best.candidate.id != winner.candidate.id:
+            lines.append(f"warning: {BEST_TOML} is not the best trial: repair it with `autotune report --rebuild`")
+    figures = f"trial {baseline.trial}: {_figures(baseline, verdict.baseline_speed)}" if baseline else "not measured"
+    lines.append(f"baseline: {figures}")
+    lines += _gain(verdict)
+    if verdict.tied_with:
+        trials = ", ".join(map(str, verdict.tied_with))
+        lines.append(f"tie: trial {trials} cannot be distinguished from the best, which needs the least memory of them")
+    if verdict.fell_through:
+        trials = ", ".join(map(str, verdict.fell_through))
+        lines.append(f"trial {trials} was better, but its confirmation failed")
+    if verdict.drift is not None:
+        lines.append(
+            f"warning: the baseline's confirmation ran at {verdict.drift:.2f}x the speed of its trial: the machine "
+            "changed during the search" + ("; the ranking is corrected for it" if verdict.drift_corrected else "")
+        )
+    if verdict.law:
+        lines.append(f"predicted losses are by the law {verdict.law}")
+    lines += _time(verdict)
+    return lines + [f"note: {note}" for note in verdict.notes]
 
 
-def _read_environment(file: Path) -> Environment:
-    table = read_json(file)
-    table.pop("fingerprint", None)  # it follows from the rest
-    return read_table(Environment, table, "environment")
+def _status(verdict: Verdict) -> str:
+    """`confirmed in 2 processes`"""
+    if not verdict.confirmed or verdict.winner is None or verdict.speed is None:
+        return "not confirmed in a second process"
+    composed = " by composed steps" if verdict.winner.result.steps == "composed" else ""  # whole ones did not fit
+    if verdict.unsettled:
+        return f"measured again{composed}, not settled"
+    return f"confirmed{composed} in {verdict.speed.measurements} processes"
 
 
-def _read_trials(file: Path) -> tuple[Row, ...]:
-    # Only an empty cell is unknown: "none" and "null" are words that a plan or a message may hold.
-    frame = pd.read_csv(file, dtype=_DTYPES, keep_default_na=False, na_values=[""])
-    if missing := [name for name in COLUMNS if name not in frame and name not in OPTIONAL_COLUMNS]:
-        raise ValueError(f"it has no column {missing[0]!r}")
-    lacking = [name for name in COLUMNS if name not in frame]
-    frame = frame.reindex(columns=[*frame.columns, *lacking]).astype({name: _DTYPES[name] for name in lacking})
-    frame = frame.fillna(dict.fromkeys(_TEXT, ""))
-    for name in _TEXT:
-        frame[name] = frame[name].map(read_text)
-    plain = frame.astype(object).where(frame.notna(), None)
-    rows = tuple({str(key): value for key, value in row.items()} for row in plain.to_dict("records"))
-    for number, row in enumerate(rows, 2):
-        if row["trial"] is None or (row["objective"] is not None and row["tokens_per_second"] is None):
-            raise ValueError(f"line {number} has no trial, or an objective without tokens/s")
-        for name, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"line {number}: {name} = {value} is not a finite number")
-    return rows
+def _figures(record: TrialRecord, speed: Speed | None) -> str:
+    """Loss, speed and peak memory, or why there are none."""
+    if record.result.status != "ok" or speed is None:
+        return f"{record.result.status}: {record.result.message or '-'}"
+    loss = "" if record.predicted_loss is None else f"predicted loss {record.predicted_loss:.3f}, "
+    peak = format_bytes(record.result.peak_bytes)
+    return f"{loss}{_rate(speed.tokens_per_second, speed.ci95)} tokens/s, peak {peak}"
 
 
-def ranked(run: Run) -> list[Row]:
-    """The feasible trials: the verdict's own first, then by objective, the machine's drift taken out."""
-    best, sign = best_trial(run), 1 if run.lower_is_better else -1
-    return sorted(_feasible(run), key=lambda row: (row is not best, sign * at_first_speed(run, row)))
-
-
-def at_first_speed(run: Run, row: Row) -> float:
-    """The trial's objective, the machine's drift taken out where the search found one."""
-    corrected = run.review.at_first_speed if run.review else {}
-    return float(corrected.get(str(row["trial"]), row["objective"]))
-
-
-def _feasible(run: Run) -> list[Row]:
-    return [row for row in run.trials if row["status"] == "ok" and row["objective"] is not None]
-
-
-def best_trial(run: Run) -> Row | None:
-    """The measurement behind best.toml, the last confirmation where there is one. None: nothing is feasible."""
-    feasible = _feasible(run)
-    if run.candidate is None or not feasible:
-        return None
-    return _last_word(feasible, run.candidate.id)
-
-
-def baseline_trial(run: Run) -> Row | None:
-    """The baseline, confirmed where it was run again; None where it did not run to its end."""
-    ended = [row for row in run.trials if row["status"] == "ok"]
-    first = next((row for row in ended if row["role"] == "baseline"), None)
-    return first and _last_word(ended, first["candidate_id"])
-
-
-def _last_word(measured: list[Row], candidate_id: str) -> Row | None:
-    same = [row for row in measured if row["candidate_id"] == candidate_id]
-    return max(same, key=lambda row: (row["role"] == "final", row["trial"]), default=None)
-
-
-def gain(run: Run, best: Row, baseline: Row) -> Gain:
-    """What tuning brought."""
-    view = peak_view([best, baseline])
-    (ours, our_half), (theirs, their_half) = best_speed(run, best), baseline_speed(run, baseline)
-    speed = _ratio(ours, theirs)
-    relative = [part for part in (_ratio(our_half, ours), _ratio(their_half, theirs)) if part is not None]
-    losses = (best["predicted_loss"], baseline["predicted_loss"])
-    return Gain(
-        speed=speed,
-        speed_ci95=speed * math.hypot(*relative) if speed and len(relative) == 2 else None,
-        memory=_ratio(best[view], baseline[view]),
-        loss=None if None in losses else losses[0] - losses[1],
-    )
-
-
-def best_speed(run: Run, best: Row) -> tuple[float | None, float | None]:
-    """Tokens/s and its half width: from all measurements of the winner where the search has ended."""
-    return _estimated(run.review.speed if run.review else None, best)
-
-
-def baseline_speed(run: Run, baseline: Row) -> tuple[float | None, float | None]:
-    """The same for the baseline."""
-    return _estimated(run.review.baseline if run.review else None, baseline)
-
-
-def _estimated(speed: Speed | None, row: Row) -> tuple[float | None, float | None]:
-    if speed is None:
-        return row["tokens_per_second"], row["tokens_per_second_ci95"]
-    return speed.tokens_per_second, speed.ci95
-
-
-def _ratio(value: float | None, base: float | None) -> float | None:
-    return value / base if value is not None and base else None
-
-
-def peak_view(rows: Sequence[Row]) -> str:
-    """The column of the widest view of peak memory that is known for all of them."""
-    views = ("peak_device_bytes", "peak_reserved_bytes", "peak_allocated_bytes")
-    return next((view for view in views if all(row[view] is not None for row in rows)), views[-1])
-
-
-def pareto_front(rows: Sequence[Row], view: str, column: str = "tokens_per_second", sign: int = 1) -> list[Row]:
-    """The trials that no other beats in both `column` (times `sign`) and memory, the smallest first."""
-    front: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row[view], -sign * row[column])):
-        if not front or sign * row[column] > sign * front[-1][column]:
-            front.append(row)
-    return front
-
-
-def trade_offs(run: Run) -> list[Row]:
-    """What less memory costs: the Pareto front of the objective against peak memory, each candidate once."""
-    feasible = _feasible(run)
-    if not feasible:
+def _gain(verdict: Verdict) -> list[str]:
+    gain = verdict.gain
+    if gain is None or verdict.winner is None or verdict.baseline is None:
         return []
-    last = [row for name in {row["candidate_id"] for row in feasible} if (row := _last_word(feasible, name))]
-    column, sign = ("predicted_loss", -1) if run.lower_is_better else ("tokens_per_second", 1)
-    view = peak_view(last)
-    return pareto_front([row for row in last if None not in (row[view], row[column])], view, column, sign)
-
-
-def failures(run: Run) -> list[Failure]:
-    """The trials that are not `ok`, grouped by status and reason, the most frequent first."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in run.trials:
-        if row["status"] != "ok":
-            groups.setdefault((row["status"], re.sub(r"\d[\d.,]*", "#", row["message"])), []).append(row)
-    found = [
-        Failure(status=status, reason=same[0]["message"], trials=tuple(row["trial"] for row in same))
-        for (status, _), same in groups.items()
+    if verdict.winner.candidate.id == verdict.baseline.candidate.id:
+        return ["gain: none, the baseline is the best candidate found"]
+    loss = "" if gain.loss is None else f"{gain.loss:+.3f} predicted loss; "
+    return [
+        f"gain: {loss}{gain.speed:.2f}x ± {gain.speed_ci95:.2f} the baseline's tokens/s "
+        f"at {fmt(gain.memory, '.2f', 'x')} its peak memory"
     ]
-    return sorted(found, key=lambda failure: (-len(failure.trials), failure.trials))
+
+
+def _time(verdict: Verdict) -> list[str]:
+    """Where the budget went."""
+    if verdict.overhead is None:
+        return []
+    spent = {name: sum(verdict.seconds.get(phase, 0.0) for phase in phases) for name, phases in _SPENT.items()}
+    shares = ", ".join(f"{name} {seconds / verdict.spent_seconds:.0%}" for name, seconds in spent.items())
+    return [
+        f"time: {format_duration(verdict.spent_seconds)}: {shares}; harness overhead {verdict.overhead:.0%}, "
+        f"{verdict.trials_per_hour:.0f} trials an hour"
+    ]
+
+
+def sections(run: Run) -> dict[str, list[Line]]:
+    """Tables beside the ranked trials, by title; empty ones included."""
+    verdict, front = run.verdict, run.select(run.verdict.trade_offs)
+    same = _constant([cells(run, row) for row in run.select(verdict.ranking)])
+    shown = {"tokens/s", "predicted loss", "batch", *_SHARED} - same.keys()
+    objective, change = ("predicted loss", "+.3f") if run.lower_is_better else ("tokens/s", "+.1%")
+    return {
+        # a single trial that beats all others in both leaves nothing to choose
+        "Speed against memory": [
+            {"least memory": format_bytes(peak_bytes(row)), "trial": str(row["trial"])}
+            | {header: text for header, text in cells(run, row).items() if header in shown}
+            for row in (front if len(front) > 1 else ())
+        ],
+        "One step from the best": [
+            {
+                "one step from the best": f"{neighbour.knob} {neighbour.winner} -> {neighbour.value}",
+                "trial": str(neighbour.trial),
+                objective: format(neighbour.objective, change),
+                "peak": fmt(neighbour.peak and neighbour.peak - 1, "+.1%"),
+            }
+            for neighbour in verdict.neighbours
+        ],
+        "What matters": [
+            {"what matters": name, "share": f"{share:.0%}"} for name, share in verdict.importance.items()
+        ],
+        "Not feasible": [
+            {
+                "not feasible": failure.status,
+                "count": str(len(failure.trials)),
+                "trials": ", ".join(map(str, failure.trials[:4])) + (", ..." if len(failure.trials) > 4 else ""),
+                "reason": failure.reason or "-",
+            }
+            for failure in verdict.failures
+        ],
+    }
+
+
+def cells(run: Run, row: Row) -> dict[str, str]:
+    """Texts of a trial by column header."""
+    winner, corrected = run.verdict.winner, run.verdict.drift_corrected
+    objective = corrected.get(str(row["trial"]), row["objective"])
+    return {
+        "": "*" if winner is not None and row["trial"] == winner.trial else "",
+        "trial": str(row["trial"]),
+        "role": row["role"],
+        **({"predicted loss": fmt(row["predicted_loss"], ".3f")} if run.lower_is_better else {}),
+        "tokens/s": _rate(row["tokens_per_second"], row["tokens_per_second_ci95"]),
+        **({"without drift": fmt(objective, ".3f" if run.lower_is_better else ",.0f")} if corrected else {}),
+        "MFU": fmt(row["mfu"], ".1%"),
+        "peak": format_bytes(peak_bytes(row)),
+        "allocated": format_bytes(row["peak_allocated_bytes"]),
+        "predicted": format_bytes(row["predicted_peak_bytes"]),
+        "batch": f"{row['micro_batch_size']} x {row['gradient_accumulation_steps']}",
+        "model": _model(row),
+        **{header: _plan_text(row, name) for header, name in _PLAN.items()},
+    }
+
+
+def _model(row: Row) -> str:
+    words = row["vocab_size"]
+    vocabulary = "" if words in (None, Shape().vocab_size) else f"vocab {words}, "
+    shape = f"{row['n_layer']}x{row['n_head']}x{row['n_embd']}, T {row['block_size']}"
+    return f"{shape}, {vocabulary}{format_count(row['parameters'])}"
+
+
+def _plan_text(row: Row, column: str) -> str:
+    """- for a value that the trial's loss does not use, and for a column that an older file lacks."""
+    whole = {kernel.name for kernel in registry.kernels("loss") if not kernel.chunked}
+    unused = column == "loss_chunk_tokens" and row["loss"] in whole
+    return "-" if row[column] in (None, "") or unused else str(row[column])
+
+
+def _rate(speed: float | None, half: float | None) -> str:
+    return fmt(speed, ",.0f") + ("" if half is None else f" ± {half:,.0f}")
+
+
+def _constant(lines: Sequence[Line]) -> dict[str, str]:
+    """Texts that are the same in all lines, of the columns in _SHARED and of those in which nothing is known."""
+    first = lines[0] if lines else {}
+    return {
+        header: text for header, text in first.items()
+        if (header in _SHARED or text == "-") and all(line[header] == text for line in lines)
+    }  # fmt: skip
+
+
+def _ok(run: Run) -> int:
+    return sum(row["status"] == "ok" for row in run.rows.values())
+
+
+def _summary(run: Run) -> Line:
+    gain, winner = run.verdict.gain, run.verdict.winner
+    shown = cells(run, run.rows[winner.trial]) if winner else {}
+    return {
+        "run": str(run.path),
+        "machine": run.environment.device_name,
+        "ok/trials": f"{_ok(run)}/{len(run.rows)}",
+        "objective": run.settings.objective,
+        "best": shown.get("trial", "-"),
+        "gain": fmt(gain.speed if gain else None, ".2f", "x"),
+        **{header: shown.get(header, "-") for header in ("predicted loss", "tokens/s", "peak", "batch", *_SHARED)},
+    }
 
 
 def as_json(run: Run) -> dict[str, Any]:
-    """Everything that the report says, in bytes, seconds and tokens; unknown values are null."""
-    best, baseline, review = best_trial(run), baseline_trial(run), run.review
+    """The whole report in bytes, seconds and tokens; unknown values are null."""
+    verdict = run.verdict
     return {
         "run": str(run.path),
-        "settings": asdict(replace(run.settings, storage="")),  # its URL may hold a password
+        "settings": asdict(replace(run.settings, storage="")),  # its URL may contain a password
         "environment": vars(run.environment),
-        "best": best,
-        "measured": dict(run.measured) or None,
-        "baseline": baseline,
-        "gain": vars(gain(run, best, baseline)) if best and baseline else None,
-        "review": review and {**asdict(review), "overhead": review.overhead, "trials_per_hour": review.trials_per_hour},
-        "trade_offs": [row["trial"] for row in trade_offs(run)],
-        "failures": [vars(failure) for failure in failures(run)],
+        "best": verdict.winner and run.rows[verdict.winner.trial],
+        "measured": dict(run.best.measured) if run.best else None,
+        "baseline": verdict.baseline and run.rows[verdict.baseline.trial],
+        "verdict": {**asdict(verdict), "overhead": verdict.overhead, "trials_per_hour": verdict.trials_per_hour},
         "training": dict(run.training) or None,
-        "trials": list(run.trials),
+        "trials": list(run.rows.values()),
         "next_command": next_command(run),
     }
 
 
 def next_command(run: Run) -> str:
-    """What to do with this run now; never what has just failed."""
-    if run.candidate is None:
-        if run.review is None:  # the search did not come to its end: it has time left
-            return f"autotune search --resume {run.path}"
-        longer = run.review.budget_wanted or format_duration(2 * run.settings.budget_seconds)
-        return run.review.remedy or f"autotune search --resume {run.path} --budget {longer}"
-    return f"autotune sample {run.path}" if run.training else f"autotune train {run.path}"
+    """Command to continue with; never one that has just failed."""
+    verdict = run.verdict
+    if verdict.winner is not None:
+        return f"autotune {'sample' if run.training else 'train'} {run.path}"
+    longer = f" --budget {verdict.budget_wanted}" if verdict.budget_wanted else ""
+    return verdict.remedy or f"autotune search --resume {run.path}{longer}"

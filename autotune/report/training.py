@@ -1,4 +1,4 @@
-"""Trainings, read back from their directories: what was predicted and measured before, and what came of it."""
+"""Trainings, read back from their directories: predicted and measured figures against those of the training."""
 
 import csv
 import math
@@ -9,8 +9,10 @@ from typing import Any
 
 from autotune.config.tables import read_json
 from autotune.config.toml import CandidateFile, read_candidate
+from autotune.config.train_settings import LOG, RECIPE, SUMMARY, TRAINING
 from autotune.errors import ConfigError, one_line, shown
-from autotune.report.table import Listing, plain
+from autotune.report.table import Listing, make_table
+from autotune.runs.directory import SEARCH_TOML
 from autotune.units import format_bytes, format_count, format_duration
 
 _FIGURES = (
@@ -25,50 +27,50 @@ class TrainedRun:
 
     path: Path
     file: CandidateFile
-    """recipe.toml: what is trained, and what was measured of it."""
+    """recipe.toml: the candidate, and what the search measured of it."""
     ended: bool
-    found: Mapping[str, float | None]
-    """Of the whole training where it has ended, else as of the last row of its log. None: not known."""
+    figures: Mapping[str, float | None]
+    """Figures of the ended training, else those of the last row of its log. None: unknown."""
 
 
 def is_training(path: Path) -> bool:
-    """Whether `path` is a training's directory, and not a search's."""
-    return (path / "recipe.toml").exists() and not (path / "search.toml").exists()
+    """Whether `path` is the directory of a training and not of a search."""
+    return (path / RECIPE).exists() and not (path / SEARCH_TOML).exists()
 
 
 def trainings_of(paths: Sequence[Path]) -> list[TrainedRun]:
-    """Those among the directories, and those inside of them. Raises ConfigError for a damaged one."""
-    places = [place for path in paths for place in (path, path / "train") if is_training(place)]
+    """Trainings among the directories and inside them. Raises ConfigError for a damaged one."""
+    places = [place for path in paths for place in (path, path / TRAINING) if is_training(place)]
     return [load_training(place) for place in places]
 
 
 def load_training(path: Path) -> TrainedRun:
-    """Read a training's directory. Raises ConfigError where a file of it is damaged."""
-    log, summary, ended = path / "train_log.csv", path / "summary.json", False
+    """Read the directory of a training. Raises ConfigError if one of its files is damaged."""
+    log, summary, ended = path / LOG, path / SUMMARY, False
     try:
-        found = _last_row(log) if log.exists() else {}
+        figures = _last_row(log) if log.exists() else {}
         if summary.exists():
-            told = _figures(read_json(summary))
-            ended = (told["iteration"] or 0) >= (found.get("iteration") or 0)  # else of before a --resume that runs now
+            final = _figures(read_json(summary))
+            ended = (final["iteration"] or 0) >= (figures.get("iteration") or 0)  # else it is older than a --resume
             if ended:
-                found = told
+                figures = final
     except (ConfigError, OSError, ValueError, csv.Error) as error:
         why = one_line(str(error))
         raise ConfigError(f"{path} is not a readable training: {why}; go on with `autotune train --resume`") from None
-    return TrainedRun(path=path, file=read_candidate(path / "recipe.toml"), ended=ended, found=found)
+    return TrainedRun(path=path, file=read_candidate(path / RECIPE), ended=ended, figures=figures)
 
 
 def _last_row(log: Path) -> dict[str, float | None]:
-    """The last whole row, and the last validation loss of any row. Raises ValueError for a line that is no row."""
-    lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line break is being written
+    """Last complete row, with the last validation loss of any row. Raises ValueError for a malformed line."""
+    lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its line break is still being written
     rows, last = list(csv.DictReader(lines)), dict[str, float | None]()
     for number, row in enumerate(rows, 2):
         try:
-            if None in row or None in row.values() or not row["iteration"]:  # too many cells, too few, none
+            if None in row or None in row.values() or not row["iteration"]:  # too many cells, too few, or an empty one
                 raise ValueError
             here = {name: _finite(row[name]) if row[name] else None for name in _FIGURES}
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{log.name}, line {number} is no row of it") from None
+            raise ValueError(f"{log.name}, line {number} is not a row of it") from None
         last = here | {"validation_loss": here["validation_loss"] or last.get("validation_loss")}
     return last
 
@@ -81,7 +83,7 @@ def _finite(text: str) -> float:
 
 
 def _figures(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """Those of summary.json. Raises ConfigError for one that is no number."""
+    """Figures of summary.json. Raises ConfigError for one that is not a number."""
     figures = {name: summary.get("iterations" if name == "iteration" else name) for name in _FIGURES}
     for name, value in figures.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30):
@@ -92,33 +94,34 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def training_table(trainings: Sequence[TrainedRun]) -> Listing:
-    """A line each: what was predicted and measured, an arrow, what the training does."""
-    return plain([_line(one) for one in trainings])
+    """One line per training: predicted or measured value, arrow, value of the training."""
+    return make_table(list(map(_line, trainings)))
 
 
-def _line(one: TrainedRun) -> dict[str, str]:
-    measured, found, recipe = one.file.measured, one.found, one.file.candidate.recipe
-    done = int(found.get("iteration") or 0)
+def _line(run: TrainedRun) -> dict[str, str]:
+    measured, figures, recipe = run.file.measured, run.figures, run.file.candidate.recipe
+    done = int(figures.get("iteration") or 0)
+    # only the allocated bytes of trial and training are comparable on the CPU, where nothing is reserved
     view = "peak_device_bytes" if measured.get("peak_reserved_bytes") else "peak_allocated_bytes"
     return {
-        "training": str(one.path),
-        "iterations": f"{done:,}" if one.ended else f"{done:,} of {recipe.max_iters:,}, not ended",
-        "tokens": format_count(int(found.get("tokens") or 0)),
-        "time": format_duration(found.get("seconds")),
-        "tokens/s": _both(measured.get("tokens_per_second"), found.get("tokens_per_second"), "{:,.0f}".format),
-        "peak": _both(measured.get(view), found.get(view), format_bytes),
-        "validation loss": _both(measured.get("predicted_loss"), found.get("validation_loss"), "{:.3f}".format),
+        "training": str(run.path),
+        "iterations": f"{done:,}" if run.ended else f"{done:,} of {recipe.max_iters:,}, not ended",
+        "tokens": format_count(int(figures.get("tokens") or 0)),
+        "time": format_duration(figures.get("seconds")),
+        "tokens/s": _both(measured.get("tokens_per_second"), figures.get("tokens_per_second"), "{:,.0f}".format),
+        "peak": _both(measured.get(view), figures.get(view), format_bytes),
+        "validation loss": _both(measured.get("predicted_loss"), figures.get("validation_loss"), "{:.3f}".format),
     }
 
 
 def _both(before: float | None, after: float | None, shown: Any) -> str:
-    """`1,000 -> 990 (-1.0%)`; - for what is not known."""
+    """`1,000 -> 990 (-1.0%)`; - for an unknown value."""
     texts = " -> ".join("-" if value is None else shown(value) for value in (before, after))
     return f"{texts} ({after / before - 1:+.1%})" if before and after else texts
 
 
-def as_json(one: TrainedRun) -> dict[str, Any]:
-    """In bytes, seconds and tokens; unknown values are null."""
+def as_json(run: TrainedRun) -> dict[str, Any]:
+    """The training in bytes, seconds and tokens; unknown values are null."""
     return {
-        "training": str(one.path), "ended": one.ended, "measured": dict(one.file.measured), "found": dict(one.found)
+        "training": str(run.path), "ended": run.ended, "measured": dict(run.file.measured), "found": dict(run.figures)
     }  # fmt: skip

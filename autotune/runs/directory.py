@@ -1,4 +1,7 @@
-"""The files of a run. Each is replaced as a whole and can be written anew from the study."""
+"""Run directory: names of its files, how they are written, and who may write them.
+
+Every file is replaced atomically and can be written again from the study.
+"""
 
 import contextlib
 import itertools
@@ -14,81 +17,93 @@ from autotune import files
 from autotune.config.nanogpt import format_nanogpt
 from autotune.config.search import SearchSettings, write_settings
 from autotune.config.tables import read_json
-from autotune.config.toml import CandidateFile, format_candidate
+from autotune.config.toml import BEST_TOML, CandidateFile, format_candidate
 from autotune.environment import Environment, differences
 from autotune.errors import ConfigError, InterruptedByUser
 from autotune.files import write_atomically
+from autotune.measure.runner import STANDBY_LOG
 from autotune.measure.scratch import alive
+from autotune.measure.types import PEAK_VIEWS
 from autotune.runs.objective import finish_candidate, loss_at, training_tokens
 from autotune.runs.records import TrialRecord, write_csv
-from autotune.runs.verdict import Verdict
+from autotune.runs.verdict import Speed, Verdict, write_verdict
+
+SEARCH_TOML, ENVIRONMENT_JSON = "search.toml", "environment.json"
+"""Inputs: the search's settings, and the machine."""
+STUDY_DB, LOGS = "study.db", "logs"
+"""Optuna's database; folder of the trials' requests and output."""
+TRIALS_CSV, VERDICT_JSON, MEMORY_MODEL_JSON = "trials.csv", "verdict.json", "memory_model.json"
+BEST_NANOGPT = "best_nanogpt.py"
+"""Beside BEST_TOML: the same as a configuration file of nanoGPT."""
+REPORT_HTML, PLOTS = "report.html", "plots"
+_LOCK = ".lock"
 
 ABANDONED_SECONDS = 5.0
 
 
 def publish(
-    directory: Path,
+    run_dir: Path,
     settings: SearchSettings,
     environment: Environment,
     records: Sequence[TrialRecord],
-    state: Verdict | None,
+    verdict: Verdict,
 ) -> None:
-    """Replace trials.csv, and from the first feasible trial on best.toml and best_nanogpt.py."""
-    write_csv(directory / "trials.csv", records)
-    if state is None:
+    """Replace trials.csv and verdict.json, and as soon as there is a winner best.toml and best_nanogpt.py."""
+    write_csv(run_dir / TRIALS_CSV, records)
+    write_verdict(run_dir / VERDICT_JSON, verdict)  # after the rows that it names
+    if verdict.winner is None or verdict.speed is None:
         return
-    best = _best(state, settings, environment)
-    _write_if_new(directory / "best.toml", format_candidate(best))
-    heading = f"Found by autotune: trial {state.winner.trial} of {settings.name}, on {environment.device_name}."
+    best = _best(verdict, verdict.winner, verdict.speed, settings, environment)
+    _write_if_changed(run_dir / BEST_TOML, format_candidate(best))
+    heading = f"Found by autotune: trial {verdict.winner.trial} of {settings.name}, on {environment.device_name}."
     text = format_nanogpt(best.candidate, heading, settings.device, dataset=settings.dataset, out_dir=settings.out_dir)
-    _write_if_new(directory / "best_nanogpt.py", text)
+    _write_if_changed(run_dir / BEST_NANOGPT, text)
 
 
-def _write_if_new(path: Path, text: str) -> None:
-    """Most trials change nothing here, and waiting for the disk takes longer than reading."""
+def _write_if_changed(path: Path, text: str) -> None:
+    """Most trials do not change the winner, and reading is faster than fsync."""
     if not path.exists() or path.read_bytes() != text.encode():
         write_atomically(path, text)
 
 
-def _best(state: Verdict, settings: SearchSettings, environment: Environment) -> CandidateFile:
-    winner, result = state.winner, state.winner.result
-    candidate = settings.completed(winner.candidate)
+def _best(
+    verdict: Verdict, winner: TrialRecord, speed: Speed, settings: SearchSettings, environment: Environment
+) -> CandidateFile:
+    result, candidate = winner.result, settings.completed(winner.candidate)
     if not settings.keep_schedule:
-        candidate = finish_candidate(candidate, training_tokens(settings, state.speed.tokens_per_second))
+        candidate = finish_candidate(candidate, training_tokens(settings, speed.tokens_per_second))
     measured = {
         "trial": winner.trial,
-        "status": state.status,
+        "status": verdict.status,
         "objective": settings.objective,
-        "tokens_per_second": state.speed.tokens_per_second,
-        "tokens_per_second_ci95": state.speed.ci95,
-        "training_tokens_per_second_ci95": state.speed.next_process_ci95,
-        "measurements": state.speed.measurements,
+        "tokens_per_second": speed.tokens_per_second,
+        "tokens_per_second_ci95": speed.ci95,
+        "training_tokens_per_second_ci95": speed.next_process_ci95,
+        "measurements": speed.measurements,
         "step_seconds_p50": result.step_seconds_p50,
         "steps": result.steps,
         "mfu": result.mfu,
-        "peak_allocated_bytes": result.peak("allocated_bytes"),
-        "peak_reserved_bytes": result.peak("reserved_bytes"),
-        "peak_device_bytes": result.peak("device_bytes"),
-        "predicted_loss": loss_at(settings, winner.candidate, state.speed.tokens_per_second),
+        **{f"peak_{view}": result.peak(view) for view in reversed(PEAK_VIEWS)},
+        "predicted_loss": loss_at(settings, winner.candidate, speed.tokens_per_second),
         "compile_cache_hits": result.compile_cache_hits,
         "compile_cache_misses": result.compile_cache_misses,
     }
-    return CandidateFile(candidate=candidate, measured=measured, environment=_facts(environment))
+    return CandidateFile(candidate=candidate, measured=measured, environment=_with_fingerprint(environment))
 
 
-def _facts(environment: Environment) -> dict[str, Any]:
+def _with_fingerprint(environment: Environment) -> dict[str, Any]:
     return {**asdict(environment), "fingerprint": environment.fingerprint}
 
 
-def write_inputs(directory: Path, settings: SearchSettings, environment: Environment) -> None:
-    """search.toml and environment.json: what was asked, and of which machine."""
-    write_settings(directory / "search.toml", settings)
-    write_atomically(directory / "environment.json", json.dumps(_facts(environment), indent=2) + "\n")
+def write_inputs(run_dir: Path, settings: SearchSettings, environment: Environment) -> None:
+    """Write search.toml and environment.json."""
+    write_settings(run_dir / SEARCH_TOML, settings)
+    write_atomically(run_dir / ENVIRONMENT_JSON, json.dumps(_with_fingerprint(environment), indent=2) + "\n")
 
 
 def refuse_another_machine(run_dir: Path, environment: Environment) -> None:
-    """Raise ConfigError, saying what differs, unless the run was measured on `environment`."""
-    then = read_json(run_dir / "environment.json", f"mend it with `autotune report --rebuild {run_dir}`")
+    """Raise ConfigError, naming the differences, unless the run was measured on `environment`."""
+    then = read_json(run_dir / ENVIRONMENT_JSON, f"repair it with `autotune report --rebuild {run_dir}`")
     if then.get("fingerprint") != environment.fingerprint:
         changes = differences(then, environment)
         if unknown := [field.name for field in fields(environment) if field.name not in then]:
@@ -101,14 +116,15 @@ def refuse_another_machine(run_dir: Path, environment: Environment) -> None:
 
 @contextlib.contextmanager
 def new_directory(run_dir: Path) -> Iterator[None]:
-    """Make `run_dir`; take it away again, with the folders made for it, if the search cannot even start."""
+    """Create `run_dir`; remove it again, with the parents created for it, if the block raises: the search could not
+    start. Raises ConfigError."""
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         _clear_abandoned(run_dir)
         if run_dir.exists() and any(run_dir.iterdir()):
             raise FileExistsError
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "logs").mkdir()  # of two searches that come here at once, only one makes it
+        (run_dir / LOGS).mkdir()  # succeeds for one of two searches that start here at the same time
     except FileExistsError:
         raise ConfigError(
             f"{run_dir} is not empty; go on with `--resume {run_dir}` or give another --name"
@@ -119,29 +135,29 @@ def new_directory(run_dir: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(run_dir, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another search may have begun in one of them
+        with contextlib.suppress(OSError):  # another search may have started in one of them
             for folder in made[1:]:
                 folder.rmdir()
-        if not isinstance(error, KeyboardInterrupt):  # only pilots take so long that somebody would
+        if not isinstance(error, KeyboardInterrupt):  # pilots are the only part long enough for Ctrl-C
             raise
         raise InterruptedByUser("interrupted before the first trial; nothing is kept, start the search again") from None
 
 
 def _clear_abandoned(run_dir: Path) -> None:
-    """Empty the directory of a search that was killed before it had written its settings: nothing can be resumed from
-    it, and its name is free again. One that begins just now takes less than ABANDONED_SECONDS to write them."""
-    if (run_dir / "search.toml").exists() or not (run_dir / "logs").is_dir():
+    """Remove the directory of a search that was killed before it wrote its settings: it cannot be resumed. A search
+    that is just starting writes them in less than ABANDONED_SECONDS."""
+    if (run_dir / SEARCH_TOML).exists() or not (run_dir / LOGS).is_dir():
         return
-    begun = {"logs", "study.db", "study.db-wal", "study.db-shm", "study.db-journal", ".lock"}
-    inside = [*run_dir.iterdir(), *(run_dir / "logs").iterdir()]
-    known = all(entry.name in begun or entry.name.startswith(".search.toml.") for entry in inside)
-    if known and time.time() - (run_dir / "logs").stat().st_mtime > ABANDONED_SECONDS:
+    started = {LOGS, _LOCK, *(STUDY_DB + suffix for suffix in ("", "-wal", "-shm", "-journal"))}
+    inside = [*run_dir.iterdir(), *(run_dir / LOGS).iterdir()]
+    known = all(entry.name in started or entry.name.startswith(f".{SEARCH_TOML}.") for entry in inside)
+    if known and time.time() - (run_dir / LOGS).stat().st_mtime > ABANDONED_SECONDS:
         shutil.rmtree(run_dir)
 
 
 def claim_name(parent: Path, name: str) -> str:
-    """`name`, or the first of `name-2`, `name-3`, ... of which `parent` has no directory; makes an empty one, so that
-    no other search takes it."""
+    """The first of `name`, `name-2`, `name-3`, ... that does not exist in `parent`; creates it, empty, so that no
+    other search takes it. Raises ConfigError."""
     for number in itertools.count(1):
         free = name if number == 1 else f"{name}-{number}"
         try:
@@ -151,21 +167,21 @@ def claim_name(parent: Path, name: str) -> str:
         except OSError as error:
             raise ConfigError(f"{parent / free} cannot be made: {error.strerror}; choose another place") from None
         return free
-    raise AssertionError("a number is always free")
+    raise AssertionError("unreachable: count() is infinite")
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove what a killed search has left half-written: for the holder of the run's lock. Temporary files have the
-    number of their process in their names, and one of those may be a report or a training at work."""
-    for folder in (run_dir, run_dir / "logs", run_dir / "plots"):
+    """Remove temporary files of a killed search; the caller holds the run's lock. Their names contain the process
+    id: those of live processes, a report or a training, stay."""
+    for folder in (run_dir, run_dir / LOGS, run_dir / PLOTS):
         for file in folder.glob(".*.tmp"):
             number = file.name.split(".")[-2]
             if not (number.isdecimal() and alive(int(number))):
                 file.unlink(missing_ok=True)
-    (run_dir / "logs" / ".standby.log").unlink(missing_ok=True)
+    (run_dir / LOGS / STANDBY_LOG).unlink(missing_ok=True)
 
 
 def locked(run_dir: Path) -> contextlib.AbstractContextManager[None]:
-    """Only one search at a time. Raises ConfigError."""
+    """Lock of the one search that may write to the run. Raises ConfigError if another process holds it."""
     taken = ConfigError(f"the search of {run_dir} is still running; wait for it, or end it first")
-    return files.locked(run_dir / ".lock", taken)
+    return files.locked(run_dir / _LOCK, taken)

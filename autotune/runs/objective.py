@@ -1,18 +1,20 @@
-"""What is maximised or minimised: tokens/s, or the final loss that a scaling law predicts from them.
+"""Objective: tokens/s (maximised), or the final loss that a scaling law predicts from them (minimised).
 
-A law only ranks; its loss is a prediction and is printed with its band. Also the schedule and the learning
-rate that follow from the length of a training.
+A predicted loss is for ranking only and is printed with its band. Also here: schedule and learning rate as functions
+of the length of a training.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from autotune.config.candidate import Candidate, Shape
 from autotune.config.search import SearchSettings
 from autotune.errors import ConfigError, suggest
 from autotune.runs.records import TrialRecord
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +28,9 @@ class Law:
     b: float
     beta: float
     counts: Literal["all", "non_embedding"]
-    """Which parameters N counts."""
+    """Parameters that N counts."""
     band: float
-    """Published losses, FineWeb's and other recipes' among them, lie within this of the prediction, in nats."""
+    """Largest distance of published losses (FineWeb and other recipes included) from the prediction, in nats."""
     source: str
 
     def loss(self, parameters: float, tokens: float) -> float:
@@ -56,18 +58,18 @@ LAWS = (
     ),
 )  # fmt: skip
 
-# The laws were fitted at one block size each and would give short blocks away for free. The loss of a
-# token at position t is about 2.9 + 4.5 t^-0.56 (Kaplan et al. 2020, arXiv:2001.08361, figure 20, below 10^8
-# parameters; 2.3 + 5.4 t^-0.62 for the largest); the mean of its second part over a block of T is 4.5 T^-0.56 / 0.44.
+# Each law was fitted at one block size and would make short blocks look free. The loss of a token at position
+# t is about 2.9 + 4.5 t^-0.56 (Kaplan et al. 2020, arXiv:2001.08361, figure 20, below 10^8 parameters;
+# 2.3 + 5.4 t^-0.62 for the largest); the mean of its second term over a block of T tokens is 4.5 T^-0.56 / 0.44.
 _POSITION_SCALE, _POSITION_EXPONENT, _REFERENCE_BLOCK = 4.5, 0.56, 1024
 
-# Nats for a factor e of speed, where the length of the training is given in tokens: far below what any law
-# can tell apart, but it decides between plans of one shape, to which the law is blind.
+# Nats per factor e of speed, for a training whose length is given in tokens: far below the resolution of any law, but
+# it ranks plans of one shape, for which the law predicts the same loss.
 _SPEED_WEIGHT = 1e-3
 
 
 def find_law(name: str) -> Law:
-    """The row of LAWS of that name. Raises ConfigError."""
+    """Entry of LAWS by name. Raises ConfigError."""
     laws = {law.name: law for law in LAWS}
     if name not in laws:
         raise ConfigError(f"scaling law {name!r} is not known; {suggest(name, laws)}")
@@ -75,29 +77,29 @@ def find_law(name: str) -> Law:
 
 
 def law_of(settings: SearchSettings) -> Law:
-    """The law of a search, as it was moved to the user's data."""
+    """Law of a search, shifted to the user's data if that was calibrated."""
     law = find_law(settings.law)
     band = law.band if settings.law_band is None else settings.law_band
     return replace(law, e=law.e + settings.law_offset, band=band)
 
 
 def raw_loss(law: Law, shape: Shape, tokens: float) -> float:
-    """By `law` and the block's length, without an upper end."""
+    """Loss by `law` and the length of the block, without the bound of `predict_loss`."""
     parameters = shape.parameters if law.counts == "all" else shape.parameters_non_embedding
     return law.loss(parameters, tokens) + _context_loss(shape.block_size) - _context_loss(_REFERENCE_BLOCK)
 
 
 def unlimited(loss: float, shape: Shape) -> float:
-    """The `raw_loss` that `predict_loss` shows as `loss`; infinite for what an untrained model reaches."""
+    """Inverse of the bound in `predict_loss`: `raw_loss` of a predicted loss; infinite from ln(vocabulary) up."""
     ratio = math.log(shape.vocab_size) / loss
     return math.log(shape.vocab_size) * (ratio**8 - 1.0) ** -0.125 if ratio > 1.0 else math.inf
 
 
 def predict_loss(law: Law, shape: Shape, tokens: float) -> float:
-    """Final loss in nats a token after `tokens`, by `law` and the block's length. A prediction, for ranking.
+    """Predicted final loss in nats per token after `tokens`; for ranking only.
 
-    Power laws know no upper end: for the first million tokens they say 30 nats. A soft minimum with ln(vocabulary),
-    an untrained model's loss, keeps their order and changes losses below 5 by less than 0.002.
+    Power laws are unbounded: for the first million tokens they predict 30 nats. A soft minimum with ln(vocabulary),
+    the loss of an untrained model, keeps the order and changes losses below 5 by less than 0.002.
     """
     loss, untrained = raw_loss(law, shape, tokens), math.log(shape.vocab_size)
     return float(untrained * (1.0 + (untrained / loss) ** 8) ** -0.125) if untrained > 0 else loss
@@ -108,7 +110,7 @@ def _context_loss(block_size: int) -> float:
 
 
 def training_tokens(settings: SearchSettings, tokens_per_second: float) -> float:
-    """Tokens that the training will see at this speed."""
+    """Length of the training in tokens at this speed."""
     if settings.train_tokens is not None:
         return float(settings.train_tokens)
     if settings.train_seconds is not None:
@@ -117,32 +119,32 @@ def training_tokens(settings: SearchSettings, tokens_per_second: float) -> float
 
 
 def loss_at(settings: SearchSettings, candidate: Candidate, tokens_per_second: float) -> float | None:
-    """The loss that the law predicts at a measured speed; None for `throughput`."""
+    """Predicted loss at a measured speed; None for `throughput`."""
     if settings.objective == "throughput":
         return None
     return predict_loss(law_of(settings), candidate.shape, training_tokens(settings, tokens_per_second))
 
 
 def score(settings: SearchSettings, candidate: Candidate, tokens_per_second: float) -> float:
-    """The objective at a measured speed."""
+    """Objective at a measured speed."""
     loss = loss_at(settings, candidate, tokens_per_second)
     if loss is None:
         return tokens_per_second
-    # With the time given, speed is already in the tokens.
+    # For a training of given duration the speed is already in the number of tokens.
     return loss - (_SPEED_WEIGHT * math.log(tokens_per_second) if settings.train_tokens is not None else 0.0)
 
 
 def interval(
     settings: SearchSettings, candidate: Candidate, tokens_per_second: float, ci95: float
 ) -> tuple[float, float]:
-    """The objective over an interval of tokens/s, smaller end first."""
+    """Objective at both ends of an interval of tokens/s, smaller value first."""
     ends = (tokens_per_second - ci95, tokens_per_second + ci95)
     scores = [score(settings, candidate, max(end, tokens_per_second * 0.01)) for end in ends]
     return min(scores), max(scores)
 
 
 def speed_needed(settings: SearchSettings, candidate: Candidate, objective: float) -> float:
-    """Tokens/s at which `candidate` would reach `objective`: by bisection, as more speed is never worse."""
+    """Tokens/s at which `candidate` would reach `objective`; by bisection, as the objective is monotonic in speed."""
     sign = 1 if maximised(settings) else -1
     low, high = -3.0, 15.0  # powers of ten, beyond any machine
     for _ in range(50):
@@ -158,7 +160,7 @@ def maximised(settings: SearchSettings) -> bool:
 
 
 def best_first(records: Sequence[TrialRecord], maximise: bool) -> list[TrialRecord]:
-    """Feasible records by their objective; equal ones in the order of their trials."""
+    """Feasible records by objective; equal ones by trial number."""
     feasible = [record for record in records if record.objective is not None]
     return sorted(feasible, key=lambda record: (_signed(record, maximise), record.trial))
 
@@ -168,18 +170,28 @@ def _signed(record: TrialRecord, maximise: bool) -> float:
     return -record.objective if maximise else record.objective
 
 
+def pareto_front(points: Iterable[tuple[float, float, T]]) -> list[T]:
+    """Items of (cost, value, item) that no other item beats in both lower cost and higher value; lowest cost first."""
+    front: list[tuple[float, T]] = []
+    for _, value, item in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or value > front[-1][0]:
+            front.append((value, item))
+    return [item for _, item in front]
+
+
 def finish_candidate(candidate: Candidate, tokens: float) -> Candidate:
-    """The candidate with iterations, learning rate, warm-up and intervals for a training over `tokens`.
+    """Candidate with iterations, learning rate, warm-up and intervals for a training over `tokens`.
 
     Learning rate: 1.79 N^-0.713 D^0.307 (Step Law, Li et al. 2025, arXiv:2503.04715; N non-embedding parameters,
-    D tokens), kept within 1e-4 and 3e-3 because it was fitted from 60M parameters up. Warm-up is a tenth of
-    the iterations, at most llm.c's 700; the rate ends at a tenth, as nanoGPT's does. Evaluations take about a
-    tenth of the time at most: a forward alone costs a third of a step, so a quarter of the tokens between two.
+    D tokens), clamped to [1e-4, 3e-3] because it was fitted from 60M parameters up. Warm-up is a tenth of
+    the iterations, at most llm.c's 700; the final rate is a tenth of it, as in nanoGPT. Evaluations take about a
+    tenth of the time at most: a forward pass costs a third of a step, so each covers at most a quarter of the tokens
+    trained since the last one.
     """
     recipe, evaluation = candidate.recipe, candidate.evaluation
     iterations = max(1, round(tokens / recipe.tokens_per_step))
     rate = 1.79 * recipe.shape.parameters_non_embedding**-0.713 * (iterations * recipe.tokens_per_step) ** 0.307
-    rate = float(f"{min(max(rate, 1e-4), 3e-3):.2g}")  # more digits would claim to know more than the rule does
+    rate = float(f"{min(max(rate, 1e-4), 3e-3):.2g}")  # the rule is not more precise than that
     interval = max(1, min(250, iterations // 5))
     rows = evaluation.eval_batch_size or candidate.plan.micro_batch_size
     evaluated = round(0.25 * interval * recipe.global_batch_size / rows)

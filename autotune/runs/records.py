@@ -1,4 +1,4 @@
-"""trials.csv: one row a trial, in a frozen order of columns."""
+"""trials.csv: one row per trial, columns in a fixed order."""
 
 import csv
 import functools
@@ -12,13 +12,13 @@ from typing import Literal
 from autotune import terminal
 from autotune.config.candidate import Candidate, Plan
 from autotune.files import write_atomically
-from autotune.measure.types import TrialResult
+from autotune.measure.types import PEAK_VIEWS, TrialResult
 
 Role = Literal["baseline", "guide", "search", "final"]
 
 PLAN_FIELDS = tuple(field.name for field in fields(Plan))
 _SHOWN_FIRST = ("micro_batch_size", "attention", "loss", "activation_checkpointing", "compile", "dtype")
-"""Fields of the plan with a place of their own; all others follow the optimizer, so that none can be forgotten."""
+"""Plan fields with a fixed position; all others follow the optimizer, so that a new field gets its column by itself."""
 
 COLUMNS = (
     "trial", "role", "status", "phase", "objective", "tokens_per_second", "tokens_per_second_ci95", "mfu",
@@ -30,46 +30,37 @@ COLUMNS = (
     "compile_seconds", "trial_seconds", "first_loss", "started_at", "candidate_id", "message",
 )  # fmt: skip
 OPTIONAL_COLUMNS = ("vocab_size", *(name for name in PLAN_FIELDS if name not in _SHOWN_FIRST))
-"""Which files of older versions may lack."""
+"""Columns that files of older versions may lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """A candidate, what became of it, and what the search thought of it."""
+    """One trial: candidate, result, and the search's predictions."""
 
     trial: int
     role: Role
     candidate: Candidate
     result: TrialResult
     objective: float | None = None
-    """Tokens/s (`throughput`) or predicted loss (`loss`); None where the trial is not feasible."""
+    """Tokens/s (`throughput`) or predicted loss (`loss`); None if the trial is not feasible."""
     predicted_peak_bytes: int | None = None
-    """A prediction, made before the trial."""
+    """Prediction of the memory model, made before the trial."""
     predicted_loss: float | None = None
-    """A scaling law's, from the measured tokens/s."""
+    """Prediction of the scaling law, from the measured tokens/s."""
 
     @functools.cached_property
     def csv_line(self) -> str:
-        """Its line of trials.csv: written once, though the file is replaced as a whole after each trial."""
+        """Line of trials.csv, formatted once although the file is rewritten after every trial."""
         return _csv_line(map(_cell, row(self).values()))
 
 
 def row(record: TrialRecord) -> dict[str, object]:
-    """One line of trials.csv, by column; unknown values are None."""
+    """Values of trials.csv by column; unknown values are None."""
     candidate, result = record.candidate, record.result
     values = {
-        **vars(candidate.shape),
-        **vars(candidate.plan),
-        **vars(result),
-        "trial": record.trial,
-        "role": record.role,
-        "objective": record.objective,
-        "peak_allocated_bytes": result.peak("allocated_bytes"),
-        "peak_reserved_bytes": result.peak("reserved_bytes"),
-        "peak_device_bytes": result.peak("device_bytes"),
-        "predicted_peak_bytes": record.predicted_peak_bytes,
+        **vars(candidate.shape), **vars(candidate.plan), **vars(result), **vars(record),
+        **{f"peak_{view}": result.peak(view) for view in PEAK_VIEWS},
         "num_alloc_retries": result.num_alloc_retries,
-        "predicted_loss": record.predicted_loss,
         "parameters": candidate.shape.parameters,
         "gradient_accumulation_steps": candidate.gradient_accumulation_steps,
         "global_batch_size": candidate.recipe.global_batch_size,
@@ -80,12 +71,12 @@ def row(record: TrialRecord) -> dict[str, object]:
 
 
 def write_csv(path: Path, records: Iterable[TrialRecord]) -> None:
-    """Replace trials.csv as a whole. Unknown values are empty cells; bytes, seconds and tokens are plain numbers."""
+    """Replace trials.csv atomically. Unknown values are empty cells; bytes, seconds and tokens are plain numbers."""
     write_atomically(path, _csv_line(COLUMNS), *(record.csv_line for record in records))
 
 
 def _csv_line(cells: Iterable[object]) -> str:
-    # Python's writer quotes a carriage return only where lines end in one, and readers take it for a line's end.
+    # csv.writer quotes a carriage return only if it is part of the line terminator; readers would end the line there.
     text = io.StringIO()
     csv.writer(text, lineterminator="\r\n").writerow(cells)
     return text.getvalue().removesuffix("\r\n") + "\n"
@@ -100,15 +91,15 @@ def _cell(value: object) -> object:
 
 
 _FORMULA = re.compile(r"'*(\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n])")
-"""The signs also in full width, which spreadsheets take for the same."""
+"""Signs that start a formula, also in full width, which spreadsheets treat alike."""
 
 
 def _neutral(text: str) -> str:
-    """The text as no spreadsheet runs it (OWASP, CSV injection) and no terminal obeys it."""
+    """The text such that no spreadsheet evaluates it (OWASP, CSV injection) and no terminal executes it."""
     shown = terminal.visible(text, keep="\t\r\n")
     return f"'{shown}" if _FORMULA.match(shown) else shown
 
 
 def read_text(cell: str) -> str:
-    """The text of a cell of trials.csv."""
+    """Original text of a cell of trials.csv."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell

@@ -1,25 +1,28 @@
-"""verdict.json: what a search concludes from its trials, and where its time went."""
+"""verdict.json: what a search has concluded from its trials. It is replaced after every trial and only rendered."""
 
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import NormalDist
+from typing import Literal
 
 from autotune.config.tables import read_json, read_table
 from autotune.files import write_atomically
+from autotune.measure.types import Z95
 from autotune.runs.records import TrialRecord
 
-Z95 = NormalDist().inv_cdf(0.975)
-
 STEPPING = ("compile", "warmup", "measure")
-"""What a budget is for; the rest is overhead."""
+"""Phases that a budget is for; all others are overhead."""
+IDLE = "idle"
+"""Key of the time between trials, beside the phases of trials."""
+
+VerdictStatus = Literal["nothing feasible", "not confirmed", "not settled", "confirmed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Tokens/s of one candidate, from all its measurements."""
+    """Tokens/s of one candidate, estimated from all its measurements."""
 
     tokens_per_second: float
     ci95: float
@@ -34,95 +37,109 @@ class Speed:
 
     @property
     def next_process_ci95(self) -> float:
-        """Half width of the interval in which one more process lies, in tokens/s."""
+        """Half width of the 95 % prediction interval for one more process, in tokens/s."""
         return math.hypot(self.ci95, Z95 * self.process_sd * self.tokens_per_second)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """The outcome of a search; the state so far while it runs."""
+class Gain:
+    """The winner relative to the baseline. None: unknown."""
 
-    winner: TrialRecord
-    """The measurement that counts: the last confirmation where there is one, else the search trial."""
-    speed: Speed
-    """What the winner is expected to reach now, from all its measurements."""
-    baseline: Speed | None
-    """The same for the baseline; None where it did not run to its end."""
-    confirmed: bool
-    """The winner was run again in a fresh process, evaluation and checkpoint included."""
-    unsettled: str = ""
-    """Why the winner's figure is not settled although it was confirmed; empty where it is."""
-    tied_with: tuple[int, ...] = ()
-    """Trials that cannot be told from the winner; the winner needs the least memory of them."""
-    fell_through: tuple[int, ...] = ()
-    """Better trials that did not survive their confirmation."""
-    drift: float | None = None
-    """Speed of the machine at the end over that at the start, by the baseline's confirmation and its trial; None where
-    that was not measured twice, or the two agree within their intervals."""
-    notes: tuple[str, ...] = ()
-    """What could not be done, and which measurements contradict each other; one line each."""
-
-    @property
-    def status(self) -> str:
-        """As best.toml and the study have it."""
-        return "not confirmed" if not self.confirmed else "not settled" if self.unsettled else "confirmed"
+    speed: float
+    """Ratio of tokens/s."""
+    speed_ci95: float
+    """Half width of the 95 % interval of `speed`, from both intervals."""
+    memory: float | None
+    """Ratio of peak memory, both in the widest view known for both."""
+    loss: float | None
+    """Difference of predicted loss, in nats."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class Failure:
+    """Trials that failed with one status and one message, numbers in the message aside."""
+
+    status: str
+    reason: str
+    """Message of the first of them."""
+    trials: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbour:
     """A measured candidate that differs from the winner in one choice."""
 
     knob: str
     value: str
-    """The winner has another one."""
     winner: str
+    """The winner's value."""
     trial: int
     objective: float
-    """Relative to the winner's for `throughput`, where less is worse; nats above it for `loss`."""
+    """`throughput`: relative difference from the winner (negative is slower). `loss`: nats above the winner."""
     peak: float | None
-    """Peak memory over the winner's."""
+    """Ratio of peak memory to the winner's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Review:
-    """The search as a whole."""
+class Verdict:
+    """Outcome of a search, or its state so far while it runs."""
 
-    confirmed: bool = False
-    unsettled: str = ""
-    """Why the winner's figure is not settled although it was confirmed; empty where it is."""
+    status: VerdictStatus = "nothing feasible"
+    ended: bool = False
+    """The search came to its end; False while it runs and after it was killed."""
+    winner: TrialRecord | None = None
+    """Measurement of the best candidate: its last confirmation if there is one, else its search trial. None: nothing
+    is feasible."""
     speed: Speed | None = None
-    """The winner's, from all its measurements; None where nothing is feasible."""
-    baseline: Speed | None = None
-    """The baseline's; None where it did not run to its end."""
+    """Estimate for the winner, at the machine's speed at the end of the search."""
+    baseline: TrialRecord | None = None
+    """Measurement of the baseline, chosen like the winner's; the failed trial if it never succeeded."""
+    baseline_speed: Speed | None = None
+    gain: Gain | None = None
+    unsettled: str = ""
+    """Reason of the status `not settled`."""
     tied_with: tuple[int, ...] = ()
+    """Trials that cannot be distinguished from the winner; the winner needs the least memory of them."""
     fell_through: tuple[int, ...] = ()
+    """Better trials whose confirmation failed."""
     drift: float | None = None
-    """As in the verdict."""
-    at_first_speed: Mapping[str, float] = field(default_factory=dict)
-    """Objective by trial, with the machine's drift taken out; empty unless it is more than 5 %."""
-    law: str = ""
-    """By which losses are predicted, with its band and source; empty for `throughput`."""
-    notes: tuple[str, ...] = ()
-    """What could not be done."""
-    budget_wanted: str = ""
-    """Where nothing is feasible and more time would help: the --budget to go on with."""
-    remedy: str = ""
-    """Where nothing is feasible and more time would not help: what else to do."""
-    spent_seconds: float = 0.0
-    """Wall clock of the search, all its parts."""
-    trials: int = 0
-    """That ran in a process."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Of `spent_seconds`, by phase of the trials; `idle`: between them."""
-    steps: tuple[Step, ...] = ()
-    """What one step from the winner costs, as far as it was measured."""
+    """Speed of the machine at the end relative to the start: the baseline's confirmation over its trial. None: not
+    measured twice, or no difference beyond the two intervals."""
+    drift_corrected: Mapping[str, float] = field(default_factory=dict)
+    """Objective by trial number without the machine's drift; empty unless the drift is large enough to matter."""
+    ranking: tuple[int, ...] = ()
+    """Feasible trials: the winner, then by (drift-corrected) objective, best first."""
+    trade_offs: tuple[int, ...] = ()
+    """Pareto front of the objective against peak memory, least memory first; one trial per candidate."""
+    failures: tuple[Failure, ...] = ()
+    """Most frequent first."""
+    neighbours: tuple[Neighbour, ...] = ()
     importance: Mapping[str, float] = field(default_factory=dict)
-    """Share of each choice in being among the best trials (PED-ANOVA, Watanabe et al. 2023, arXiv:2304.10255);
-    empty where too few ran to say so."""
+    """Share of each choice in being among the best trials (PED-ANOVA, Watanabe et al. 2023, arXiv:2304.10255); empty
+    with too few trials, and before the end."""
+    law: str = ""
+    """Scaling law of the predicted losses, with band and source; empty for `throughput`."""
+    trials: int = 0
+    """Trials that ran in a process."""
+    spent_seconds: float = 0.0
+    """Wall clock of the search, including earlier parts of a resumed one."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """`spent_seconds` by phase of the trials, and IDLE."""
+    notes: tuple[str, ...] = ()
+    """Work that could not be done, and measurements that contradict each other; one line each."""
+    budget_wanted: str = ""
+    """Nothing is feasible and more time would help: the --budget to resume with."""
+    remedy: str = ""
+    """Nothing is feasible and more time would not help: the command or change that would."""
+
+    @property
+    def confirmed(self) -> bool:
+        """The winner was measured again in a fresh process, evaluation and checkpoint included."""
+        return self.status in ("confirmed", "not settled")
 
     @property
     def overhead(self) -> float | None:
-        """Part of the time that was spent neither compiling nor stepping."""
+        """Fraction of the time spent neither compiling nor stepping."""
         if not self.spent_seconds:
             return None
         return 1.0 - sum(self.seconds.get(phase, 0.0) for phase in STEPPING) / self.spent_seconds
@@ -132,11 +149,11 @@ class Review:
         return 3600.0 * self.trials / self.spent_seconds if self.spent_seconds else None
 
 
-def write_review(path: Path, review: Review) -> None:
-    """Replace verdict.json as a whole."""
-    write_atomically(path, json.dumps(asdict(review), indent=2, allow_nan=False) + "\n")
+def write_verdict(path: Path, verdict: Verdict) -> None:
+    """Replace verdict.json atomically."""
+    write_atomically(path, json.dumps(asdict(verdict), indent=1, allow_nan=False) + "\n")
 
 
-def read_review(path: Path) -> Review:
+def read_verdict(path: Path) -> Verdict:
     """Read verdict.json. Raises ConfigError."""
-    return read_table(Review, read_json(path), "verdict")
+    return read_table(Verdict, read_json(path), "verdict")

@@ -11,6 +11,7 @@ from typing import Any
 from autotune.config.candidate import Candidate, Shape
 from autotune.config.search import SearchSettings
 from autotune.config.toml import CandidateFile, format_candidate
+from autotune.config.train_settings import SUMMARY
 from autotune.environment import child_command, worker_environment
 from autotune.errors import AutotuneError, ConfigError
 from autotune.files import write_atomically
@@ -43,7 +44,7 @@ def train_pilot(file: Path, device: str, seconds: float) -> Mapping[str, Any]:
             )  # fmt: skip
         except subprocess.SubprocessError as error:
             raise AutotuneError(f"--calibrate-loss: a pilot failed ({error}); see {log}") from None
-    found = json.loads((out / "summary.json").read_text())
+    found = json.loads((out / SUMMARY).read_text())
     assert isinstance(found, dict)
     return found
 

@@ -1,32 +1,32 @@
-"""Who won: by all measurements of a candidate, ties called ties, and what is not settled called so."""
+"""Who won: estimates from all measurements of a candidate, ties named as ties, unreliable figures named as such."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from autotune.config.search import SearchSettings
-from autotune.runs.objective import interval, maximised, score
+from autotune.runs.objective import best_first, interval, maximised, score
 from autotune.runs.records import TrialRecord
 from autotune.runs.verdict import Speed, Verdict
-from autotune.search.posterior import DISAGREEMENT, NOISY, disagreement, estimate_speeds
+from autotune.search.posterior import DISAGREEMENT, NOISY, disagreement, estimate_speeds, group_by_candidate
 
 FINALISTS = 3
-"""Candidates that are run again, besides the baseline, before the verdict."""
+"""Candidates that are confirmed before the verdict, besides the baseline."""
 
 MOST_CONFIRMATIONS = 4
-"""A finalist is confirmed at most this often while its figure stays unsettled."""
+"""Confirmations per finalist at most, while its figure stays unsettled."""
 
 DRIFT = 0.05
-"""Beyond this change of the machine's own speed, trials are ranked by what they would have reached at its first one."""
+"""Relative change of the machine's speed beyond which trials are ranked by their drift-corrected objective."""
 
 
 def searched(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Feasible trials that are no confirmations."""
+    """Feasible trials other than confirmations."""
     return [record for record in records if record.role != "final" and record.objective is not None]
 
 
 def _finals(records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
-    """The last confirmation of each candidate, by its id."""
+    """Last confirmation of each candidate, by candidate id."""
     return {record.candidate.id: record for record in records if record.role == "final"}
 
 
@@ -34,14 +34,25 @@ def _baseline(records: Sequence[TrialRecord]) -> TrialRecord | None:
     return next((record for record in searched(records) if record.role == "baseline"), None)
 
 
+def _baseline_measured(records: Sequence[TrialRecord]) -> TrialRecord | None:
+    """Last confirmation of the baseline that succeeded, else its trial, feasible or not."""
+    first = next((record for record in records if record.role == "baseline" and record.result.status == "ok"), None)
+    if first is None:
+        return next((record for record in records if record.role == "baseline"), None)
+    again = (r for r in records if r.role == "final" and r.candidate.id == first.candidate.id)
+    return max((r for r in (first, *again) if r.result.status == "ok"), key=lambda r: r.trial)
+
+
 def _failed(finals: Iterable[TrialRecord]) -> set[str]:
-    """Ids of the candidates that failed their confirmation; running out of budget is not their fault."""
+    """Ids of candidates whose confirmation failed; an exhausted budget is not a failure."""
     return {record.candidate.id for record in finals if record.result.status not in ("ok", "interrupted")}
 
 
-def at_first_speed(records: Sequence[TrialRecord], settings: SearchSettings) -> list[TrialRecord]:
-    """The records; where the machine has drifted by more than DRIFT, with the drift taken out of their tokens/s. It
-    is measured by the baseline's confirmation, and assumed to have come evenly from trial to trial since the first."""
+def drift_corrected(records: Sequence[TrialRecord], settings: SearchSettings) -> list[TrialRecord]:
+    """The records; if the machine has drifted by more than DRIFT, with the drift divided out of their tokens/s.
+
+    Drift is measured by the baseline's confirmation and assumed to grow linearly with the trial number.
+    """
     finals = _finals(records)
     drift, first = _drift(searched(records), finals), _baseline(records)
     if drift is None or first is None or abs(drift - 1.0) <= DRIFT:
@@ -60,12 +71,14 @@ def at_first_speed(records: Sequence[TrialRecord], settings: SearchSettings) -> 
 
 
 def unconfirmed(records: Sequence[TrialRecord], settings: SearchSettings) -> list[TrialRecord]:
-    """The finalists that have yet to be run again: the best, then the baseline, whose drift may change the order of
-    the others. Where one has failed its confirmation, the next best takes its place. Last come those that were
-    confirmed but whose figure is not settled."""
+    """Finalists that still need a confirmation, most urgent first.
+
+    The best one leads, then the baseline, whose drift may reorder the others. The next best replaces a finalist whose
+    confirmation failed. Those that were confirmed but are not settled come last.
+    """
     finals = [record for record in records if record.role == "final"]
     failed = _failed(finals)
-    corrected = at_first_speed(records, settings)
+    corrected = drift_corrected(records, settings)
     speeds = estimate_speeds(corrected, settings)
     ranked = _ranked(searched(corrected), speeds, settings)
     ranked = [record for record in ranked if record.candidate.id not in failed]
@@ -77,44 +90,53 @@ def unconfirmed(records: Sequence[TrialRecord], settings: SearchSettings) -> lis
     return [wanted[name] for name in (*(name for name in wanted if not times[name]), *unsettled)]
 
 
-def decide(records: Sequence[TrialRecord], settings: SearchSettings) -> Verdict | None:
-    """The verdict over all records so far; None while nothing feasible is known."""
-    corrected, finals = at_first_speed(records, settings), _finals(records)
+def decide(records: Sequence[TrialRecord], settings: SearchSettings) -> Verdict:
+    """Winner, estimates, ranking and status over all records so far; `conclude` adds the rest of the verdict."""
+    corrected, finals = drift_corrected(records, settings), _finals(records)
     speeds, failed = estimate_speeds(corrected, settings), _failed(finals.values())
     search, settled = _ranked(searched(records), speeds, settings), _settled(corrected, speeds)
     cautious = {name: speed if name in settled else _lowest(speed, finals.get(name)) for name, speed in speeds.items()}
     confirmed = _ranked([record for record in finals.values() if record.objective is not None], cautious, settings)
     pool = confirmed or [record for record in search if record.candidate.id not in failed]
+    ranking, first = [record.trial for record in best_first(corrected, maximised(settings))], _baseline(records)
+    drift = _drift(searched(records), finals)
+    drifted = corrected != list(records)
+    pace = drift if drift is not None and drifted else 1.0
+    verdict = Verdict(
+        baseline=_baseline_measured(records),
+        baseline_speed=_scaled(speeds[first.candidate.id], pace) if first is not None else None,
+        drift=drift,
+        drift_corrected={str(r.trial): r.objective for r in corrected if drifted and r.objective is not None},
+        ranking=tuple(ranking),
+        notes=tuple(_contradictions(records).values()),
+    )
     if not pool:
-        return None
+        return verdict
     rivals = [record for record in pool[1:] if record.candidate.id in settled]
     tied = _tied(pool[0], rivals, speeds, settings) if confirmed else []
     winner = min((pool[0], *tied), key=_memory)
-    drift = _drift(searched(records), finals)
-    pace = drift if drift is not None and corrected != list(records) else 1.0
-    first = _baseline(records)
     better = search[: 1 + max((i for i, r in enumerate(search) if r.candidate.id == pool[0].candidate.id), default=-1)]
-    return Verdict(
+    unsettled = _unsettled(winner, records, speeds, settled) if confirmed else ""
+    return replace(
+        verdict,
+        status="not confirmed" if not confirmed else "not settled" if unsettled else "confirmed",
         winner=winner,
-        speed=_at_pace(speeds[winner.candidate.id], pace),
-        baseline=_at_pace(speeds[first.candidate.id], pace) if first is not None else None,
-        confirmed=bool(confirmed),
-        unsettled=_unsettled(winner, records, speeds, settled) if confirmed else "",
+        speed=_scaled(speeds[winner.candidate.id], pace),
+        unsettled=unsettled,
         tied_with=tuple(record.trial for record in (pool[0], *tied) if record is not winner),
         fell_through=tuple(record.trial for record in better if record.candidate.id in failed),
-        drift=drift,
-        notes=tuple(_contradictions(records).values()),
+        ranking=(winner.trial, *(trial for trial in ranking if trial != winner.trial)),
     )
 
 
-def _at_pace(speed: Speed, pace: float) -> Speed:
-    return replace(speed, tokens_per_second=speed.tokens_per_second * pace, ci95=speed.ci95 * pace)
+def _scaled(speed: Speed, factor: float) -> Speed:
+    return replace(speed, tokens_per_second=speed.tokens_per_second * factor, ci95=speed.ci95 * factor)
 
 
 def _ranked(
     records: Sequence[TrialRecord], speeds: Mapping[str, Speed], settings: SearchSettings
 ) -> list[TrialRecord]:
-    """Feasible records, the best estimate first; equal ones in the order of their trials."""
+    """Feasible records by estimated objective, best first; equal ones by trial number."""
     sign = -1.0 if maximised(settings) else 1.0
 
     def key(record: TrialRecord) -> tuple[float, int]:
@@ -139,67 +161,63 @@ def _tied(
 
 
 def _lowest(speed: Speed, final: TrialRecord | None) -> Speed:
-    """All that can be counted on before a figure is settled: the lower end of its interval, or the confirmation."""
+    """Conservative estimate of an unsettled candidate: lower end of the interval, or the confirmation if lower."""
     low = speed.tokens_per_second * math.exp(-speed.relative_ci95)
     confirmed = final.result.tokens_per_second if final is not None else None
     return replace(speed, tokens_per_second=min(low, confirmed or low))
 
 
 def _settled(records: Sequence[TrialRecord], speeds: Mapping[str, Speed]) -> set[str]:
-    """Ids of the candidates whose figure can be relied on: all measurements together leave a narrow interval, and so
-    does a confirmation by itself, which agrees with them."""
+    """Ids of candidates whose figure is reliable: the estimate has a narrow interval, and so has one confirmation,
+    which agrees with the estimate."""
 
     def agrees(final: TrialRecord) -> bool:
-        speed, together = final.result.tokens_per_second, speeds[final.candidate.id]
+        speed, estimate = final.result.tokens_per_second, speeds[final.candidate.id]
         if not speed or (final.result.tokens_per_second_ci95 or 0.0) > NOISY * speed:
             return False
-        return together.relative_ci95 <= NOISY and abs(math.log(speed / together.tokens_per_second)) <= DISAGREEMENT
+        return estimate.relative_ci95 <= NOISY and abs(math.log(speed / estimate.tokens_per_second)) <= DISAGREEMENT
 
     finals = [record for record in records if record.role == "final" and record.objective is not None]
     return {final.candidate.id for final in finals if agrees(final)}
 
 
 def _contradictions(records: Sequence[TrialRecord]) -> dict[str, str]:
-    """Confirmations that contradict the trial they repeat, by candidate id: one line each."""
-    groups: dict[str, list[TrialRecord]] = {}
-    for record in records:
-        if record.objective is not None:
-            groups.setdefault(record.candidate.id, []).append(record)
-    found = {}
-    for name, group in groups.items():
+    """One line for each candidate whose measurements contradict each other, by candidate id."""
+    notes = {}
+    for name, group in group_by_candidate(records).items():
         ratio = disagreement(group)
         if ratio is not None:
             trials = " and ".join(f"trial {r.trial} ({r.result.tokens_per_second or 0.0:,.0f})" for r in group)
-            found[name] = f"tokens/s of one candidate differ by {ratio:.2f}x: {trials}; something disturbed a trial"
-    return found
+            notes[name] = f"tokens/s of one candidate differ by {ratio:.2f}x: {trials}; something disturbed a trial"
+    return notes
 
 
 def _unsettled(
     winner: TrialRecord, records: Sequence[TrialRecord], speeds: Mapping[str, Speed], settled: set[str]
 ) -> str:
-    """Why the winner, which was confirmed, may not be the best or as fast as is said; empty if nothing speaks
-    against it."""
-    own, contradictions = speeds[winner.candidate.id], _contradictions(records)
+    """Why the confirmed winner may be slower than stated, or not the best; empty if there is no reason."""
+    estimate, contradictions = speeds[winner.candidate.id], _contradictions(records)
     if winner.candidate.id not in settled:
         half, speed = winner.result.tokens_per_second_ci95 or 0.0, winner.result.tokens_per_second or 1.0
-        width = max(own.relative_ci95, half / speed)
+        width = max(estimate.relative_ci95, half / speed)
         why = contradictions.get(winner.candidate.id, f"its tokens/s are known to ±{width:.0%} only")
-        times = f"{own.measurements} measurement{'s' if own.measurements > 1 else ''}"
+        times = f"{estimate.measurements} measurement{'s' if estimate.measurements > 1 else ''}"
         return f"{why}, after {times}; search again on a quiet machine"
     for record in searched(records):
         name, speed = record.candidate.id, record.result.tokens_per_second or 0.0
-        if name in contradictions and name not in settled and speed > own.tokens_per_second:
+        if name in contradictions and name not in settled and speed > estimate.tokens_per_second:
             return f"trial {record.trial} may be faster: {contradictions[name]}"
     return ""
 
 
 def _memory(record: TrialRecord) -> tuple[float, int]:
-    """The card's count, else the allocator's; records of one run know the same views."""
-    peaks = (record.result.peak(view) for view in ("device_bytes", "reserved_bytes", "allocated_bytes"))
-    return next((float(peak) for peak in peaks if peak is not None), float("inf")), record.trial
+    """Sort key: peak bytes, then trial number. Trials of one run know the same views."""
+    peak = record.result.peak_bytes
+    return math.inf if peak is None else peak, record.trial
 
 
 def _drift(search: Sequence[TrialRecord], finals: Mapping[str, TrialRecord]) -> float | None:
+    """Tokens/s of the baseline's confirmation over those of its trial; None if the intervals overlap."""
     first = _baseline(search)
     again = finals.get(first.candidate.id) if first is not None else None
     if first is None or again is None or again.objective is None:

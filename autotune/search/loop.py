@@ -20,7 +20,7 @@ from autotune.memory.model import MemoryModel, Prediction, calibrate, predict, s
 from autotune.runs import directory as files
 from autotune.runs.objective import loss_at, score, speed_needed
 from autotune.runs.records import Role, TrialRecord, write_csv
-from autotune.runs.verdict import Verdict, write_review
+from autotune.runs.verdict import Verdict
 from autotune.search import storage
 from autotune.search import study as studies
 from autotune.search.advice import enough_for, nothing_found, trial_seconds
@@ -36,9 +36,9 @@ from autotune.search.budget import (
     next_allowance,
 )
 from autotune.search.calibrate import calibrate_law
+from autotune.search.conclude import conclude
 from autotune.search.decide import decide, searched, unconfirmed
 from autotune.search.posterior import NOISY
-from autotune.search.review import review
 from autotune.search.sampler import doubted, propose
 from autotune.search.space import Space, baseline, build_space, guide_candidate
 from autotune.search.timekeeping import Part
@@ -67,8 +67,8 @@ class Event:
     candidate: Candidate
     record: TrialRecord | None = None
     """Of the trial that has ended; None where it begins."""
-    verdict: Verdict | None
-    """The state so far; None while nothing is feasible."""
+    verdict: Verdict
+    """The state so far."""
 
 
 Notify = Callable[[Event], None]
@@ -124,14 +124,14 @@ def search(
         if calibrate_loss:
             settings, line = calibrate_law(settings, run_dir, budget, measure)
             told = (*remarks, line)
-        if not settings.storage and (note := storage.lock_note(run_dir / "study.db")):
+        if not settings.storage and (note := storage.lock_note(run_dir / files.STUDY_DB)):
             told += (note,)
         study = studies.create_study(run_dir, settings, storage=storage_url, patience=storage.within(budget))
         study.set_user_attr(studies.SETTINGS, asdict(settings))
         study.set_user_attr(studies.ENVIRONMENT, asdict(environment))
         study.set_user_attr(studies.REMARKS, told)
         files.write_inputs(run_dir, settings, environment)
-        write_csv(run_dir / "trials.csv", [])
+        files.publish(run_dir, settings, environment, [], Verdict())
     with files.locked(run_dir), Part(run_dir, budget.started, clock) as part:
         part.follows(run_dir, 0.0)
         return _go(_Run(
@@ -161,7 +161,7 @@ def resume(
     cannot be compared, unless `same_machine` is False.
     """
     started = clock() if started is None else started
-    settings = read_settings(run_dir / "search.toml")
+    settings = read_settings(run_dir / files.SEARCH_TOML)
     with files.locked(run_dir), Part(run_dir, started, clock) as part:
         files.remove_leftovers(run_dir)
         here = environment() if callable(environment) else environment
@@ -171,7 +171,7 @@ def resume(
         study = studies.load_study(run_dir, settings, storage.within(begin(asked, started, clock)))
         studies.close_stale(study, run_dir / studies.UNTOLD, settings.memory_limit_bytes)
         found = studies.records(study)
-        write_csv(run_dir / "trials.csv", found)  # what was in flight is in it from now on
+        write_csv(run_dir / files.TRIALS_CSV, found)  # what was in flight is in it from now on
         spent = part.follows(run_dir, studies.spent_seconds(study))
         study.set_user_attr(studies.SPENT, spent + clock() - started)
         remarks = tuple(dict.fromkeys([*studies.remarks_of(study), *remarks]))  # each once
@@ -193,27 +193,25 @@ def resume(
 
 
 @storage.storage_errors()
-def rebuild(run_dir: Path) -> Verdict | None:
-    """Write every file of a run anew from its study, and return the state of its search.
-    Raises ConfigError where there is no study."""
+def rebuild(run_dir: Path) -> Verdict:
+    """Write every file of a run again from its study, and return its verdict. Raises ConfigError without a study."""
     study = studies.load_study(run_dir, _known_settings(run_dir))
     settings, environment = studies.settings_of(study), studies.environment_of(study)
     files.write_inputs(run_dir, settings, environment)
-    found = studies.records(study)
-    state = decide(found, settings)
-    files.publish(run_dir, settings, environment, found, state)
-    studies.mark_verdict(study, state)
-    return _conclude(run_dir, settings, environment, build_space(settings, environment), study, found)
+    found, space = studies.records(study), build_space(settings, environment)
+    save(_calibrated(settings, environment, found), run_dir / files.MEMORY_MODEL_JSON)
+    ended = studies.NOTES in study.user_attrs
+    return _conclude(run_dir, settings, environment, space, study, found, ended=ended)
 
 
 def _known_settings(run_dir: Path) -> SearchSettings | None:
     """Of search.toml; None where it is lost or spoiled and the run's own study.db can say the same."""
     try:
-        return read_settings(run_dir / "search.toml")
+        return read_settings(run_dir / files.SEARCH_TOML)
     except ConfigError:
-        if (run_dir / "study.db").exists():
+        if (run_dir / files.STUDY_DB).exists():
             return None
-        if (run_dir / "search.toml").exists():
+        if (run_dir / files.SEARCH_TOML).exists():
             raise
         return None
 
@@ -225,17 +223,17 @@ def _conclude(
     space: Space,
     study: "optuna.Study",
     found: list[TrialRecord],
-) -> Verdict | None:
-    """The verdict with its notes; writes verdict.json and memory_model.json."""
-    notes, spent = studies.notes_of(study), studies.spent_seconds(study)
-    state = decide(found, settings)
-    told = review(settings, space, study, found, state, notes, spent)
-    if state is None:
-        advice = nothing_found(settings, environment, found)
-        told = replace(told, budget_wanted=advice.budget, remedy=advice.remedy)
-    write_review(directory / "verdict.json", told)
-    save(_calibrated(settings, environment, found), directory / "memory_model.json")
-    return state and replace(state, notes=(*notes, *state.notes))
+    *,
+    ended: bool,
+) -> Verdict:
+    """The verdict over the records so far, written to the run directory and the study."""
+    verdict = conclude(
+        found, settings, environment, space,
+        spent_seconds=studies.spent_seconds(study), notes=studies.notes_of(study), study=study if ended else None,
+    )  # fmt: skip
+    files.publish(directory, settings, environment, found, verdict)
+    studies.mark_verdict(study, verdict)
+    return verdict
 
 
 def _go(run: _Run) -> Verdict:
@@ -257,16 +255,16 @@ def _go(run: _Run) -> Verdict:
         _end(run, [str(error)])
         raise
     verdict = _end(run, notes)
-    if verdict is None:
+    if verdict.winner is None:
         raise NoFeasibleError(_nothing_fits(run))
     return verdict
 
 
-def _end(run: _Run, notes: list[str]) -> Verdict | None:
-    _publish(run)
+def _end(run: _Run, notes: list[str]) -> Verdict:
     notes = [note for note in notes if note not in run.told]
     run.study.set_user_attr(studies.NOTES, [*run.told, *notes])
-    verdict = _conclude(run.directory, run.settings, run.environment, run.space, run.study, run.found)
+    verdict = _publish(run, ended=True)
+    save(_memory_model(run), run.directory / files.MEMORY_MODEL_JSON)
     run.study.set_user_attr(studies.SPENT, run.spent_before + run.budget.elapsed())
     return verdict
 
@@ -341,7 +339,7 @@ def _measure(
     """One trial: written down, measured, judged, told, published. Raises MachineError for a failure that all trials
     would share."""
     settings, budget, number = run.settings, run.budget, 1 + max((record.trial for record in run.found), default=-1)
-    log = run.directory / "logs" / f"trial-{number:04d}.log"
+    log = run.directory / files.LOGS / f"trial-{number:04d}.log"
     best = decide(run.found, settings)
     request = TrialRequest(
         candidate=settings.completed(candidate),
@@ -410,9 +408,9 @@ def _run_within(run: _Run, request: TrialRequest, log: Path, allowance: Allowanc
     return result
 
 
-def _least_speed(settings: SearchSettings, candidate: Candidate, best: Verdict | None) -> float | None:
+def _least_speed(settings: SearchSettings, candidate: Candidate, best: Verdict) -> float | None:
     """Below which the candidate will not become the best; None while there is none to beat."""
-    if best is None or best.winner.objective is None:
+    if best.winner is None or best.winner.objective is None:
         return None
     return HOPELESS * speed_needed(settings, candidate, best.winner.objective)
 
@@ -423,7 +421,7 @@ def _memory_model(run: _Run) -> MemoryModel:
 
 
 def _calibrated(settings: SearchSettings, environment: Environment, found: list[TrialRecord]) -> MemoryModel:
-    kind = settings.device.partition(":")[0]
+    kind = settings.device_kind
     return calibrate(kind, [(record.candidate, record.result) for record in found], environment)
 
 
@@ -442,13 +440,11 @@ def _passed_over(run: _Run, prediction: Prediction, trials: int) -> TrialResult 
     )
 
 
-def _publish(run: _Run) -> Verdict | None:
+def _publish(run: _Run, *, ended: bool = False) -> Verdict:
     run.study.set_user_attr(studies.SPENT, run.spent_before + run.budget.elapsed())
-    state = decide(run.found, run.settings)
-    files.publish(run.directory, run.settings, run.environment, run.found, state)
-    studies.mark_verdict(run.study, state)
+    verdict = _conclude(run.directory, run.settings, run.environment, run.space, run.study, run.found, ended=ended)
     storage.sync(run.directory)
-    return state
+    return verdict
 
 
 def _nothing_fits(run: _Run) -> str:

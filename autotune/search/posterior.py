@@ -1,10 +1,9 @@
-"""How fast a candidate is, from all its measurements: one estimate with an interval that holds for the next process.
+"""Speed of a candidate from all its measurements: one estimate, with an interval that holds for the next process.
 
-Processes of one candidate differ in speed (by 2 to 4 % on the CPU) by more than steps within one process do. The
-largest of many noisy figures is therefore too large, which is known as the winner's curse. Two things correct it: the
-variance between processes, pooled over all candidates that were measured more than once, is part of every interval;
-and each estimate is shrunk towards what the other candidates make the speed model expect (empirical Bayes; Efron and
-Morris, Stein's Paradox in Statistics, 1977).
+Processes of one candidate differ in speed (by 2 to 4 % on the CPU) by more than steps within one process do, so the
+largest of many noisy figures is biased upwards (the winner's curse). Two corrections: the variance between processes,
+pooled over all candidates measured more than once, is part of every interval; and each estimate is shrunk towards the
+prediction of the speed model (empirical Bayes; Efron and Morris, Stein's Paradox in Statistics, 1977).
 """
 
 import functools
@@ -15,46 +14,56 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autotune.config.search import SearchSettings
+from autotune.measure.types import Z95
 from autotune.runs.objective import maximised, score
 from autotune.runs.records import TrialRecord
-from autotune.runs.verdict import Z95, Speed
+from autotune.runs.verdict import Speed
 from autotune.search.sampler import expected_speeds
 
 NOISY = 0.05
 """Relative half width of a 95 % interval beyond which a figure is not settled."""
 
 DISAGREEMENT = 0.15
-"""Difference in log speed between two measurements of one candidate that is no noise: something disturbed one."""
+"""Difference in log speed of two measurements of one candidate that is no noise: something disturbed one."""
 
 _PROCESS_SD = {"cpu": 0.025, "cuda": 0.005}
-"""Standard deviation of log speed between processes before a run has repeated anything. CPU: two candidates, four fresh
-processes each, spread by 2.6 and 3.1 % (8,405 to 8,948 and 12,860 to 13,669 tokens/s), less what is noise within
-one process. CUDA: an assumption; no card was measured."""
+"""Prior standard deviation of log speed between processes. CPU: two candidates, four fresh processes each, spread by
+2.6 and 3.1 % (8,405 to 8,948 and 12,860 to 13,669 tokens/s), less the noise within one process. CUDA: an assumption;
+no card was measured."""
 _PROCESS_WEIGHT = 4.0
-"""Repeats that `_PROCESS_SD` counts for."""
-_MODEL_WORTH = 4.0
-"""The speed model counts for at most so many measurements."""
+"""Weight of `_PROCESS_SD` in repeated measurements."""
+_MODEL_WEIGHT = 4.0
+"""Weight of the speed model in measurements, at most."""
 _LEADERS = 64
-"""The speed model is fitted to so many of the best candidates."""
+"""Number of the best candidates to which the speed model is fitted, and which are shrunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Measured:
-    """Log speed of a candidate with its standard error."""
+class _Mean:
+    """Mean log speed of a candidate with its standard error."""
 
-    mean: float
+    value: float
     se: float
     count: int
 
 
+def group_by_candidate(records: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
+    """Feasible records by candidate id."""
+    groups: dict[str, list[TrialRecord]] = {}
+    for record in records:
+        if record.objective is not None and record.result.tokens_per_second:
+            groups.setdefault(record.candidate.id, []).append(record)
+    return groups
+
+
 def estimate_speeds(records: Sequence[TrialRecord], settings: SearchSettings) -> dict[str, Speed]:
-    """The speed of every feasible candidate, by its id. Candidates far from the best are not shrunk: nothing is
-    chosen among them. The same records are asked about several times between two trials, and estimated once."""
+    """Speed of every feasible candidate, by its id. Candidates far from the best are not shrunk: no decision depends
+    on them. Cached, since several callers need the estimates of the same records between two trials."""
     return _estimated(_Identical((*records, settings)))
 
 
 class _Identical(tuple[Any, ...]):
-    """Equal to a tuple of the very same objects; comparing what frozen records hold would cost more than it saves."""
+    """Tuple compared by the identity of its items; comparing the contents of records would cost more than it saves."""
 
     __slots__ = ()
 
@@ -66,36 +75,32 @@ class _Identical(tuple[Any, ...]):
 
 
 @functools.lru_cache(maxsize=2)
-def _estimated(asked: _Identical) -> dict[str, Speed]:
-    *records, settings = asked
-    groups: dict[str, list[TrialRecord]] = {}
-    for record in records:
-        if record.objective is not None and record.result.tokens_per_second:
-            groups.setdefault(record.candidate.id, []).append(record)
-    groups = {name: _undisturbed(group) for name, group in groups.items()}
-    process_sd = pooled_process_sd(list(groups.values()), settings.device.partition(":")[0])
-    measured = {name: _combined(group, process_sd) for name, group in groups.items()}
+def _estimated(key: _Identical) -> dict[str, Speed]:
+    *records, settings = key
+    groups = {name: _undisturbed(group) for name, group in group_by_candidate(records).items()}
+    process_sd = pooled_process_sd(list(groups.values()), settings.device_kind)
+    means = {name: _combined(group, process_sd) for name, group in groups.items()}
     sign = -1.0 if maximised(settings) else 1.0
-    objective = {n: score(settings, group[0].candidate, math.exp(measured[n].mean)) for n, group in groups.items()}
+    objective = {n: score(settings, group[0].candidate, math.exp(means[n].value)) for n, group in groups.items()}
     leaders = sorted(groups, key=lambda name: sign * objective[name])[:_LEADERS]
-    merged = [_as_one(groups[name][0], measured[name], objective[name]) for name in leaders]
+    merged = [_merged(groups[name][0], means[name], objective[name]) for name in leaders]
     expected = expected_speeds(merged, settings)
-    speeds = {name: _speed(found, None, process_sd) for name, found in measured.items()}
+    speeds = {name: _speed(mean, None, process_sd) for name, mean in means.items()}
     for name, prior in zip(leaders, expected, strict=True):
-        kept = _believable(groups[name], prior)
+        kept = _plausible(groups[name], prior)
         if disagreement(kept) is None:
             speeds[name] = _speed(_combined(kept, process_sd), prior, process_sd)
     return speeds
 
 
-def _as_one(record: TrialRecord, found: _Measured, objective: float) -> TrialRecord:
-    """A record that says what all measurements of its candidate say together."""
-    result = replace(record.result, tokens_per_second=math.exp(found.mean))
+def _merged(record: TrialRecord, mean: _Mean, objective: float) -> TrialRecord:
+    """One record with the combined speed of all measurements of its candidate."""
+    result = replace(record.result, tokens_per_second=math.exp(mean.value))
     return replace(record, result=result, objective=objective)
 
 
-def _believable(group: Sequence[TrialRecord], prior: tuple[float, float]) -> list[TrialRecord]:
-    """Where measurements contradict each other, those that the speed model expects; all of them if it expects none."""
+def _plausible(group: Sequence[TrialRecord], prior: tuple[float, float]) -> list[TrialRecord]:
+    """Of contradicting measurements those within the speed model's 95 % interval; all if none is."""
     if disagreement(group) is None:
         return list(group)
     kept = [r for r, value in zip(group, _logs(group), strict=True) if abs(value - prior[0]) <= Z95 * prior[1]]
@@ -104,7 +109,7 @@ def _believable(group: Sequence[TrialRecord], prior: tuple[float, float]) -> lis
 
 def pooled_process_sd(groups: Sequence[Sequence[TrialRecord]], device_kind: str) -> float:
     """Standard deviation of log speed between processes: from the repeats within each group, less the noise within
-    a process, and a prior."""
+    a process, pooled with the prior."""
     squares, repeats = _PROCESS_WEIGHT * _PROCESS_SD[device_kind] ** 2, _PROCESS_WEIGHT
     for group in groups:
         logs = _logs(group)
@@ -118,23 +123,23 @@ def pooled_process_sd(groups: Sequence[Sequence[TrialRecord]], device_kind: str)
 
 
 def disagreement(records: Sequence[TrialRecord]) -> float | None:
-    """Slowest over fastest measurement of one candidate, where they differ by more than noise; else None."""
+    """Slowest over fastest measurement of one candidate if they differ by more than noise, else None."""
     logs = _logs(records)
     return math.exp(min(logs) - max(logs)) if logs and max(logs) - min(logs) > DISAGREEMENT else None
 
 
-def _combined(group: Sequence[TrialRecord], process_sd: float) -> _Measured:
-    """Mean of log speeds, each weighted by its precision. Two that disagree: the faster one, as a disturbance only
-    slows down, with an interval that holds both."""
+def _combined(group: Sequence[TrialRecord], process_sd: float) -> _Mean:
+    """Precision-weighted mean of log speeds. Of contradicting ones the fastest, as a disturbance can only slow down,
+    with an interval that contains all."""
     logs, weights = _logs(group), [1.0 / (process_sd**2 + _relative_se(record) ** 2) for record in group]
     if disagreement(group) is not None:
-        return _Measured(mean=max(logs), se=(max(logs) - min(logs)) / Z95, count=len(group))
+        return _Mean(value=max(logs), se=(max(logs) - min(logs)) / Z95, count=len(group))
     mean = sum(weight * value for weight, value in zip(weights, logs, strict=True)) / sum(weights)
-    return _Measured(mean=mean, se=sum(weights) ** -0.5, count=len(group))
+    return _Mean(value=mean, se=sum(weights) ** -0.5, count=len(group))
 
 
 def _undisturbed(group: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The measurements that agree with the median. Of two that disagree neither can be blamed."""
+    """Measurements that agree with the median; all of fewer than three, where the median singles out none."""
     if len(group) < 3:
         return list(group)
     middle = statistics.median(_logs(group))
@@ -152,14 +157,12 @@ def _relative_se(record: TrialRecord) -> float:
     return (record.result.tokens_per_second_ci95 or 0.0) / (Z95 * speed)
 
 
-def _speed(found: _Measured, prior: tuple[float, float] | None, process_sd: float) -> Speed:
-    """`found`, shrunk towards the mean of `prior` (mean and standard deviation that the log of a
-    measured speed should have)."""
-    mean, se = found.mean, found.se
+def _speed(mean: _Mean, prior: tuple[float, float] | None, process_sd: float) -> Speed:
+    """`mean` shrunk towards `prior`: the model's mean and standard deviation of the log of a measured speed."""
+    value, se = mean.value, mean.se
     if prior is not None:
-        sd = math.sqrt(max(prior[1] ** 2 - process_sd**2, process_sd**2 / _MODEL_WORTH))  # the model's own error
+        sd = math.sqrt(max(prior[1] ** 2 - process_sd**2, process_sd**2 / _MODEL_WEIGHT))  # the model's own error
         weight = 1.0 / (1.0 + (se / sd) ** 2)
-        mean, se = prior[0] + weight * (mean - prior[0]), math.sqrt(weight) * se
-    speed = math.exp(mean)
-    return Speed(tokens_per_second=speed, ci95=Z95 * se * speed, process_sd=process_sd, measurements=found.count)
-
+        value, se = prior[0] + weight * (value - prior[0]), math.sqrt(weight) * se
+    speed = math.exp(value)
+    return Speed(tokens_per_second=speed, ci95=Z95 * se * speed, process_sd=process_sd, measurements=mean.count)

@@ -61,7 +61,7 @@ def print_event(event: Event) -> None:
 
 
 def _ended(event: Event, record: TrialRecord) -> str:
-    best = event.verdict is not None and event.verdict.winner.trial == record.trial
+    best = event.verdict.winner is not None and event.verdict.winner.trial == record.trial
     return trial_line(record) + ("  <- best" if best else "")
 
 
@@ -71,7 +71,7 @@ def trial_line(record: TrialRecord) -> str:
     if record.objective is None:
         outcome = result.status + (f" ({result.message})" if result.message else f" ({result.phase})")
     else:
-        peak = format_bytes(result.peak("device_bytes") or result.peak("allocated_bytes"))
+        peak = format_bytes(result.peak_bytes)
         outcome = f"{result.tokens_per_second:,.0f} tokens/s, {peak}"
         if record.predicted_loss is not None:
             outcome += f", predicted loss {record.predicted_loss:.3f}"
@@ -92,6 +92,6 @@ def _picture(since: float, event: Event) -> "RenderableType":
     bar.add_row("budget", ProgressBar(total=event.budget_seconds, completed=elapsed), clock)
     now = f"trial {event.trial} {event.role} for {format_duration(waited)}: {in_words(event.candidate)}"
     lines = [Text(visible(now), style="cyan") if event.record is None else Text("between trials")]
-    if event.verdict is not None:
+    if event.verdict.winner is not None:
         lines.append(Text(visible("best so far: " + trial_line(event.verdict.winner)), style="green"))
     return Group(bar, *lines)

@@ -15,6 +15,7 @@ from autotune.data.sources import how_to_prepare
 from autotune.data.vocabulary import check_ids, data_vocabulary
 from autotune.environment import Environment
 from autotune.errors import ConfigError, shown
+from autotune.kernels.registry import device_kind
 from autotune.runs.objective import find_law
 from autotune.search.space import build_space, describe_space
 from autotune.units import MIB, format_bytes, format_count, format_duration, parse_bytes, parse_count, parse_duration
@@ -74,7 +75,7 @@ def resolve(
         )
     given = seconds is not None or tokens is not None
     if not given and not from_file:
-        seconds = _TRAIN_SECONDS[environment.device.partition(":")[0]]
+        seconds = _TRAIN_SECONDS[device_kind(environment.device)]
     settings = SearchSettings(
         name=name or time.strftime("%Y%m%d-%H%M%S-") + chosen,
         device=environment.device,

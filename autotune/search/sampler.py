@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from autotune.config.candidate import Candidate, Plan
 from autotune.config.search import SearchSettings
+from autotune.measure.types import Z95
 from autotune.memory.model import MemoryModel, calibrate, predictions
 from autotune.runs.objective import best_first, maximised, score
 from autotune.runs.records import TrialRecord
@@ -70,7 +71,7 @@ def propose(
 ) -> Candidate | None:
     """The candidate to measure next: of those whose answer does not follow from the `known` ones (by candidate id);
     None when none is left. `model`: the memory model, calibrated by the known records; None: it is made here."""
-    kind, records = settings.device.partition(":")[0], list(known.values())
+    kind, records = settings.device_kind, list(known.values())
     everything, encoded = _pool(space, known, settings, kind)
     left = _unanswered(everything, known)
     if not left.size:
@@ -97,7 +98,7 @@ def _most_valuable(value: Array, pool: Sequence[Candidate], model: MemoryModel, 
             break
         found = predictions(model, [pool[i] for i in block])
         peaks = np.array([f.peak_device_bytes for f in found], dtype=float)
-        sd = np.array([f.high_device_bytes - f.low_device_bytes for f in found]) / (2 * 1.96)
+        sd = np.array([f.high_device_bytes - f.low_device_bytes for f in found]) / (2 * Z95)
         worth = value[block] * gp.normal((limit_bytes - peaks) / sd)
         if worth.max() > best:
             best, chosen = float(worth.max()), int(block[worth.argmax()])
@@ -120,7 +121,7 @@ def _telling(records: Sequence[TrialRecord], settings: SearchSettings) -> list[i
 def unknown(space: Space, known: Mapping[str, TrialRecord], settings: SearchSettings) -> list[Candidate]:
     """Candidates whose answer is not known: all in a small space; in a large one some by chance, and what differs
     from the best in one knob."""
-    everything, _ = _pool(space, known, settings, settings.device.partition(":")[0])
+    everything, _ = _pool(space, known, settings, settings.device_kind)
     return [everything[i] for i in _unanswered(everything, known)]
 
 
@@ -238,7 +239,7 @@ def expected_speeds(records: Sequence[TrialRecord], settings: SearchSettings) ->
 def _left_out(names: tuple[str, ...], timed: Sequence[TrialRecord], settings: SearchSettings) -> tuple[Array, Array]:
     """Mean (n,) and standard deviation (n,) of each log speed given all others. Trials that are fitted are left out in
     turn (Rasmussen and Williams, Gaussian Processes for Machine Learning, 5.4.2); the others are predicted."""
-    encoded = _encode([record.candidate for record in timed], names, settings.device.partition(":")[0])
+    encoded = _encode([record.candidate for record in timed], names, settings.device_kind)
     words, answers = _words(names, timed[0].candidate), _log_speeds(timed)
     fitted = np.zeros(len(timed), dtype=bool)
     fitted[_telling(timed, settings)] = True

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from autotune.config.storage import PASSWORD_VARIABLE, connect_url, scrub, secrets_in, without_password
 from autotune.errors import AutotuneError, ConfigError, one_line, shown
+from autotune.runs.directory import STUDY_DB
 from autotune.search.budget import Budget
 from autotune.units import format_duration
 
@@ -56,8 +57,8 @@ def open_storage(run_dir: Path, url: str, patience: Patience) -> "optuna.storage
     import sqlalchemy
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    where = connect_url(url) if url else sqlalchemy.URL.create("sqlite", database=str((run_dir / "study.db").resolve()))
-    name = f"--storage {shown(without_password(url))}" if url else str(run_dir / "study.db")
+    where = connect_url(url) if url else sqlalchemy.URL.create("sqlite", database=str((run_dir / STUDY_DB).resolve()))
+    name = f"--storage {shown(without_password(url))}" if url else str(run_dir / STUDY_DB)
     arguments: dict[str, Any] = {}
     if where.get_backend_name() == "sqlite":
         arguments["connect_args"] = {"timeout": _TRY_SECONDS, "factory": partial(_Connection, patience)}
@@ -124,7 +125,7 @@ def lock_note(file: Path) -> str:
 
 def sync(run_dir: Path) -> None:
     """Wait until the run's own study.db, if it has one, is on the disk."""
-    for name in ("study.db", "study.db-wal"):
+    for name in (STUDY_DB, f"{STUDY_DB}-wal"):
         with contextlib.suppress(FileNotFoundError), (run_dir / name).open("rb") as handle:
             os.fsync(handle.fileno())
 

@@ -21,6 +21,7 @@ from autotune.environment import Environment
 from autotune.errors import ConfigError, one_line, shown
 from autotune.files import write_atomically
 from autotune.measure.types import TrialRequest, TrialResult
+from autotune.runs.directory import STUDY_DB
 from autotune.runs.objective import maximised
 from autotune.runs.records import Role, TrialRecord
 from autotune.runs.verdict import Verdict
@@ -90,8 +91,8 @@ def load_study(
     import optuna
 
     name, url = (settings.name, settings.storage) if settings else ("", "")
-    if not url and not (run_dir / "study.db").exists():
-        raise ConfigError(f"{run_dir} has no study.db; give the directory of a run")
+    if not url and not (run_dir / STUDY_DB).exists():
+        raise ConfigError(f"{run_dir} has no {STUDY_DB}; give the directory of a run")
     storage = open_storage(run_dir, url, patience)
     names = optuna.get_all_study_names(storage)
     if not name and len(names) == 1:
@@ -228,19 +229,20 @@ def _take_in(study: "optuna.Study", untold: Path, limit_bytes: int) -> None:
     untold.unlink()
 
 
-def mark_verdict(study: "optuna.Study", state: Verdict | None) -> None:
+def mark_verdict(study: "optuna.Study", verdict: Verdict) -> None:
     """Write who leads into the study's user attribute `verdict`: Optuna's own `best_trial` knows only the objective,
     neither confirmations nor ties. (A trial that has ended takes no attributes any more.)"""
     number = {trial.user_attrs.get(_NUMBER): trial.number for trial in study.get_trials(deepcopy=False)}
-    verdict = state and {
-        "trial": state.winner.trial,
-        "number": number.get(state.winner.trial),  # Optuna's, by which its dashboards count
-        "status": state.status,
-        "objective": state.winner.objective,
-        "candidate_id": state.winner.candidate.id,
+    winner = verdict.winner
+    attribute = winner and {
+        "trial": winner.trial,
+        "number": number.get(winner.trial),  # Optuna's, by which its dashboards count
+        "status": verdict.status,
+        "objective": winner.objective,
+        "candidate_id": winner.candidate.id,
     }
-    if study.user_attrs.get(_VERDICT) != verdict:
-        study.set_user_attr(_VERDICT, verdict)
+    if study.user_attrs.get(_VERDICT) != attribute:
+        study.set_user_attr(_VERDICT, attribute)
 
 
 def tell(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int) -> None:
@@ -257,8 +259,7 @@ def violation(result: TrialResult, limit_bytes: int) -> float:
     """How far beyond feasible, as a fraction of the memory limit; 0 or less where the trial is feasible."""
     if result.status == "interrupted":
         return _INTERRUPTED
-    known = [peak for view in ("allocated_bytes", "reserved_bytes", "device_bytes") if (peak := result.peak(view))]
-    share = (max(known, default=0) + (result.wanted_bytes or 0)) / limit_bytes - 1.0
+    share = ((result.peak_bytes or 0) + (result.wanted_bytes or 0)) / limit_bytes - 1.0
     if result.status == "ok":
         return min(share, 0.0)
     if result.status in ("oom", "over_limit", "predicted_over_limit"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autotune.config.candidate import Plan, at_least
-from autotune.config.train_settings import CHECKPOINTS
+from autotune.config.train_settings import CHECKPOINTS, TRAINING
 from autotune.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, decode, encode
 from autotune.data.vocabulary import META, data_vocabulary, read_meta
 from autotune.errors import CheckpointError, ConfigError
@@ -106,7 +106,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     """The verified checkpoint in a checkpoint's directory, a training directory or a run. Raises CheckpointError."""
     if (path / "state.json").exists():
         return read_checkpoint(path)
-    for directory in (path, path / CHECKPOINTS, path / "train" / CHECKPOINTS):
+    for directory in (path, path / CHECKPOINTS, path / TRAINING / CHECKPOINTS):
         if checkpoints(directory):
             return latest_good(directory)[0]
     raise CheckpointError(f"{path} holds no checkpoint; give a run, a training directory or a checkpoint step_…")

@@ -15,9 +15,9 @@ from autotune.data.manifest import read_manifest
 from autotune.errors import AutotuneError, ConfigError, DataError, one_line, shown
 from autotune.measure.types import TrialResult, from_json
 from autotune.memory import model as memory_model
-from autotune.report.run import as_json, load_run
-from autotune.report.table import run_report
+from autotune.report.run import as_json, run_report
 from autotune.runs.directory import refuse_another_machine
+from autotune.runs.read import load_run
 from autotune.search import study as studies
 from autotune.search.loop import rebuild, resume, search
 

@@ -29,7 +29,7 @@ def test_a_complete_machine_can_search(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = on(monkeypatch)
     assert doctor.can_search(checks), [check for check in checks if check.state == "missing"]
     assert state(checks)["CUDA device"] == "absent"
-    assert all(check.found for check in checks)
+    assert all(check.details for check in checks)
 
 
 @pytest.mark.parametrize(("load", "found"), [(0.1, "ok"), (1e4, "absent")])
@@ -39,7 +39,7 @@ def test_a_busy_machine_is_a_note(monkeypatch: pytest.MonkeyPatch, load: float, 
     checks = on(monkeypatch)
     assert state(checks)["quiet machine"] == found
     assert doctor.can_search(checks)
-    assert any("load average 10000.0 on" in check.found for check in checks) == (found == "absent")
+    assert any("load average 10000.0 on" in check.details for check in checks) == (found == "absent")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_torch_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(doctor, "probe", fails)
     checks = doctor.examine()
     assert not doctor.can_search(checks)
-    assert any("libgomp.so.1" in check.found for check in checks)
+    assert any("libgomp.so.1" in check.details for check in checks)
 
 
 def test_without_a_compiler_there_is_no_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_without_a_compiler_there_is_no_search(monkeypatch: pytest.MonkeyPatch, 
     checks = on(monkeypatch)
     assert state(checks)["C++ compiler"] == "missing"
     assert not doctor.can_search(checks)
-    assert any("g++ is not found" in check.found for check in checks)
+    assert any("g++ is not found" in check.details for check in checks)
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_library_is_really_made_and_loaded(
     monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
     checks = on(monkeypatch)
     assert [check.name for check in checks if check.state == "missing"] == [broken]
-    assert said in next(check.found for check in checks if check.name == broken)
+    assert said in next(check.details for check in checks if check.name == broken)
     assert list((tmp_path / "cache").iterdir()) == []
 
 

@@ -10,7 +10,8 @@ from recorded_run import candidate, records
 from autotune.errors import ConfigError
 from autotune.report.html import write_html
 from autotune.report.plots import write_plots
-from autotune.report.run import load_run, pareto_front
+from autotune.runs.objective import pareto_front
+from autotune.runs.read import load_run
 
 WriteRun = Callable[..., Path]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -31,10 +32,8 @@ def test_nothing_feasible_draws_nothing(write_run: WriteRun) -> None:
 
 def test_the_front_is_what_no_other_beats() -> None:
     points = [(1, 10.0), (2, 9.0), (2, 12.0), (3, 12.0), (4, 15.0)]
-    rows = [{"peak": peak, "tokens_per_second": speed} for peak, speed in points]
-    assert [(row["peak"], row["tokens_per_second"]) for row in pareto_front(rows, "peak")] == [
-        (1, 10.0), (2, 12.0), (4, 15.0),
-    ]  # fmt: skip
+    front = pareto_front((*point, point) for point in points)
+    assert front == [(1, 10.0), (2, 12.0), (4, 15.0)]
 
 
 def test_the_page_is_self_contained_and_escaped(write_run: WriteRun) -> None:

@@ -47,7 +47,7 @@ def shown(content: RenderableType) -> str:
 
 def test_the_table_adds_up_and_names_its_largest() -> None:
     text = shown(profile_report(FULL))
-    assert "99.0 MiB at the peak, which stands in: backward 1" in text
+    assert "99.0 MiB at the peak, which is reached in: backward 1" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["parameters", "62,914,560", "60.0", "MiB", "60.6%"] in rows
     assert ["unexplained", "-1,048,576", "-1.0", "MiB", "-1.0%"] in rows
@@ -72,7 +72,7 @@ def test_side_by_side_says_what_changed_and_what_it_saves() -> None:
     assert lines["logits and loss"] == ["-32.0", "MiB"]
     assert lines["parameters"] == ["0.0", "MiB"]
     assert lines["allocated"] == ["-32.0", "MiB"]
-    assert ["stands", "in", "backward", "1", "optimizer"] in [line.split() for line in text.splitlines()]
+    assert ["reached", "in", "backward", "1", "optimizer"] in [line.split() for line in text.splitlines()]
 
 
 def test_the_csv_holds_every_event_with_its_phase() -> None:

@@ -10,26 +10,18 @@ import pytest
 from recorded_run import candidate, records
 
 from autotune.errors import ConfigError
-from autotune.report.run import (
-    as_json,
-    baseline_trial,
-    best_trial,
-    failures,
-    gain,
-    load_run,
-    next_command,
-    peak_view,
-    ranked,
-)
-from autotune.report.table import cells
+from autotune.report.run import as_json, cells, next_command, verdict_lines
+from autotune.runs.read import load_run
 from autotune.runs.records import COLUMNS
+from autotune.runs.verdict import Verdict
 from autotune.units import GIB
 
 WriteRun = Callable[..., Path]
 
 
 def test_every_column_comes_back_with_its_type(write_run: WriteRun) -> None:
-    first, *_, oom, _, _, _ = load_run(write_run()).trials
+    rows = load_run(write_run()).rows
+    first, oom = rows[0], rows[3]
     assert set(first) == set(COLUMNS)
     assert (first["trial"], first["tokens_per_second"], first["activation_checkpointing"]) == (0, 10_000.0, "none")
     assert [type(first[name]) for name in ("trial", "tokens_per_second", "role")] == [int, float, str]
@@ -42,14 +34,14 @@ def test_every_column_comes_back_with_its_type(write_run: WriteRun) -> None:
 def test_words_for_nothing_stay_words(write_run: WriteRun, word: str) -> None:
     trials = records()
     trials[3] = replace(trials[3], result=replace(trials[3].result, message=word))
-    assert load_run(write_run(trials)).trials[3]["message"] == word
+    assert load_run(write_run(trials)).rows[3]["message"] == word
 
 
 @pytest.mark.parametrize("message", ["=1+1", "\t-", "\r@", "'=", "it's", "a\rb", 'a "b"\nc'])
 def test_what_was_made_safe_for_spreadsheets_comes_back(write_run: WriteRun, message: str) -> None:
     trials = records()
     trials[3] = replace(trials[3], result=replace(trials[3].result, message=message))
-    found = load_run(write_run(trials)).trials
+    found = load_run(write_run(trials)).rows
     assert len(found) == len(trials)
     assert found[3]["message"] == message
 
@@ -64,59 +56,49 @@ def test_a_file_of_an_older_version_lacks_columns(write_run: WriteRun) -> None:
         writer.writeheader()
         writer.writerows(rows)
     run = load_run(path)
-    assert {(row["vocab_size"], row["loss_chunk_tokens"]) for row in run.trials} == {(None, None)}
-    best = best_trial(run)
-    assert best is not None
-    assert cells(run, best)["model"] == "6x6x384, T 1024, 30.3M"
-    assert cells(run, best)["chunk tokens"] == "-"
+    assert {(row["vocab_size"], row["loss_chunk_tokens"]) for row in run.rows.values()} == {(None, None)}
+    assert cells(run, run.rows[6])["model"] == "6x6x384, T 1024, 30.3M"
+    assert cells(run, run.rows[6])["chunk tokens"] == "-"
 
 
-def test_the_confirmation_is_the_best_and_stands_first(write_run: WriteRun) -> None:
-    run = load_run(write_run(best=candidate(24)))
-    best = best_trial(run)
-    assert best is not None
-    assert best["trial"] == 6
-    assert [row["trial"] for row in ranked(run)] == [6, 2, 1, 0]
+def test_the_verdict_is_rendered_and_not_computed_again(write_run: WriteRun) -> None:
+    """Figures of the verdict that contradict trials.csv are shown as they are."""
+
+    def edited(verdict: Verdict) -> Verdict:
+        assert verdict.gain is not None
+        return replace(verdict, ranking=(0, 6), gain=replace(verdict.gain, speed=7.0), trade_offs=(), failures=())
+
+    run = load_run(write_run(verdict=edited))
+    assert [row["trial"] for row in run.select(run.verdict.ranking)] == [0, 6]
+    assert any(line.startswith("gain: 7.00x") for line in verdict_lines(run))
 
 
-def test_lower_is_better_for_the_loss(write_run: WriteRun) -> None:
-    path = write_run(best=candidate(8, "full"), objective="loss")
-    assert [row["trial"] for row in ranked(load_run(path))] == [0, 1, 6, 2]
+def test_a_verdict_of_the_last_version_names_the_command_that_rewrites_it(write_run: WriteRun) -> None:
+    path = write_run(best=candidate(24))
+    (path / "verdict.json").write_text('{"confirmed": true, "at_first_speed": {}, "steps": []}')
+    with pytest.raises(ConfigError, match=r"verdict\.json: .*`autotune report --rebuild`") as caught:
+        load_run(path)
+    assert "\n" not in str(caught.value)
 
 
-def test_gain_over_the_baseline(write_run: WriteRun) -> None:
-    run = load_run(write_run(best=candidate(24)))
-    best, baseline = best_trial(run), baseline_trial(run)
-    assert best is not None
-    assert baseline is not None
-    gained = gain(run, best, baseline)
-    assert (gained.speed, gained.memory, gained.loss) == (1.5, 0.8, None)
-    assert gained.speed_ci95 == pytest.approx(1.5 * 0.005 * 2**0.5)
+def test_a_verdict_names_only_trials_that_have_a_row(write_run: WriteRun) -> None:
+    path = write_run(verdict=lambda verdict: replace(verdict, ranking=(99,)))
+    with pytest.raises(ConfigError, match="names trial 99, which has no row"):
+        load_run(path)
 
 
-def test_views_are_compared_with_themselves(write_run: WriteRun) -> None:
-    run = load_run(write_run())
-    best, baseline = run.trials[2], dict(run.trials[0])
-    assert peak_view([best, baseline]) == "peak_device_bytes"
-    baseline["peak_device_bytes"] = None
-    assert peak_view([best, baseline]) == "peak_allocated_bytes"
-    assert gain(run, best, baseline).memory == pytest.approx(7 / 9)
-
-
-def test_failures_are_grouped_by_reason_whatever_their_numbers(write_run: WriteRun) -> None:
-    found = failures(load_run(write_run()))
-    assert [(f.status, f.trials) for f in found] == [("oom", (3, 4)), ("crashed", (5,))]
-    assert found[0].reason == "wanted 12.00 GiB"
-
-
-def test_nothing_feasible(write_run: WriteRun) -> None:
-    run = load_run(write_run([record for record in records() if record.result.status != "ok"]))
-    assert (best_trial(run), baseline_trial(run), ranked(run)) == (None, None, [])
-    assert next_command(run) == f"autotune search --resume {run.path}"
+def test_the_next_command(write_run: WriteRun) -> None:
+    failed = [record for record in records() if record.result.status != "ok"]
+    path = write_run(failed)
+    assert next_command(load_run(path)) == f"autotune search --resume {path}"
+    run = load_run(write_run(failed, name="b", verdict=lambda verdict: replace(verdict, budget_wanted="2h")))
+    assert next_command(run) == f"autotune search --resume {run.path} --budget 2h"
+    run = load_run(write_run(failed, name="c", verdict=lambda verdict: replace(verdict, remedy="install g++")))
+    assert next_command(run) == "install g++"
 
 
 def test_a_search_that_has_no_trial_yet(write_run: WriteRun) -> None:
-    assert load_run(write_run([])).trials == ()
+    assert load_run(write_run([])).rows == {}
 
 
 def test_json_is_one_object_without_nan(write_run: WriteRun) -> None:
@@ -127,7 +109,9 @@ def test_json_is_one_object_without_nan(write_run: WriteRun) -> None:
     assert "secret" not in text
     told = json.loads(text)
     assert told["best"]["trial"] == 6
-    assert told["gain"]["speed"] == 1.5
+    assert told["baseline"]["trial"] == 0
+    assert told["verdict"]["gain"]["speed"] == pytest.approx(1.5, rel=0.01)
+    assert told["verdict"]["status"] == "confirmed"
     assert told["training"] == {"tokens_per_second": 14900.0}
     assert told["trials"][3]["tokens_per_second"] is None
     assert told["next_command"] == f"autotune sample {path}"  # it is trained already
@@ -155,10 +139,13 @@ def damage(path: Path, name: str, content: bytes | None) -> None:
         ("environment.json", b"{", "environment.json: "),
         ("environment.json", b"[]", "environment.json is damaged: it holds [], not an object"),
         ("environment.json", b'{"dveice": "cpu"}', "environment.dveice is not a known key"),
+        ("verdict.json", None, "verdict.json: "),
+        ("verdict.json", b"[]", "verdict.json is damaged"),
+        ("verdict.json", b'{"winner": 3}', "verdict.winner = 3 is not a table"),
         ("best.toml", b"[modle]", "[modle] is not a known table"),
     ],
 )
-def test_what_is_no_run_is_told_in_one_line(write_run: WriteRun, name: str, content: bytes | None, said: str) -> None:
+def test_a_damaged_run_is_refused_in_one_line(write_run: WriteRun, name: str, content: bytes | None, said: str) -> None:
     path = write_run(best=candidate(24))
     damage(path, name, content)
     with pytest.raises(ConfigError) as caught:

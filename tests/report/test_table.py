@@ -7,15 +7,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from recorded_run import RECIPE, candidate, records
+from recorded_run import RECIPE, candidate, measured, records
 
 from autotune.config.candidate import Plan, Shape
 from autotune.measure.types import MemoryView, TrialResult
 from autotune.report.facts import trial_facts
 from autotune.report.html import write_html
-from autotune.report.run import load_run
-from autotune.report.table import comparison, print_text, run_report
-from autotune.runs.verdict import Review, Step, write_review
+from autotune.report.run import comparison, run_report
+from autotune.report.table import print_text
+from autotune.runs.read import load_run
+from autotune.runs.verdict import Neighbour, Verdict
 from autotune.search.space import in_words
 from autotune.units import GIB
 
@@ -28,11 +29,15 @@ def shown(capsys: pytest.CaptureFixture[str], content: object, width: int | None
 
 
 def test_a_run(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_run(best=candidate(24))
+    *others, final = records()
+    cached = replace(final, result=replace(final.result, compile_cache_hits=4, compile_cache_misses=2))
+    path = write_run([*others, cached], best=candidate(24), verdict=lambda verdict: replace(verdict, ended=True))
     text = shown(capsys, run_report(load_run(path), top=10))
-    assert "best: trial 6, confirmed: 15,000 ± 75 tokens/s, peak 8.00 GiB, 4 of 6 graphs from the compile cache" in text
-    assert "baseline: trial 0: 10,000 ± 50 tokens/s, peak 10.00 GiB" in text
-    assert "gain: 1.50x ± 0.01 the baseline's tokens/s at 0.80x its peak memory" in text
+    speed = "15,049 ± 113 tokens/s"  # of both measurements
+    assert f"best: trial 6, confirmed in 2 processes: {speed}, peak 8.00 GiB, 4 of 6 graphs from the compile" in text
+    assert "baseline: trial 0: 10,001 ± 107 tokens/s, peak 10.00 GiB" in text
+    assert "gain: 1.50x ± 0.02 the baseline's tokens/s at 0.80x its peak memory" in text
+    assert "not ended" not in text
     lines = text.splitlines()
     marked = [line for line in lines if line.startswith("*")]
     assert len(marked) == 1
@@ -80,6 +85,7 @@ def test_nothing_feasible_says_what_to_change(write_run: WriteRun, capsys: pytes
     text = shown(capsys, run_report(load_run(path), top=10))
     assert "No candidate is feasible: give more memory, a longer budget or a smaller model." in text
     assert "baseline: not measured" in text
+    assert "the search has not ended; this is its state so far" in text
     assert text.splitlines()[-1] == f"next: autotune search --resume {path}"
 
 
@@ -92,23 +98,24 @@ def test_a_baseline_that_failed_says_how(write_run: WriteRun, capsys: pytest.Cap
 
 
 def test_a_baseline_that_is_the_best_is_no_gain(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, run_report(load_run(write_run(best=candidate(8, "full"))), top=10))
-    assert "gain: none, the baseline is the best that was found" in text
+    text = shown(capsys, run_report(load_run(write_run(records()[:1], best=candidate(8, "full"))), top=10))
+    assert "gain: none, the baseline is the best candidate found" in text
 
 
-def test_a_best_that_no_trial_measured_is_told(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_best_toml_of_another_candidate_is_reported(
+    write_run: WriteRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = shown(capsys, run_report(load_run(write_run(best=candidate(4))), top=10))
-    assert "best.toml is of none of these trials: mend the run with `autotune report --rebuild`." in text
+    assert "warning: best.toml is not the best trial: repair it with `autotune report --rebuild`" in text
 
 
-def test_what_the_search_concluded(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_run(best=candidate(24))
-    write_review(path / "verdict.json", REVIEW)
+def test_every_part_of_the_verdict_is_shown(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_run(best=candidate(24), verdict=concluded)
     text = shown(capsys, run_report(load_run(path), top=10))
-    assert "a tie: trial 1 cannot be told from the best" in text
-    assert "trial 2 was better, but failed its confirmation" in text
-    assert "warning: the baseline ran at 0.90x its first speed" in text
-    assert "trials are ranked without its drift" in text
+    assert "tie: trial 1 cannot be distinguished from the best" in text
+    assert "trial 2 was better, but its confirmation failed" in text
+    assert "warning: the baseline's confirmation ran at 0.90x the speed of its trial" in text
+    assert "the ranking is corrected for it" in text
     assert "without drift" in text
     assert "99,000" in text  # trial 1, first of those that are not the best
     assert (
@@ -123,19 +130,22 @@ def test_what_the_search_concluded(write_run: WriteRun, capsys: pytest.CaptureFi
     assert [line[:3] for line in front] == [["6.00", "GiB", "1"], ["8.00", "GiB", "6"]]
 
 
-REVIEW = Review(
-    confirmed=True,
-    tied_with=(1,),
-    fell_through=(2,),
-    drift=0.9,
-    at_first_speed={"1": 99_000.0},
-    notes=("the budget ended early",),
-    spent_seconds=600.0,
-    trials=10,
-    seconds={"start": 30.0, "build": 12.0, "compile": 300.0, "measure": 240.0, "idle": 18.0},
-    steps=(Step(knob="micro_batch_size", value="16", winner="24", trial=1, objective=-0.073, peak=0.75),),
-    importance={"compile": 0.62, "dtype": 0.38},
-)
+def concluded(verdict: Verdict) -> Verdict:
+    return replace(
+        verdict,
+        tied_with=(1,),
+        fell_through=(2,),
+        drift=0.9,
+        drift_corrected={"1": 99_000.0},
+        notes=("the budget ended early",),
+        spent_seconds=600.0,
+        trials=10,
+        seconds={"start": 30.0, "build": 12.0, "compile": 300.0, "measure": 240.0, "idle": 18.0},
+        neighbours=(
+            Neighbour(knob="micro_batch_size", value="16", winner="24", trial=1, objective=-0.073, peak=0.75),
+        ),
+        importance={"compile": 0.62, "dtype": 0.38},
+    )
 
 
 def test_several_runs_side_by_side(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,8 +161,7 @@ def test_a_vocabulary_of_another_size_is_said_where_the_shape_is(
     write_run: WriteRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = replace(candidate(8), recipe=replace(RECIPE, shape=replace(RECIPE.shape, vocab_size=65)))
-    path = write_run([replace(record, candidate=small) for record in records()[:1]], best=small)
-    run = load_run(path)
+    run = load_run(write_run([replace(record, candidate=small) for record in records()[:1]], best=small))
     shape = "model 6x6x384, T 1024, vocab 65, 11.0M"
     assert shape in shown(capsys, run_report(run, top=10))
     assert shape.removeprefix("model ") in shown(capsys, comparison([run, run]))
@@ -173,7 +182,8 @@ def test_every_field_of_the_plan_is_shown_everywhere(write_run: WriteRun, capsys
     chunked = replace(first, candidate=candidate(8))
     for number, (name, value) in enumerate(changes.items()):
         changed = replace(chunked.candidate, plan=replace(chunked.candidate.plan, **{name: value}))
-        trials = [chunked, replace(chunked, trial=1, candidate=changed)]
+        faster = replace(chunked, trial=1, candidate=changed, result=measured(1, 12_000, 9), objective=12_000.0)
+        trials = [chunked, faster]
         run = load_run(write_run(trials, best=changed, name=f"run-{number}"))
         for text in (shown(capsys, run_report(run, top=10)), shown(capsys, comparison([run, run])),
                      write_html(run).read_text(), in_words(changed)):  # fmt: skip
@@ -188,17 +198,18 @@ from pathlib import Path
 import autotune.config.candidate as home
 home.Plan = dataclasses.make_dataclass("Plan", [("knob", float, 0.5)], bases=(home.Plan,), frozen=True, kw_only=True)
 home.Plan.__module__ = home.__name__
+home.Candidate.__annotations__["plan"] = home.Plan
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from recorded_run import candidate, records, write_run
 from autotune.report.html import write_html
-from autotune.report.html import write_html
-from autotune.report.run import load_run
-from autotune.report.table import comparison, print_text, run_report
+from autotune.report.run import comparison, run_report
+from autotune.report.table import print_text
+from autotune.runs.read import load_run
 from autotune.search.space import in_words
 one = dataclasses.replace(candidate(8), plan=home.Plan(micro_batch_size=8, knob=0.125))
 trials = [dataclasses.replace(record, candidate=one) for record in records()[:1]]
 run = load_run(write_run(Path({str(tmp_path)!r}), trials, best=one))
-assert run.trials[0]["knob"] == 0.125
+assert run.rows[0]["knob"] == 0.125
 print_text(run_report(run, 10))
 print_text(comparison([run, run]))
 print(write_html(run).read_text())
@@ -212,7 +223,8 @@ print(in_words(one))
 
 
 def test_a_narrow_terminal_gets_every_number(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, run_report(load_run(write_run(best=candidate(24))), top=10), width=80)
+    run = load_run(write_run(best=candidate(24), verdict=lambda verdict: replace(verdict, ended=True)))
+    text = shown(capsys, run_report(run, top=10), width=80)
     rows = [line for line in text.splitlines() if any(f" {role} " in line for role in ("baseline", "search", "final"))]
     assert len(rows) == 4
     assert max(map(len, rows)) <= 80

@@ -74,7 +74,7 @@ def test_a_damaged_one_is_told(tmp_path: Path) -> None:
 def test_a_line_of_garbage_in_the_log_is_named(line: str, tmp_path: Path) -> None:
     out = write_training(tmp_path / "mine")
     (out / "train_log.csv").write_text(HEADER + ROWS.replace("\n20,", f"\n{line}\n20,"))
-    with pytest.raises(ConfigError, match=r"train_log\.csv, line 3 is no row of it"):
+    with pytest.raises(ConfigError, match=r"train_log\.csv, line 3 is not a row of it"):
         load_training(out)
 
 

@@ -10,9 +10,9 @@ from autotune.config.search import SearchSettings
 from autotune.environment import Environment
 from autotune.errors import MachineError, NoFeasibleError
 from autotune.measure.types import TrialRequest, TrialResult
-from autotune.report.run import load_run, next_command
-from autotune.report.table import verdict as told
-from autotune.runs.verdict import read_review
+from autotune.report.run import next_command, verdict_lines
+from autotune.runs.read import load_run
+from autotune.runs.verdict import read_verdict
 from autotune.search.advice import enough_for, neat, trial_seconds
 from autotune.search.loop import resume, search
 from autotune.search.space import baseline
@@ -85,13 +85,13 @@ def test_nothing_is_kept_back_while_nothing_works(tmp_path: Path) -> None:
     machine = Machine(55.0)
     go(tmp_path / "run", machine, settings(budget="60s"))
     assert machine.requests[0].timeout_seconds == 57.0
-    assert load_run(tmp_path / "run").candidate is not None
+    assert load_run(tmp_path / "run").verdict.winner is not None
 
 
 def test_a_finalist_that_was_not_confirmed_is_told_how(tmp_path: Path) -> None:
     machine = Machine(50.0)
     go(tmp_path / "run", machine, settings(budget="60s"))
-    (note,) = read_review(tmp_path / "run" / "verdict.json").notes
+    (note,) = read_verdict(tmp_path / "run" / "verdict.json").notes
     assert note.startswith("trial 0 was not confirmed: that takes about")
     assert note.endswith("go on with --resume and --budget 2m")
     machine.now = 0.0
@@ -117,8 +117,10 @@ def test_a_search_that_did_not_end_has_time_left(tmp_path: Path) -> None:
     machine.hanging.add(baseline(settings()).id)
     with pytest.raises(NoFeasibleError):
         go(tmp_path / "run", machine, settings(budget="20s"))
-    (tmp_path / "run" / "verdict.json").unlink()
-    assert next_command(load_run(tmp_path / "run")) == f"autotune search --resume {tmp_path / 'run'}"
+    run = load_run(tmp_path / "run")
+    assert run.verdict.ended
+    killed = replace(run, verdict=replace(run.verdict, ended=False, budget_wanted=""))
+    assert next_command(killed) == f"autotune search --resume {tmp_path / 'run'}"
 
 
 def test_a_failure_of_the_machine_ends_the_search_with_its_remedy(tmp_path: Path) -> None:
@@ -139,11 +141,10 @@ def test_a_failure_of_the_machine_ends_the_search_with_its_remedy(tmp_path: Path
             search(asked, tmp_path / name, CUDA, measure=measure, clock=machine.clock)
         assert caught.value.exit_code == 1
         run = load_run(tmp_path / name)
-        assert len(run.trials) <= trials + 1
+        assert len(run.rows) <= trials + 1
         assert machine.now <= 5.0 * (trials + 1)
-        assert run.review is not None
-        assert "install g++, or go eager" in run.review.notes
-        assert (run.candidate is None) == (name == "compiled")
+        assert "install g++, or go eager" in run.verdict.notes
+        assert (run.verdict.winner is None) == (name == "compiled")
         if name == "compiled":
             assert next_command(run) == "install g++, or go eager"
 
@@ -161,13 +162,14 @@ def test_whole_steps_that_do_not_fit_are_composed_and_labelled(tmp_path: Path) -
     assert finals
     assert all(not request.whole_steps for request in finals)
     run = load_run(tmp_path / "run")
-    assert (run.measured["status"], run.measured["steps"]) == ("confirmed", "composed")
-    assert any("confirmed by composed steps" in line for line in told(run))
-    (first, *_) = [row for row in run.trials if row["role"] == "final"]
+    assert run.best is not None
+    assert (run.best.measured["status"], run.best.measured["steps"]) == ("confirmed", "composed")
+    assert any("confirmed by composed steps" in line for line in verdict_lines(run))
+    (first, *_) = [row for row in run.rows.values() if row["role"] == "final"]
     assert "composed steps: whole ones of" in first["message"]
     assert machine.now <= 200
     machine.requests.clear()
     machine.now = 0.0
     go(tmp_path / "fast", machine, settings(budget="200s"))
     assert all(request.whole_steps for request in machine.requests if request.final)
-    assert not any("composed" in line for line in told(load_run(tmp_path / "fast")))
+    assert not any("composed" in line for line in verdict_lines(load_run(tmp_path / "fast")))

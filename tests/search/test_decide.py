@@ -8,7 +8,8 @@ from fake_machine import CPU, CUDA, settings
 
 from autotune.measure.types import MemoryView, Status, TrialResult
 from autotune.runs.records import Role, TrialRecord
-from autotune.search.decide import Verdict, at_first_speed, decide, unconfirmed
+from autotune.runs.verdict import Verdict
+from autotune.search.decide import decide, drift_corrected, unconfirmed
 from autotune.search.space import baseline
 
 SETTINGS = settings(CUDA)
@@ -40,14 +41,25 @@ SEARCH = [record(0, 1, 100, "baseline"), record(1, 2, 200), record(2, 3, 190), r
 
 
 def decided(records: list[TrialRecord]) -> Verdict:
-    verdict = decide(records, SETTINGS)
-    assert verdict is not None
-    return verdict
+    return decide(records, SETTINGS)
 
 
-def test_nothing_feasible_is_no_verdict() -> None:
-    assert decide([], SETTINGS) is None
-    assert decide([record(0, 1, 0, status="oom")], SETTINGS) is None
+def test_nothing_feasible_has_no_winner() -> None:
+    assert decided([]) == Verdict()
+    failed = decided([record(0, 1, 0, "baseline", status="oom")])
+    assert (failed.status, failed.winner, failed.baseline_speed) == ("nothing feasible", None, None)
+    assert failed.baseline is not None
+
+
+def test_the_ranking_starts_with_the_winner() -> None:
+    assert decided([*SEARCH, record(4, 2, 150, "final"), record(5, 3, 191, "final")]).ranking == (5, 1, 2, 3, 4, 0)
+
+
+def test_the_ranking_is_corrected_for_drift() -> None:
+    slower = [record(0, 1, 100, "baseline"), record(1, 2, 200), record(9, 3, 190)]
+    drifted = decided([*slower, record(10, 3, 160, "final"), record(11, 1, 80, "final")])
+    assert drifted.ranking == (10, 9, 1, 0, 11)
+    assert drifted.drift_corrected["9"] == pytest.approx(190 / (1 - 0.2 * 9 / 11))
 
 
 def test_the_best_so_far_before_anything_is_confirmed() -> None:
@@ -105,7 +117,6 @@ def test_the_largest_of_many_noisy_figures_is_not_promised() -> None:
             plan = replace(plain.plan, micro_batch_size=64 + 16 * i)
             records.append(replace(measured, candidate=replace(plain, plan=plan)))
         verdict = decide(records, asked)
-        assert verdict is not None
         largest.append(max(r.objective or 0.0 for r in records))
         promised.append(verdict.speed.tokens_per_second)
     assert statistics.fmean(largest) > 1045
@@ -161,7 +172,7 @@ def waiting(records: list[TrialRecord]) -> list[int]:
 def test_trials_of_a_machine_that_slowed_down_are_ranked_without_its_drift() -> None:
     early, late = record(1, 2, 200), record(9, 3, 170)
     slower = [record(0, 1, 100, "baseline"), early, late, record(10, 2, 160, "final"), record(11, 1, 80, "final")]
-    corrected = {r.trial: r.objective for r in at_first_speed(slower, SETTINGS)}
+    corrected = {r.trial: r.objective for r in drift_corrected(slower, SETTINGS)}
     assert corrected[0] == 100
     assert corrected[1] == pytest.approx(200 / (1 - 0.2 / 11))
     assert corrected[9] == pytest.approx(170 / (1 - 0.2 * 9 / 11))  # 203: as good as the early one
@@ -169,4 +180,4 @@ def test_trials_of_a_machine_that_slowed_down_are_ranked_without_its_drift() -> 
     others = [record(n, 3 + n, speed) for n, speed in ((2, 180), (3, 179), (8, 165))]
     assert waiting(sorted([*slower, *others], key=lambda r: r.trial)) == [9, 8]  # 8 by its corrected 193
     steady = [*slower[:4], record(11, 1, 96, "final")]
-    assert at_first_speed(steady, SETTINGS) == steady
+    assert drift_corrected(steady, SETTINGS) == steady

@@ -21,9 +21,8 @@ from autotune.environment import Environment
 from autotune.errors import ConfigError, InterruptedByUser, NoFeasibleError
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.runs.records import COLUMNS
-from autotune.runs.verdict import read_review
+from autotune.runs.verdict import Verdict, read_verdict
 from autotune.search import study as studies
-from autotune.search.decide import Verdict
 from autotune.search.loop import Event, rebuild, resume, search
 from autotune.search.space import baseline, canonical
 
@@ -269,20 +268,20 @@ def test_trials_are_told_below_which_speed_they_cannot_win(tmp_path: Path) -> No
             assert told[1].stop_below_tokens_per_second == pytest.approx(0.7 * max(before), rel=1e-4)
 
 
-def test_the_review_accounts_for_the_time_and_names_what_a_step_costs(tmp_path: Path) -> None:
+def test_the_verdict_accounts_for_the_time_and_names_what_a_step_costs(tmp_path: Path) -> None:
     machine = Machine()
     verdict = go(tmp_path / "run", machine, settings(budget="400s"))
-    told = read_review(tmp_path / "run" / "verdict.json")
-    assert told.confirmed
-    assert told.tied_with == verdict.tied_with
+    told = read_verdict(tmp_path / "run" / "verdict.json")
+    assert told == verdict
+    assert (told.ended, told.confirmed) == (True, True)
     assert told.trials == len(machine.requests)
     assert told.overhead == pytest.approx(0.1 + 0.9 * told.seconds["idle"] / told.spent_seconds, abs=0.02)
     assert 0 <= told.seconds["idle"] < 5
     assert told.trials_per_hour == pytest.approx(3600 * told.trials / told.spent_seconds)
     assert sum(told.importance.values()) == pytest.approx(1.0)
-    assert {step.knob for step in told.steps} <= set(told.importance)
-    for step in told.steps:
-        assert step.value != step.winner
+    assert {neighbour.knob for neighbour in told.neighbours} <= set(told.importance)
+    for neighbour in told.neighbours:
+        assert neighbour.value != neighbour.winner
 
 
 def test_another_machine_may_not_go_on(tmp_path: Path) -> None:
@@ -325,7 +324,7 @@ def test_remarks_are_among_the_notes_also_of_what_goes_on(tmp_path: Path) -> Non
     assert first.notes[0] == "the machine is busy"
     again = go_on(run_dir, machine, budget_seconds=60.0, remarks=("the machine is busy", "and again"))
     assert again.notes[:2] == ("the machine is busy", "and again")
-    assert rebuild(run_dir).notes[:2] == again.notes[:2]  # type: ignore[union-attr]
+    assert rebuild(run_dir).notes[:2] == again.notes[:2]
 
 
 def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
@@ -350,8 +349,7 @@ def test_a_run_can_be_rebuilt_from_its_study(tmp_path: Path) -> None:
     before = {name: (run_dir / name).read_text() for name in names}
     for name in names:
         (run_dir / name).unlink()
-    verdict = rebuild(run_dir)
-    assert verdict is not None
+    rebuild(run_dir)
     assert {name: (run_dir / name).read_text() for name in names} == before
     with pytest.raises(ConfigError, match=r"has no study\.db"):
         rebuild(tmp_path)
@@ -381,9 +379,9 @@ def test_events_tell_the_story(tmp_path: Path) -> None:
     machine, events = Machine(), list[Event]()
     go(tmp_path / "run", machine, settings(budget="40s"), notify=events.append)
     assert [event.record is None for event in events] == [True, False] * len(machine.requests)
-    assert events[0].verdict is None
-    assert events[1].verdict is not None
-    assert events[-1].verdict is not None
+    assert events[0].verdict.winner is None
+    assert events[1].verdict.winner is not None
+    assert events[-1].verdict.winner is not None
 
 
 def test_the_baseline_is_measured_as_it_stands(tmp_path: Path) -> None:

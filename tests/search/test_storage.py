@@ -19,9 +19,9 @@ from autotune.config.storage import secrets_in, without_password
 from autotune.config.toml import read_candidate
 from autotune.errors import AutotuneError, ConfigError
 from autotune.measure.types import TrialRequest, TrialResult
+from autotune.runs.verdict import Verdict
 from autotune.search import storage
 from autotune.search import study as studies
-from autotune.search.decide import Verdict
 from autotune.search.loop import rebuild, resume, search
 
 HOLD = """
