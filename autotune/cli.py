@@ -212,6 +212,9 @@ def search(
     storage: Annotated[str, typer.Option(metavar="URL", help="Optuna storage. [default: sqlite in RUN/study.db]")] = "",
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Resume a search; --budget may extend it.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampler.")] = 0,
+    sampler: Annotated[
+        str, typer.Option(metavar="NAME", help="additive, tpe, gp, random, or package.module:Class.")
+    ] = "additive",
     name: Annotated[str, typer.Option(metavar="NAME", help="The run is results/NAME. [default: date and time]")] = "",
     law: Annotated[str, typer.Option(metavar="NAME", help="Scaling law that predicts the loss.")] = "lingle",
     calibrate_loss: Annotated[
@@ -267,6 +270,7 @@ def search(
         workers=workers,
         storage=storage,
         seed=seed,
+        sampler=sampler,
         name=name,
         law=law,
         calibrate_loss=calibrate_loss,

@@ -23,8 +23,8 @@ OPTIONS = {
     "": ["--version", "--debug", "--install-completion", "--show-completion"],
     "search": [
         "--budget", "--objective", "--memory-limit", "--train-time", "--train-tokens", "--model", "--from", "--data",
-        "--vocab-size", "--choices", "--device", "--workers", "--storage", "--resume", "--seed", "--name", "--law",
-        "--calibrate-loss", "--dry-run", "--other-machine",
+        "--vocab-size", "--choices", "--device", "--workers", "--storage", "--resume", "--seed", "--sampler", "--name",
+        "--law", "--calibrate-loss", "--dry-run", "--other-machine",
     ],
     "report": ["RUN...", "--html", "--json", "--top", "--rebuild"],
     "trial": ["RUN|TOML", "--set", "--device", "--json"],

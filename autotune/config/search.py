@@ -29,6 +29,9 @@ from autotune.terminal import visible
 
 Objective = Literal["throughput", "loss"]
 
+SAMPLERS = ("additive", "tpe", "gp", "random")
+"""Ours, and three of Optuna's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
@@ -79,6 +82,8 @@ class SearchSettings:
     storage: str = ""
     """An Optuna storage URL, kept without its password; empty: study.db in the run directory."""
     seed: int = 0
+    sampler: str = "additive"
+    """One of SAMPLERS, or `package.module:Class`."""
 
     @property
     def device_kind(self) -> str:
@@ -97,6 +102,8 @@ class SearchSettings:
                 f"up to {_LONGEST_NAME} bytes long"
             )
         object.__setattr__(self, "storage", without_password(self.storage))
+        if ":" not in self.sampler:
+            one_of("--sampler", self.sampler, (*SAMPLERS, "package.module:Class"))
         between("--workers", self.workers, 1, 10**6)
         between("--seed", self.seed, 0, 2**32 - 1)
         if self.budget_seconds <= 0:

@@ -9,8 +9,9 @@ from autotune.environment import Environment
 from autotune.measure.types import TrialResult
 from autotune.runs.records import TrialRecord
 from autotune.search.budget import CLOSING_SECONDS
+from autotune.search.pool import by_candidate
 from autotune.search.space import baseline, in_words
-from autotune.search.study import answered, violation
+from autotune.search.study import violation
 from autotune.units import MIB, format_bytes, format_duration
 
 _CPU_FLOPS_A_CORE, _CUDA_FLOPS = 2e10, 1e13
@@ -80,7 +81,7 @@ class Advice:
 
 def nothing_found(settings: SearchSettings, environment: Environment, records: Sequence[TrialRecord]) -> Advice:
     """Advice for a search with these records, none of them feasible."""
-    tried, limit, given = list(answered(records).values()), settings.memory_limit_bytes, settings.budget_seconds
+    tried, limit, given = list(by_candidate(records).values()), settings.memory_limit_bytes, settings.budget_seconds
     if lacking := next((record.result.remedy for record in records if record.result.remedy), ""):
         return Advice(why="this machine cannot run what is searched", remedy=lacking)
     if not tried:

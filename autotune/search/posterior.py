@@ -18,7 +18,7 @@ from autotune.measure.types import Z95
 from autotune.runs.objective import maximised, score
 from autotune.runs.records import TrialRecord
 from autotune.runs.verdict import Speed
-from autotune.search.sampler import expected_speeds
+from autotune.search.outliers import expected_speeds
 
 NOISY = 0.05
 """Relative half width of a 95 % interval beyond which a figure is not settled."""

@@ -41,6 +41,7 @@ def resolve(
     workers: int = 1,
     storage: str = "",
     seed: int = 0,
+    sampler: str = "additive",
     name: str = "",
     law: str = "lingle",
     vocab_size: int | None = None,
@@ -99,6 +100,7 @@ def resolve(
         workers=workers,
         storage=storage,
         seed=seed,
+        sampler=sampler,
     )
     build_space(settings, environment)  # raises for choices that it does not have
     return settings

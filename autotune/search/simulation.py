@@ -1,16 +1,16 @@
-"""Searches against a table of recorded trials: no device, a simulated clock, the real way to ask and to tell.
+"""Searches of a table of recorded trials: the real search, with a table in the runner's place and a simulated clock.
 
-Each trial takes the seconds that were recorded for it. Regret: by how much the best tokens/s found so far stay
-below the table's best, as a fraction of it.
+Each trial takes the seconds that were recorded for it. Regret: relative distance of the best tokens/s so far from the
+best of the table.
 """
 
 import json
 import math
 import random
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,19 +19,17 @@ from autotune.config.candidate import Candidate
 from autotune.config.search import SearchSettings
 from autotune.config.tables import read_table
 from autotune.environment import Environment
-from autotune.errors import ConfigError
-from autotune.measure.types import MemoryView, TrialResult
-from autotune.runs.records import TrialRecord
+from autotune.errors import ConfigError, NoFeasibleError
+from autotune.measure.types import MemoryView, TrialRequest, TrialResult
+from autotune.search.loop import Knowledge, search
 from autotune.search.resolve import resolve
-from autotune.search.sampler import implied, propose, unknown
-from autotune.search.space import Space, build_space, candidate_at, every_candidate
-from autotune.search.study import ask_for, suggest, tell
+from autotune.search.space import Space, build_space, canonical, every_candidate
 
-if TYPE_CHECKING:
-    import optuna
-
-Sampler = Literal["additive", "tpe", "gp", "random"]
-"""Ours (`autotune.search.sampler`), and Optuna's, to compare with: `gp` loads torch."""
+VARIANTS = {
+    "additive-no-priors": ("additive", Knowledge(priors=False)),
+    "additive-no-memory-model": ("additive", Knowledge(memory_model=False)),
+}
+"""Ablations of our own sampler: what it does without a part of what it knows."""
 
 CHOICES = (
     "micro_batch_size=1,2,4,8,16",
@@ -44,22 +42,20 @@ CHOICES = (
 )
 """The space whose every candidate `scripts/record_trials` measures."""
 
-_REPEATS = 10
-"""Known candidates in a row before one that is not known is drawn at random."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Every candidate of one shape, with its answer."""
+    """Every candidate of one shape, with its result."""
 
     settings: SearchSettings
+    environment: Environment
     space: Space
     results: Mapping[str, TrialResult]
-    """By candidate id."""
+    """Results by candidate id."""
 
     @property
     def seconds(self) -> float:
-        """What measuring all of it takes."""
+        """Seconds that measuring every candidate takes."""
         return sum(result.trial_seconds or 0.0 for result in self.results.values())
 
     @property
@@ -90,7 +86,7 @@ def read_tables(path: Path) -> list[Table]:
         if missing:
             message = f"{path} lacks {missing} of {len(every_candidate(space))} candidates of {shape.n_layer} layers"
             raise ConfigError(f"{message}; record them with scripts/record_trials")
-        found.append(Table(settings=settings, space=space, results=own))
+        found.append(Table(settings=settings, environment=environment, space=space, results=own))
     return found
 
 
@@ -100,8 +96,8 @@ def peak_of_best(table: Table) -> int:
 
 
 def limited(table: Table, limit_bytes: int) -> Table:
-    """The table of a smaller device: what allocates more than the limit is found out by running it. The process's
-    own size is left out, because on the CPU it is mostly Python and the compiler."""
+    """The table of a smaller device: running a candidate shows that it allocates more than the limit. The process's own
+    size is left out; on the CPU it is mostly Python and the compiler."""
 
     def answer(result: TrialResult) -> TrialResult:
         peaks = {stage: view.allocated_bytes for stage, view in result.memory.items()}
@@ -115,13 +111,15 @@ def limited(table: Table, limit_bytes: int) -> Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """How one search went: after `seconds[i]` its regret was `regret[i]`."""
+    """One search: after `seconds[i]` its regret was `regret[i]`."""
 
     seconds: tuple[float, ...]
     regret: tuple[float, ...]
+    verdict: float
+    """Regret of the winner; 1 where nothing feasible was found."""
 
     def at(self, seconds: float) -> float:
-        """Regret after so long; 1 while nothing feasible is known."""
+        """Regret after so many seconds; 1 while nothing feasible is known."""
         return next((r for s, r in zip(self.seconds[::-1], self.regret[::-1], strict=True) if s <= seconds), 1.0)
 
     def reached(self, regret: float) -> float:
@@ -129,63 +127,58 @@ class Trace:
         return next((s for s, r in zip(self.seconds, self.regret, strict=True) if r <= regret), math.inf)
 
 
-def replay(table: Table, sampler: Sampler, seed: int) -> Trace:
-    """One search, until it has found the best or knows every answer. It begins with any candidate, as a user's own
-    configuration may be any."""
+class RecordedMachine:
+    """`measure` and `clock` of a search that reads a table. Only trials take time; once the best plan is known, the
+    clock skips to the end of the budget, with time left to confirm it."""
+
+    def __init__(self, table: Table, budget_seconds: float) -> None:
+        self.now, self._table = 0.0, table
+        self.seconds, self.regret = [0.0], [1.0]
+        longest = max(result.trial_seconds or 0.0 for result in table.results.values())
+        self._skip_to = budget_seconds - 10 * longest
+
+    def clock(self) -> float:
+        return self.now
+
+    def measure(self, request: TrialRequest, log: Path) -> TrialResult:
+        result = self._table.results[canonical(request.candidate).id]
+        lasted = result.trial_seconds or 0.0
+        if lasted > request.timeout_seconds:
+            self.now += request.timeout_seconds
+            return TrialResult(status="timeout", phase="measure", trial_seconds=request.timeout_seconds)
+        self.now += lasted
+        if not request.final:
+            self.seconds.append(self.now)
+            self.regret.append(min(self.regret[-1], 1.0 - speed(result) / self._table.best))
+            if self.regret[-1] == 0.0:
+                self.now = max(self.now, self._skip_to)
+        return result
+
+
+def replay(table: Table, variant: str, seed: int, budget_seconds: float | None = None) -> Trace:
+    """One search by a sampler, or by one of VARIANTS. It begins with a random candidate, as a user's own configuration
+    may be any. The budget is as long as measuring the whole table takes, unless it is given."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="maximize", sampler=optuna_sampler(sampler, seed))
-    settings, target = replace(table.settings, seed=seed), table.best
+    seconds = budget_seconds or table.seconds
+    sampler, knowledge = VARIANTS.get(variant, (variant, Knowledge()))
     first = random.Random(seed).choice(list(every_candidate(table.space).values()))
-    known: dict[str, TrialRecord] = {}
-    seconds, regret = [0.0], [1.0]
-    asked: tuple[optuna.Trial, Candidate] | None = ask_for(study, table.space, first), first
-    while asked is not None:
-        trial, candidate = asked
-        result = table.results[candidate.id]
-        record = TrialRecord(
-            trial=len(known), role="search", candidate=candidate, result=result, objective=speed(result) or None
-        )
-        tell(study, trial, record, settings.memory_limit_bytes)
-        known[candidate.id] = record
-        seconds.append(seconds[-1] + (result.trial_seconds or 0.0))
-        regret.append(min(regret[-1], 1.0 - speed(result) / target))
-        asked = ask(study, table.space, known, settings, sampler) if regret[-1] > 0.0 else None
-    return Trace(seconds=tuple(seconds), regret=tuple(regret))
-
-
-def optuna_sampler(kind: Sampler, seed: int) -> "optuna.samplers.BaseSampler":
-    """Optuna's part in a search: everything for its own samplers, nothing for ours."""
-    import optuna
-
-    if kind == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
-    if kind == "gp":
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=8, deterministic_objective=False)
-    return optuna.samplers.RandomSampler(seed=seed)
-
-
-def ask(
-    study: "optuna.Study", space: Space, known: Mapping[str, TrialRecord], settings: SearchSettings, sampler: Sampler
-) -> tuple["optuna.Trial", Candidate] | None:
-    """A candidate whose answer does not follow from the `known` ones (by candidate id); None when there is none
-    left. What one of Optuna's samplers proposes and is known is answered from the record."""
-    if sampler == "additive":
-        fresh = propose(space, known, settings)
-        return (ask_for(study, space, fresh), fresh) if fresh is not None else None
-    for _ in range(_REPEATS):
-        trial = study.ask()
-        candidate = candidate_at(space, suggest(trial, space))
-        answer = implied(candidate, known)
-        if answer is None:
-            return trial, candidate
-        tell(study, trial, answer, settings.memory_limit_bytes)
-    pool = unknown(space, known, settings)
-    if not pool:
-        return None
-    candidate = random.Random(settings.seed + len(known)).choice(pool)
-    return ask_for(study, space, candidate), candidate
+    settings = replace(
+        table.settings, name="replay", seed=seed, sampler=sampler, baseline=first.plan, budget_seconds=seconds
+    )
+    machine, memory = RecordedMachine(table, seconds), Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        try:
+            verdict = search(
+                settings, Path(folder, "run"), table.environment, measure=machine.measure, clock=machine.clock,
+                study_storage=optuna.storages.InMemoryStorage(), knowledge=knowledge,
+            )  # fmt: skip
+            assert verdict.winner is not None
+            regret = 1.0 - speed(table.results[canonical(verdict.winner.candidate).id]) / table.best
+        except NoFeasibleError:
+            regret = 1.0
+    return Trace(seconds=tuple(machine.seconds), regret=tuple(machine.regret), verdict=regret)
 
 
 def quartiles(traces: Sequence[Trace], seconds: Sequence[float]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""What is searched, as plain data: names and choices; and the way from chosen values to a candidate.
+"""The search space as plain data, the candidate of given values, and Optuna's parameters of a candidate.
 
 Values that execute the same step become the same candidate, so that nothing is measured twice.
 """
@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autotune.config.candidate import Candidate, DType, Plan, Recipe, Shape, one_of
 from autotune.config.presets import guide_row
@@ -16,29 +16,32 @@ from autotune.config.search import SearchSettings
 from autotune.environment import Environment
 from autotune.kernels import registry
 
+if TYPE_CHECKING:  # importing optuna takes a quarter of a second; only a search pays it
+    from optuna.distributions import BaseDistribution
+
 Value = str | int
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)  # spaces are told apart by identity, which `every_candidate` needs
+@dataclass(frozen=True, kw_only=True, eq=False)  # hashed by identity, for `every_candidate`
 class Space:
-    """All that one search may try."""
+    """Everything that one search may try."""
 
     choices: Mapping[str, tuple[Value, ...]]
-    """By field of the plan or the shape, and by `head_size`. At least two, or the one that the user allows; numbers
-    in ascending order."""
+    """Choices by field of the plan or the shape, and of `head_size`: at least two, or the one that the user allows.
+    Numbers are in ascending order."""
     recipe: Recipe
-    """Shape and batch, where they are not searched."""
+    """Shape and batch where they are not searched."""
     plan: Plan
-    """The baseline's; holds for everything that has only one choice."""
+    """The baseline's plan; it holds for everything that has only one choice."""
 
     @property
     def size(self) -> int:
-        """Combinations of choices; several may be the same candidate."""
+        """Number of combinations; several may be the same candidate."""
         return math.prod(map(len, self.choices.values()))
 
 
 def ordered(choices: tuple[Value, ...]) -> bool:
-    """Neighbours are alike."""
+    """Whether the choices are numbers, so that neighbours are similar."""
     return isinstance(choices[0], int)
 
 
@@ -58,13 +61,13 @@ _CPU_SHAPES: Mapping[str, tuple[int, ...]] = {
 }
 
 
-# From all in memory to all computed again; a budget in between is one that Inductor's partitioner fills.
+# From keeping all activations to recomputing all; Inductor's partitioner fills a budget in between.
 _CUDA_RECOMPUTE = ("none", "selective", "budget_0.5", "every_2", "block")
 
 
 def build_space(settings: SearchSettings, environment: Environment) -> Space:
-    """Everything that `environment` can run, the baseline's own values included; of what `settings.choices` names,
-    only those. Raises ConfigError for choices that there are not."""
+    """Everything that `environment` can run, the baseline's values included, restricted to `settings.choices`.
+    Raises ConfigError for unknown choices."""
     recipe, machine = settings.recipe, _machine(environment)
     on_cuda = machine.device == "cuda"
     shapes: dict[str, tuple[int, ...]] = {}
@@ -95,7 +98,7 @@ def build_space(settings: SearchSettings, environment: Environment) -> Space:
 
 
 def _machine(environment: Environment) -> registry.Machine:
-    """What kernels are checked against."""
+    """The machine that kernels are checked against."""
     return registry.machine(environment.device, environment.capability, environment.torch)
 
 
@@ -106,15 +109,14 @@ def _micro_batches(largest: int) -> tuple[int, ...]:
 
 
 def _dtypes(machine: registry.Machine) -> tuple[DType, ...]:
-    """Tensor cores before capability 8 know float16 only; above it bfloat16 is as fast and needs no loss scaling."""
+    """Tensor cores before capability 8 support float16 only; later ones bfloat16, as fast and without loss scaling."""
     if machine.device == "cpu":
         return ("float32", "bfloat16")
     return ("bfloat16", "bfloat16_residual") if machine.capability >= (8, 0) else ("float16",)
 
 
 def _kernels(operation: registry.Operation, machine: registry.Machine, shape: Shape) -> tuple[str, ...]:
-    """Rows worth searching that run in every dtype of the search. Searched head sizes suit them all."""
-
+    """Rows worth searching that run in every dtype of the search. All of them support the searched head sizes."""
     dtypes = {Plan(dtype=dtype).matrix_dtype for dtype in _dtypes(machine)}
 
     def usable(row: registry.Kernel) -> bool:
@@ -134,8 +136,8 @@ def _with_baseline(name: str, choices: tuple[Value, ...], baseline: Plan) -> tup
 
 
 def candidate_at(space: Space, values: Mapping[str, Value]) -> Candidate:
-    """The candidate of `values`, a choice for each name, in its canonical form."""
-    shape, plan = {**vars(space.recipe.shape)}, {**vars(space.plan)}  # asdict would take most of a search's own time
+    """The candidate of `values`, one for each name of the space, in its canonical form."""
+    shape, plan = {**vars(space.recipe.shape)}, {**vars(space.plan)}  # asdict is slow
     for name, value in values.items():
         if name in plan:
             plan[name] = value
@@ -153,7 +155,7 @@ def candidate_at(space: Space, values: Mapping[str, Value]) -> Candidate:
 
 @functools.lru_cache(maxsize=1024)
 def _recipe_of(space: Space, shape: tuple[tuple[str, Any], ...]) -> Recipe:
-    """The space's, with that shape and as many tokens a step."""
+    """The space's recipe with that shape and as many tokens a step."""
     own = Shape(**dict(shape))
     return replace(space.recipe, shape=own, global_batch_size=space.recipe.tokens_per_step // own.block_size)
 
@@ -161,16 +163,15 @@ def _recipe_of(space: Space, shape: tuple[tuple[str, Any], ...]) -> Recipe:
 def canonical(candidate: Candidate) -> Candidate:
     """The simplest candidate that executes the same step.
 
-    A micro batch larger than its share of the global batch would only add padding to the last one: with 64
-    sequences, 48 and 32 both take two micro steps, so 48 becomes 32. A chunk larger than the micro batch is
-    the micro batch, and losses that have no chunks do not read its size at all. Without compilation there are
-    no graphs to have a memory budget.
+    A micro batch larger than its share of the global batch only pads the last one: with 64 sequences, 48 and 32 both
+    take two micro steps, so 48 becomes 32. A chunk larger than the micro batch is the micro batch; losses without
+    chunks do not read its size. Without compilation there are no graphs to have a memory budget.
     """
     return replace(candidate, plan=replace(candidate.plan, **_simplest(vars(candidate.plan), candidate.recipe)))
 
 
 def _simplest(plan: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """The fields of `plan` in which its canonical form may differ."""
+    """The fields of `plan` in which the canonical form may differ."""
     sequences = recipe.global_batch_size
     micro = -(-sequences // -(-sequences // plan["micro_batch_size"]))
     chunk = min(plan["loss_chunk_tokens"], micro * recipe.shape.block_size)
@@ -183,26 +184,81 @@ def _simplest(plan: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 
 def reads_chunks(plan: Plan) -> bool:
-    """Whether the plan's loss goes chunk by chunk."""
+    """Whether the plan's loss computes logits chunk by chunk."""
     return registry.find("loss", plan.loss).chunked
 
 
 def values_of(space: Space, candidate: Candidate) -> dict[str, Value]:
-    """Where the sampler files what was measured of `candidate`. Numbers go to the next choice above, which
-    leads back to the same candidate if it is the canonical form of one in the space; the guide's width of 672,
-    which is not, is filed under 768."""
+    """The choices nearest to a candidate. A number becomes the next larger choice, which leads back to the same
+    candidate where that is the canonical form of one in the space; a width of 672, which is not, becomes 768."""
     values: dict[str, Value] = {}
     for name, choices in space.choices.items():
-        own: Value = getattr(candidate.plan if hasattr(candidate.plan, name) else candidate.shape, name)
-        if isinstance(own, int):
-            values[name] = next((choice for choice in choices if int(choice) >= own), choices[-1])
+        value = _value(candidate, name)
+        if isinstance(value, int):
+            values[name] = next((choice for choice in choices if int(choice) >= value), choices[-1])
         else:
-            values[name] = own if own in choices else choices[0]
+            values[name] = value if value in choices else choices[0]
     return values
 
 
+def _value(candidate: Candidate, name: str) -> Value:
+    value: Value = getattr(candidate.plan if hasattr(candidate.plan, name) else candidate.shape, name)
+    return value
+
+
+def snapped(space: Space, values: Mapping[str, Any]) -> dict[str, Value]:
+    """`values` moved to the nearest choices, numbers on a log scale."""
+    found: dict[str, Value] = {}
+    for name, value in values.items():
+        choices = space.choices[name]
+        if ordered(choices):
+            found[name] = min(choices, key=lambda choice: abs(math.log(int(choice) / value)))
+        else:
+            found[name] = value if value in choices else choices[0]
+    return found
+
+
+def distributions(space: Space, *others: Candidate) -> "dict[str, BaseDistribution]":
+    """Optuna's distributions: a range of integers on a log scale, or a category. They hold the choices, the canonical
+    forms of these, and the values of `others`, which are measured although they may lie outside the choices."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    corners = [{name: choices[end] for name, choices in space.choices.items()} for end in (0, -1)]
+    ends = [{**corner, name: v} for corner in corners for name, choices in space.choices.items() for v in choices]
+    probes = [candidate_at(space, values) for values in ends]
+    found: dict[str, BaseDistribution] = {}
+    for name, choices in space.choices.items():
+        values = dict.fromkeys([*choices, *(_value(candidate, name) for candidate in (*others, *probes))])
+        if ordered(choices):
+            found[name] = IntDistribution(min(map(int, values)), max(map(int, values)), log=True)
+        else:
+            found[name] = CategoricalDistribution(tuple(map(str, values)))
+    return found
+
+
+def parameters_of(
+    space: Space, candidate: Candidate, kinds: "Mapping[str, BaseDistribution]"
+) -> dict[str, Value]:
+    """Optuna's parameters of a candidate: its own values, or the nearest choice where a distribution lacks one."""
+    near, parameters = values_of(space, candidate), dict[str, Value]()
+    for name, kind in kinds.items():
+        value = _value(candidate, name)
+        parameters[name] = value if contains(kind, value) else near[name]
+    return parameters
+
+
+def contains(kind: "BaseDistribution", value: object) -> bool:
+    """Whether a value lies in a distribution made by `distributions`."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    if isinstance(kind, CategoricalDistribution):
+        return value in kind.choices
+    assert isinstance(kind, IntDistribution)
+    return isinstance(value, int | float) and kind.low <= value <= kind.high
+
+
 def every_value(space: Space) -> Iterator[dict[str, Value]]:
-    """All combinations of choices, the last one fastest."""
+    """All combinations of choices; the last name varies fastest."""
     for combination in itertools.product(*space.choices.values()):
         yield dict(zip(space.choices, combination, strict=True))
 
@@ -214,13 +270,13 @@ def every_candidate(space: Space) -> Mapping[str, Candidate]:
 
 
 def baseline(settings: SearchSettings) -> Candidate:
-    """Trial 0: the user's own way, or plain nanoGPT's, exactly as it stands (not canonical)."""
+    """Trial 0: the user's configuration or plain nanoGPT's, unchanged (not canonical)."""
     return Candidate(recipe=settings.recipe, plan=settings.baseline)
 
 
 def guide_candidate(settings: SearchSettings, environment: Environment) -> Candidate | None:
-    """What the guide advises for this much memory, over the same tokens a step; None where shapes are not
-    searched, or on the CPU, for which it has no advice."""
+    """The guide's advice for this much memory, with the same tokens a step; None where shapes are not searched, and on
+    the CPU, for which the guide has no row."""
     if not settings.search_shape or _machine(environment).device != "cuda":
         return None
     row = guide_row(environment.device_memory_bytes)
@@ -234,11 +290,11 @@ _DEFAULT = Plan()
 _IN_WORDS = (
     "micro_batch_size", "dtype", "compile", "attention", "loss", "loss_chunk_tokens", "activation_checkpointing",
 )  # fmt: skip
-"""Fields of the plan with words of their own."""
+"""Fields of the plan that `in_words` formats itself."""
 
 
 def in_words(candidate: Candidate) -> str:
-    """A candidate on one line: shape, micro batch and how it runs."""
+    """A candidate on one line: shape, micro batch, plan."""
     shape, plan = candidate.shape, candidate.plan
     words = [
         f"{shape.n_layer}x{shape.n_head}x{shape.n_embd} block {shape.block_size}"
@@ -253,14 +309,14 @@ def in_words(candidate: Candidate) -> str:
         words.append(f"recompute {plan.activation_checkpointing}")
     if candidate.recipe.optimizer != "adamw":
         words.append(candidate.recipe.optimizer)
-    for name, value in vars(plan).items():  # whatever a plan may come to hold
+    for name, value in vars(plan).items():  # fields added later
         if name not in _IN_WORDS and value != getattr(_DEFAULT, name):
             words.append(value if name == "allocator" else f"{name} {value}")
     return ", ".join(words)
 
 
 def describe_space(space: Space) -> str:
-    """One line for each thing that is searched, and the size: what `--dry-run` prints."""
+    """One line for each parameter, and the size of the space: what `--dry-run` prints."""
     width = max(map(len, space.choices))
     lines = [f"{name:<{width}}  {', '.join(map(str, choices))}" for name, choices in space.choices.items()]
     return "\n".join([*lines, f"{space.size:,} combinations"])

@@ -1,20 +1,21 @@
 """The Optuna study: the store of truth, to which every trial is written before and after it is measured.
 
-Each Optuna trial carries its TrialRecord as a user attribute, so that every file of a run can be rebuilt.
+Parameters are a candidate's own values. The exact request and the TrialRecord are user attributes too, so that every
+file of a run can be rebuilt; status, speed and memory are attributes of their own, for Optuna's tables and plots.
 
-What an infeasible trial is told: TPE reads COMPLETE and PRUNED trials and ignores FAIL ones, so it is
-PRUNED, with its violation as a constraint. TPE then ranks it below all feasible trials, the smaller
-violation first (optuna 5, `_split_trials`), which leads towards memory that fits while nothing does yet.
+TPE reads COMPLETE and PRUNED trials and ignores FAIL ones, so an infeasible trial is PRUNED, with its violation as a
+constraint. TPE ranks it below all feasible trials, the smaller violation first (optuna 5, `_split_trials`), which leads
+towards memory that fits while nothing does yet.
 """
 
 import contextlib
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autotune.config.candidate import Candidate
 from autotune.config.search import SearchSettings
 from autotune.config.tables import parse_json, read_json, read_table
 from autotune.environment import Environment
@@ -25,25 +26,27 @@ from autotune.runs.directory import STUDY_DB
 from autotune.runs.objective import maximised
 from autotune.runs.records import Role, TrialRecord
 from autotune.runs.verdict import Verdict
-from autotune.search.space import Space, Value, ordered, values_of
+from autotune.search.space import Space
 from autotune.search.storage import Patience, in_a_minute, open_storage
+from autotune.units import GIB
 
 if TYPE_CHECKING:  # importing optuna takes a quarter of a second; only a search pays it
     import optuna
 
-_MARK = "autotune"
+_MARK, _VERSION = "autotune", 2
+"""User attribute of a study of ours, and the version of what it holds. 1: numbers were recorded by their index."""
 SETTINGS, ENVIRONMENT, SPENT = "settings", "environment", "spent_seconds"
 NOTES, REMARKS = "notes", "remarks"
-_VERDICT = "verdict"
+_CHOICES, _VERDICT = "choices", "verdict"
 _REQUEST, _ROLE, _NUMBER, _RECORD = "request", "role", "trial", "record"
 
-UNTOLD = "untold.json"
-"""Beside the study: the record of a trial that has ended, until the study has it."""
+PENDING = "pending_record.json"
+"""File beside the study: the record of a trial that has ended, until the study holds it."""
 
 _FAILED = 10.0
 """Violation of a trial that failed for another reason than memory: worse than any overshoot seen."""
 _INTERRUPTED = 0.01
-"""An interrupted trial says next to nothing of its candidate."""
+"""Violation of an interrupted trial, which says next to nothing about its candidate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,32 +58,48 @@ class _State:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Untold:
-    """What the file `untold.json` holds."""
+class _Pending:
+    """Content of the file PENDING."""
 
     number: int
-    """Optuna's."""
+    """Optuna's number of the trial."""
     record: TrialRecord
 
 
 def create_study(
-    run_dir: Path, settings: SearchSettings, *, storage: str = "", patience: Patience = in_a_minute
+    run_dir: Path,
+    settings: SearchSettings,
+    *,
+    url: str = "",
+    patience: Patience = in_a_minute,
+    storage: "optuna.storages.BaseStorage | None" = None,
 ) -> "optuna.Study":
-    """A new study, in the settings' storage; `storage` is its URL with the password, which settings do not hold.
+    """A new study in `storage`; None: in that of `url`, or of the settings, which hold no password.
     Raises ConfigError for a storage that does not open, or a name that is taken."""
     import optuna
 
-    opened = open_storage(run_dir, storage or settings.storage, patience)
-    sampler = optuna.samplers.RandomSampler()  # asked for nothing
+    opened = storage or open_storage(run_dir, url or settings.storage, patience)
     directions = optuna.study.StudyDirection
     direction = directions.MAXIMIZE if maximised(settings) else directions.MINIMIZE
     try:
-        study = optuna.create_study(storage=opened, study_name=settings.name, direction=direction, sampler=sampler)
+        study = optuna.create_study(storage=opened, study_name=settings.name, direction=direction)
     except optuna.exceptions.DuplicatedStudyError:
         message = f"the storage has a study {settings.name!r} already; go on with --resume or give another --name"
         raise ConfigError(message) from None
-    study.set_user_attr(_MARK, 1)
+    study.set_user_attr(_MARK, _VERSION)
+    with _experimental():
+        study.set_metric_names(["tokens/s" if maximised(settings) else "predicted loss"])
     return study
+
+
+@contextlib.contextmanager
+def _experimental() -> Iterator[None]:
+    """Without Optuna's warning that a feature is experimental."""
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
 
 
 def load_study(
@@ -106,8 +125,16 @@ def load_study(
     return study
 
 
+def refuse_older(study: "optuna.Study", run_dir: Path) -> None:
+    """Raise ConfigError for a study whose parameters an earlier version recorded in another way."""
+    if study.user_attrs[_MARK] != _VERSION:
+        raise ConfigError(
+            f"{run_dir} was written by another version of autotune; its report can be read, start a new search"
+        )
+
+
 def records(study: "optuna.Study") -> list[TrialRecord]:
-    """Every ended measurement, in the order of the trials."""
+    """Every finished measurement, in the order of the trials."""
     found = [record for trial in study.get_trials(deepcopy=False) if (record := _record(trial)) is not None]
     return sorted(found, key=lambda record: record.trial)
 
@@ -131,12 +158,12 @@ def _parsed(attribute: object, where: str) -> Any:
 
 
 def settings_of(study: "optuna.Study") -> SearchSettings:
-    """What the search was asked, as the study keeps it. Raises ConfigError for a damaged study."""
+    """The search settings that the study holds. Raises ConfigError for a damaged study."""
     return read_table(SearchSettings, study.user_attrs.get(SETTINGS), "the study's settings")
 
 
 def environment_of(study: "optuna.Study") -> Environment:
-    """Of which machine the study is. Raises ConfigError for a damaged study."""
+    """The machine that the study was measured on. Raises ConfigError for a damaged study."""
     return read_table(Environment, study.user_attrs.get(ENVIRONMENT), "the study's environment")
 
 
@@ -145,107 +172,63 @@ def spent_seconds(study: "optuna.Study") -> float:
     return read_table(_State, {"spent_seconds": study.user_attrs.get(SPENT, 0.0)}, "the study").spent_seconds
 
 
-def notes_of(study: "optuna.Study") -> tuple[str, ...]:
-    """What could not be done. Raises ConfigError for a damaged study."""
-    return read_table(_State, {"notes": study.user_attrs.get(NOTES, ())}, "the study").notes
+def notes_of(study: "optuna.Study", attribute: str = NOTES) -> tuple[str, ...]:
+    """NOTES: what could not be done; REMARKS: what was known before. Raises ConfigError for a damaged study."""
+    return read_table(_State, {"notes": study.user_attrs.get(attribute, ())}, "the study").notes
 
 
-def remarks_of(study: "optuna.Study") -> tuple[str, ...]:
-    """What was known before the search. Raises ConfigError for a damaged study."""
-    return read_table(_State, {"notes": study.user_attrs.get(REMARKS, ())}, "the study").notes
+def keep_choices(study: "optuna.Study", space: Space) -> None:
+    """Write the choices of the space into the study."""
+    study.set_user_attr(_CHOICES, {name: list(choices) for name, choices in space.choices.items()})
 
 
 def as_begun(study: "optuna.Study", space: Space) -> Space:
-    """`space` with the names that the study began with, which optuna cannot change: what has been installed since is
-    not tried, and what has gone is tried and found unsupported."""
-    known = {name: was for trial in study.trials for name, was in trial.distributions.items()}
-    choices = {name: getattr(known.get(name), "choices", here) for name, here in space.choices.items()}
-    return replace(space, choices=choices)
+    """`space` with the choices that the study began with: kernels installed since are not tried, and one that has gone
+    is tried and found unsupported. Raises ConfigError for a damaged study."""
+    begun = study.user_attrs.get(_CHOICES)
+    if not isinstance(begun, dict) or begun.keys() != space.choices.keys() or not all(begun.values()):
+        raise ConfigError(f"the study is damaged: its choices are {shown(begun)}; start a new search")
+    return replace(space, choices={name: tuple(choices) for name, choices in begun.items()})
 
 
-def begin(study: "optuna.Study", space: Space, number: int, role: Role, request: TrialRequest) -> "optuna.Trial":
-    """Write down what is about to be measured, so that a killed search knows what was in flight."""
-    asked = json.dumps(asdict(request), allow_nan=False)
-    return ask_for(study, space, request.candidate, {_NUMBER: number, _ROLE: role, _REQUEST: asked})
+def requested(number: int, role: Role, request: TrialRequest) -> dict[str, object]:
+    """Attributes of a trial that is about to be measured, by which a killed search knows what was in flight."""
+    exact = json.dumps(asdict(request), allow_nan=False)
+    return {_NUMBER: number, _ROLE: role, "candidate_id": request.candidate.id, _REQUEST: exact}
 
 
-def ask_for(
-    study: "optuna.Study", space: Space, candidate: Candidate, attributes: dict[str, Any] | None = None
-) -> "optuna.Trial":
-    """A running trial for a given candidate, filed under the nearest values of the space. It is written in one
-    transaction: `enqueue_trial` and `ask` would need one for each value and each attribute."""
-    import optuna
-
-    values, kinds = values_of(space, candidate), optuna.distributions
-    study.add_trial(
-        optuna.trial.create_trial(
-            state=optuna.trial.TrialState.RUNNING,
-            params={n: c.index(values[n]) if ordered(c) else values[n] for n, c in space.choices.items()},
-            distributions={
-                n: kinds.IntDistribution(0, len(c) - 1) if ordered(c) else kinds.CategoricalDistribution(c)
-                for n, c in space.choices.items()
-            },
-            user_attrs=attributes,
-        )
-    )
-    return optuna.Trial(study, study.get_trials(deepcopy=False)[-1]._trial_id)
-
-
-def suggest(trial: "optuna.Trial", space: Space) -> dict[str, Value]:
-    """The trial's values. Ordered choices are told to Optuna as their index, so that it knows of neighbours."""
-    values: dict[str, Value] = {}
-    for name, choices in space.choices.items():
-        if ordered(choices):
-            values[name] = choices[trial.suggest_int(name, 0, len(choices) - 1)]
-        else:
-            values[name] = str(trial.suggest_categorical(name, choices))
-    return values
-
-
-def finish(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int, untold: Path) -> None:
-    """Tell the study. Until it has the record, the file `untold` keeps it."""
+def finish(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int, pending: Path) -> None:
+    """Write the record and end the trial. Until the study holds it, the file `pending` does."""
     kept = json.dumps({"number": trial.number, "record": asdict(record)}, allow_nan=False)
-    with contextlib.suppress(OSError):  # a full disk: the study may have room still, and says it if not
-        write_atomically(untold, kept + "\n")
-    _tell_all(study, trial, record, limit_bytes)
-    untold.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a full disk: the study may have room still, and raises if not
+        write_atomically(pending, kept + "\n")
+    _finish(study, trial, record, limit_bytes)
+    pending.unlink(missing_ok=True)
 
 
-def _tell_all(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int) -> None:
+def _finish(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int) -> None:
     trial.set_user_attr(_RECORD, json.dumps(asdict(record), allow_nan=False))
+    for name, value in readable(record).items():
+        if value not in (None, ""):
+            trial.set_user_attr(name, value)
     tell(study, trial, record, limit_bytes)
 
 
-def _take_in(study: "optuna.Study", untold: Path, limit_bytes: int) -> None:
-    """Tell the study what it was not told when the search ended. Raises ConfigError for a damaged file."""
-    import optuna
-
-    if not untold.exists():
-        return
-    kept = read_table(_Untold, read_json(untold, "delete it to go on without that trial"), untold.name)
-    for frozen in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        if frozen.number == kept.number and frozen.user_attrs.get(_NUMBER) == kept.record.trial:
-            _tell_all(study, optuna.trial.Trial(study, frozen._trial_id), kept.record, limit_bytes)
-    untold.unlink()
-
-
-def mark_verdict(study: "optuna.Study", verdict: Verdict) -> None:
-    """Write who leads into the study's user attribute `verdict`: Optuna's own `best_trial` knows only the objective,
-    neither confirmations nor ties. (A trial that has ended takes no attributes any more.)"""
-    number = {trial.user_attrs.get(_NUMBER): trial.number for trial in study.get_trials(deepcopy=False)}
-    winner = verdict.winner
-    attribute = winner and {
-        "trial": winner.trial,
-        "number": number.get(winner.trial),  # Optuna's, by which its dashboards count
-        "status": verdict.status,
-        "objective": winner.objective,
-        "candidate_id": winner.candidate.id,
+def readable(record: TrialRecord) -> dict[str, object]:
+    """Attributes of a finished trial for Optuna's tables and plots; None or empty where unknown."""
+    result, predicted, peak = record.result, record.predicted_peak_bytes, record.result.peak_bytes
+    return {
+        "status": result.status,
+        "reason": result.message,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_gib": peak and round(peak / GIB, 3),
+        "predicted_peak_gib": predicted and round(predicted / GIB, 3),
+        "mfu": result.mfu,
     }
-    if study.user_attrs.get(_VERDICT) != attribute:
-        study.set_user_attr(_VERDICT, attribute)
 
 
 def tell(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int) -> None:
+    """End the trial with its objective, or as PRUNED, and with its violation."""
     import optuna
 
     trial.set_constraint("feasible", violation(record.result, limit_bytes))
@@ -253,6 +236,46 @@ def tell(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limi
         study.tell(trial, record.objective)
     else:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+
+
+def repeat(study: "optuna.Study", trial: "optuna.Trial", answer: TrialRecord, limit_bytes: int) -> None:
+    """End a trial whose candidate needs no measurement, with the record that answers for it."""
+    trial.set_user_attr(_ROLE, "repeat")
+    trial.set_user_attr("answered_by", answer.trial)
+    tell(study, trial, answer, limit_bytes)
+
+
+def _take_in(study: "optuna.Study", pending: Path, limit_bytes: int) -> None:
+    """Give the study the record that it lacked when the search ended. Raises ConfigError for a damaged file."""
+    import optuna
+
+    if not pending.exists():
+        return
+    kept = read_table(_Pending, read_json(pending, "delete it to go on without that trial"), pending.name)
+    for frozen in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        if frozen.number == kept.number and frozen.user_attrs.get(_NUMBER) == kept.record.trial:
+            _finish(study, optuna.trial.Trial(study, frozen._trial_id), kept.record, limit_bytes)
+    pending.unlink()
+
+
+def numbers(study: "optuna.Study") -> dict[int, int]:
+    """Optuna's number of each trial that was measured, by ours."""
+    trials = study.get_trials(deepcopy=False)
+    return {trial.user_attrs[_NUMBER]: trial.number for trial in trials if _NUMBER in trial.user_attrs}
+
+
+def mark_verdict(study: "optuna.Study", verdict: Verdict, numbers: Mapping[int, int]) -> None:
+    """Write the leader into the study's user attribute `verdict`: Optuna's own `best_trial` knows only the objective,
+    neither confirmations nor ties. (A finished trial takes no more attributes.) `numbers`: Optuna's, by ours."""
+    winner = verdict.winner
+    attribute = winner and {
+        "trial": winner.trial,
+        "number": numbers.get(winner.trial),
+        "candidate_id": winner.candidate.id,
+        "status": verdict.status,
+        "objective": winner.objective,
+    }
+    study.set_user_attr(_VERDICT, attribute)
 
 
 def violation(result: TrialResult, limit_bytes: int) -> float:
@@ -263,29 +286,24 @@ def violation(result: TrialResult, limit_bytes: int) -> float:
     if result.status == "ok":
         return min(share, 0.0)
     if result.status in ("oom", "over_limit", "predicted_over_limit"):
-        # An allocator that gives up below the limit met other processes or fragments: still too much.
+        # An allocator that gives up below the limit met other processes or fragmentation: still too much.
         return max(share, 0.05)
     return _FAILED
 
 
-def close_stale(study: "optuna.Study", untold: Path, limit_bytes: int) -> None:
-    """End the trials that a killed search left running or waiting, first of all the one whose record lies in `untold`.
-    A measurement that was in flight counts as interrupted from then on."""
+def close_stale(study: "optuna.Study", pending: Path, limit_bytes: int) -> None:
+    """End the trials that a killed search left running or waiting, beginning with the one whose record is in `pending`.
+    A measurement that was in flight counts as interrupted."""
     import optuna
 
-    _take_in(study, untold, limit_bytes)
+    _take_in(study, pending, limit_bytes)
     states = optuna.trial.TrialState
     while study.get_trials(deepcopy=False, states=(states.WAITING,)):
         study.tell(study.ask(), state=states.FAIL)
     for frozen in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-        # killed between keeping the record and telling it
+        # killed between writing the record and ending the trial
         record = _record(frozen) if _RECORD in frozen.user_attrs else None
         if record is not None and record.objective is not None:
             study.tell(frozen.number, record.objective)
-        else:  # without its request it may lack values too, and Optuna reads only those that all its trials have
+        else:  # one without a request may lack values too, and Optuna reads only those that all trials have
             study.tell(frozen.number, state=states.PRUNED if _REQUEST in frozen.user_attrs else states.FAIL)
-
-
-def answered(found: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
-    """Searched candidates by id. Interrupted ones have no answer yet, confirmations are always run again."""
-    return {r.candidate.id: r for r in found if r.role != "final" and r.result.status != "interrupted"}

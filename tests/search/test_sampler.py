@@ -1,130 +1,56 @@
-"""Our sampler through the study's doors, against the formula machine."""
+"""Our sampler, in autotune's own studies and in anybody's."""
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from statistics import median
-from typing import Any
 
 import optuna
 import pytest
-from fake_machine import CUDA, answer, settings
+from fake_machine import CUDA, settings
+from proposals import SMALL, Trials, formulas
 
-from autotune.config.candidate import Candidate
-from autotune.config.search import SearchSettings
-from autotune.measure.types import Status, TrialRequest, TrialResult
-from autotune.runs.objective import maximised, score
-from autotune.runs.records import TrialRecord
-from autotune.search import gp, sampler
-from autotune.search import study as studies
-from autotune.search.sampler import doubted, propose
-from autotune.search.simulation import Sampler, Table, ask, optuna_sampler, read_tables, speed
-from autotune.search.space import baseline, build_space, every_candidate
-
-RECORDED = Path(__file__).parents[2] / "results" / "reference" / "cpu-torch-2.13" / "trials.jsonl"
-
-Answer = Callable[[Candidate], TrialResult]
-
-SMALL = (
-    "micro_batch_size=4,8,16,32,64", "attention=sdpa,sdpa_cudnn", "loss=full,chunked", "loss_chunk_tokens=1024,4096",
-    "activation_checkpointing=none,block", "compile=off,full,block", "dtype=bfloat16", "allocator=default",
-)  # fmt: skip
-"""180 plans, whatever else there will be to choose from."""
-
-
-def searched(asked: SearchSettings, trials: int, sampler: Sampler, answers: Answer) -> list[TrialRecord]:
-    """The baseline and what the sampler asks for after it."""
-    space = build_space(asked, CUDA)
-    direction = "maximize" if maximised(asked) else "minimize"
-    study = optuna.create_study(direction=direction, sampler=optuna_sampler(sampler, asked.seed))
-    known: dict[str, TrialRecord] = {}
-    start = baseline(asked)
-    for number in range(trials):
-        found = ask(study, space, known, asked, sampler) if known else None
-        trial, candidate = found or (studies.ask_for(study, space, start), start)
-        assert candidate.id not in known
-        result = answers(candidate)
-        speed = result.tokens_per_second if result.status == "ok" else None
-        objective = score(asked, candidate, speed) if speed else None
-        record = TrialRecord(trial=number, role="search", candidate=candidate, result=result, objective=objective)
-        studies.tell(study, trial, record, asked.memory_limit_bytes)
-        known[candidate.id] = record
-    return list(known.values())
-
-
-def formulas(asked: SearchSettings) -> Answer:
-    def measure(candidate: Candidate) -> TrialResult:
-        limit = asked.memory_limit_bytes
-        request = TrialRequest(candidate=candidate, device="cuda:0", result_path="", memory_limit_bytes=limit)
-        return replace(answer(request), trial_seconds=5.0)
-
-    return measure
-
-
-def best(records: list[TrialRecord], asked: SearchSettings) -> float:
-    """The larger, the better."""
-    sign = 1.0 if maximised(asked) else -1.0
-    return max(sign * record.objective for record in records if record.objective is not None)
-
-
-@pytest.mark.parametrize("words", [{}, {"memory_limit": "8GiB", "choices": SMALL}, {"model": ""}])
-def test_ours_beats_random_search_over_plans_and_over_shapes(words: dict[str, object]) -> None:
-    reached: dict[str, list[float]] = {"additive": [], "random": []}
-    for seed in range(3):
-        asked = settings(CUDA, seed=seed, **words)
-        reached["additive"].append(best(searched(asked, 10, "additive", formulas(asked)), asked))
-        reached["random"].append(best(searched(asked, 20, "random", formulas(asked)), asked))
-    print(reached)
-    assert median(reached["additive"]) > median(reached["random"])  # with half the trials
+from autotune.measure.types import Status, TrialResult
+from autotune.search import acquisition, gp
+from autotune.search.sampler import AdditiveGPSampler, draw
+from autotune.search.simulation import speed
+from autotune.search.space import build_space, every_candidate
 
 
 def test_four_trials_gain_over_the_baseline() -> None:
-    asked = settings(CUDA)
-    found = searched(asked, 5, "additive", formulas(asked))
-    assert found[0].objective is not None
-    assert best(found, asked) > 1.05 * found[0].objective
-    assert all(record.candidate.plan.compile != "off" for record in found)
+    trials = Trials(settings(CUDA)).run(5)
+    assert trials.records[0].objective is not None
+    assert trials.best() > 1.05 * trials.records[0].objective
+    assert all(record.candidate.plan.compile != "off" for record in trials.records)
 
 
-@pytest.mark.parametrize(
-    "status", ["oom", "over_limit", "predicted_over_limit", "unsupported", "incorrect", "timeout", "crashed"]
-)
+def test_over_shapes_ours_beats_random_search_with_half_the_trials() -> None:
+    ours = Trials(settings(CUDA, model="")).run(10).best()
+    assert ours > Trials(settings(CUDA, model="", sampler="random")).run(20).best()
+
+
+@pytest.mark.parametrize("status", ["over_limit", "crashed"])
 def test_what_fails_is_not_proposed_again_and_again(status: Status) -> None:
     """A third of the space, the third that would be the fastest, fails for one reason or another."""
     asked = settings(CUDA, choices=SMALL)
     measure = formulas(asked)
-
-    def answers(candidate: Candidate) -> TrialResult:
-        if candidate.plan.compile == "full":
-            return TrialResult(status=status, phase="compile", trial_seconds=5.0)
-        return measure(candidate)
-
-    found = searched(asked, 25, "additive", answers)
-    failed = [record.result.status == status for record in found]
-    print(status, sum(failed), "of", len(failed))
+    failure = TrialResult(status=status, phase="compile", trial_seconds=5.0)
+    trials = Trials(asked, lambda c: failure if c.plan.compile == "full" else measure(c)).run(25)
+    failed = [record.result.status == status for record in trials.records]
     assert sum(failed) <= 6
     assert sum(failed[12:]) <= 1
 
 
 def test_while_nothing_works_the_search_moves_away() -> None:
-    asked = settings(CUDA, choices=SMALL)
-    found = searched(asked, 10, "additive", lambda _: TrialResult(status="crashed", phase="build", trial_seconds=5.0))
-    plans = [record.candidate.plan for record in found]
+    crashed = TrialResult(status="crashed", phase="build", trial_seconds=5.0)
+    plans = [r.candidate.plan for r in Trials(settings(CUDA, choices=SMALL), lambda _: crashed).run(10).records]
     assert len({plan.compile for plan in plans}) == 3
     assert len({plan.micro_batch_size for plan in plans}) >= 3
 
 
 def test_the_same_records_give_the_same_candidate() -> None:
-    asked = settings(CUDA, model="", seed=5)
-    space = build_space(asked, CUDA)
-    records = searched(asked, 4, "additive", formulas(asked))
-    known = {record.candidate.id: record for record in random.Random(0).sample(records, len(records))}
-    chosen = []
-    for _ in range(2):
-        found = propose(space, known, asked)
-        assert found is not None
-        chosen.append(found.id)
+    trials = Trials(settings(CUDA, model="", seed=5)).run(4)
+    trials.records = random.Random(0).sample(trials.records, len(trials.records))
+    chosen = [proposal[1].id for _ in range(2) if (proposal := trials.propose())]
+    assert len(chosen) == 2
     assert chosen[0] == chosen[1]
 
 
@@ -133,49 +59,81 @@ def test_after_hundreds_of_trials_the_process_is_fitted_to_a_bounded_number(monk
     asked, fitted = settings(CUDA, memory_limit="8GiB", choices=SMALL), list[int]()
     fit = gp.fit
 
-    def counted(points: gp.Array, words: Any, answers: gp.Array) -> gp.Process:
+    def counted(points: gp.Array, words: gp.Mask, answers: gp.Array) -> gp.Process:
         fitted.append(len(points))
         return fit(points, words, answers)
 
     monkeypatch.setattr(gp, "fit", counted)
-    monkeypatch.setattr(sampler, "FITTED", 16)
-    found = searched(asked, 60, "additive", formulas(asked))
+    monkeypatch.setattr(acquisition, "FITTED", 16)
+    trials = Trials(asked).run(60)
     assert max(fitted) == 16
-    measure = formulas(asked)
-    everything = every_candidate(build_space(asked, CUDA)).values()
-    ranked = sorted((speed(measure(c)) for c in everything), reverse=True)
-    assert best(found, asked) == ranked[0]
-    assert best(found[:12], asked) >= 0.95 * ranked[0]
+    fastest = max(speed(formulas(asked)(c)) for c in every_candidate(build_space(asked, CUDA)).values())
+    assert trials.best() == fastest
+    assert trials.best(12) >= 0.95 * fastest
 
 
-def test_a_disturbed_trial_beyond_the_fitted_ones_is_doubted_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = read_tables(RECORDED)[-1]
-    names, ranked = table.space.choices, sorted(table.results, key=lambda name: -speed(table.results[name]))
-    records = [recorded(table, name) for name in ranked if speed(table.results[name])]
-    monkeypatch.setattr(sampler, "FITTED", 32)
-    slow = recorded(table, records[0].candidate.id, pace=0.6)
-    assert slow.candidate in [record.candidate for record in doubted(names, [*records[1:], slow], table.settings)[:3]]
+SPACE: dict[str, optuna.distributions.BaseDistribution] = {
+    "rate": optuna.distributions.FloatDistribution(1e-5, 1e-1, log=True),
+    "momentum": optuna.distributions.FloatDistribution(-1.0, 1.0),
+    "width": optuna.distributions.IntDistribution(16, 1024, log=True),
+    "shift": optuna.distributions.IntDistribution(-4, 4, step=2),
+    "kind": optuna.distributions.CategoricalDistribution(("a", "b", None)),
+    "fixed": optuna.distributions.CategoricalDistribution(("only",)),
+}
 
 
-def test_a_disturbed_trial_is_doubted_and_no_other() -> None:
-    """Thirty of the recorded trials of real models, as a search would have chosen them; then the best at 0.6 of its
-    speed, as when another program runs beside it."""
-    table = read_tables(RECORDED)[-1]
-    names = table.space.choices
-    ranked = sorted(table.results, key=lambda name: -speed(table.results[name]))
-    noticed = 0
-    for seed in range(6):
-        rng = random.Random(seed)
-        drawn = dict.fromkeys(rng.sample(ranked[: len(ranked) // 2], 15) + rng.sample(ranked, 15))
-        records = [recorded(table, name) for name in drawn if speed(table.results[name])]
-        assert doubted(names, records, table.settings) == []
-        best = max(range(len(records)), key=lambda i: records[i].objective or 0.0)
-        records[best] = recorded(table, records[best].candidate.id, pace=0.6)
-        noticed += doubted(names, records, table.settings)[:1] == [records[best]]
-    assert noticed >= 4
+def foreign(trial: optuna.Trial) -> float:
+    rate, width = trial.suggest_float("rate", 1e-5, 1e-1, log=True), trial.suggest_int("width", 16, 1024, log=True)
+    momentum, shift = trial.suggest_float("momentum", -1.0, 1.0), trial.suggest_int("shift", -4, 4, step=2)
+    kind = trial.suggest_categorical("kind", ("a", "b", None))
+    trial.suggest_categorical("fixed", ("only",))
+    trial.set_constraint("memory", width / 512 - 1)
+    if kind is None:
+        raise optuna.TrialPruned
+    far = abs(rate / 1e-3 - 1) if rate > 1e-3 else abs(1e-3 / rate - 1)
+    return -(far**0.5) - (momentum - 0.5) ** 2 - abs(shift - 2) / 4 + (width / 512 if kind == "b" else 0.0)
 
 
-def recorded(table: Table, name: str, pace: float = 1.0) -> TrialRecord:
-    candidate, result = every_candidate(table.space)[name], table.results[name]
-    result = replace(result, tokens_per_second=pace * speed(result))
-    return TrialRecord(trial=0, role="search", candidate=candidate, result=result, objective=result.tokens_per_second)
+def test_anybody_may_use_it_in_a_study_of_his_own() -> None:
+    """No candidates, no records: log scales, steps, categories, constraints, pruned and failed trials."""
+    best = []
+    for sampler in (AdditiveGPSampler(seed=0), optuna.samplers.RandomSampler(seed=0)):
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        study.optimize(foreign, n_trials=25)
+        best.append(study.best_value)
+        assert {trial.state.name for trial in study.trials} <= {"COMPLETE", "PRUNED"}
+    assert best[0] > best[1]
+
+
+def test_a_study_to_minimize_is_minimized_and_a_seed_repeats() -> None:
+    values = []
+    for _ in range(2):
+        study = optuna.create_study(sampler=AdditiveGPSampler(seed=3))
+        for _ in range(15):
+            trial = study.ask({"x": optuna.distributions.FloatDistribution(-1.0, 1.0)})
+            study.tell(trial, (trial.params["x"] - 0.3) ** 2)
+        values.append([trial.value for trial in study.trials])
+    # the durations of these trials are noise, which the costs of a proposal follow
+    assert values[0][:5] == values[1][:5]
+    assert all(min(own) < 0.01 for own in values)
+
+
+def test_several_objectives_are_refused() -> None:
+    study = optuna.create_study(directions=["minimize", "maximize"], sampler=AdditiveGPSampler(seed=0))
+    with pytest.raises(ValueError, match="multi-objective"):
+        study.ask({"x": optuna.distributions.FloatDistribution(0.0, 1.0)})
+
+
+@pytest.mark.parametrize("name", SPACE)
+def test_drawn_values_lie_in_their_distribution(name: str) -> None:
+    rng, kind = random.Random(1), SPACE[name]
+    for _ in range(200):
+        assert kind._contains(kind.to_internal_repr(draw(rng, kind)))
+
+
+def test_a_proposal_has_a_candidates_own_values() -> None:
+    trials = Trials(replace(settings(CUDA, model=""), seed=1)).run(6)
+    for trial, record in zip(trials.study.trials, trials.records, strict=True):
+        shape, plan = record.candidate.shape, record.candidate.plan
+        for name, value in trial.params.items():
+            assert value == getattr(plan if hasattr(plan, name) else shape, name), name

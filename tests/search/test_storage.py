@@ -99,12 +99,12 @@ def test_a_lock_that_stays_loses_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(AutotuneError, match=r"database is locked; what was measured is kept, .* --resume") as caught:
         go(run_dir, machine, measure=measure)
     assert "\n" not in str(caught.value)
-    assert (run_dir / studies.UNTOLD).exists()
+    assert (run_dir / studies.PENDING).exists()
     holders[0].let_go()
     assert len(machine.requests) == 3
 
     resume(run_dir, CUDA, measure=machine.measure, clock=machine.clock)
-    assert not (run_dir / studies.UNTOLD).exists()
+    assert not (run_dir / studies.PENDING).exists()
     found = studies.records(studies.load_study(run_dir, None))
     assert [record.trial for record in found] == trials(run_dir)
     assert found[2].result.status == "ok"  # the one that the study had not been told
@@ -132,8 +132,8 @@ def test_a_search_that_meets_a_lock_between_trials_goes_on_later(
 def test_a_damaged_record_beside_the_study_is_one_line(tmp_path: Path) -> None:
     go(tmp_path / "run", Machine())
     for content in ("", "[]", "{}", '{"number": 1, "record": 5}', "\0", "[" * 100_000):
-        (tmp_path / "run" / studies.UNTOLD).write_text(content)
-        with pytest.raises(ConfigError, match=r"untold\.json") as caught:
+        (tmp_path / "run" / studies.PENDING).write_text(content)
+        with pytest.raises(ConfigError, match=r"pending_record\.json") as caught:
             resume(tmp_path / "run", CUDA, budget_seconds=9.0)
         assert len(str(caught.value)) < 400
 

@@ -1,6 +1,10 @@
+"""The study: what it holds, what is read back, and how it looks in Optuna's own tools."""
+
 import contextlib
 import random
+import shutil
 import sqlite3
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,37 +17,45 @@ from autotune.errors import ConfigError
 from autotune.measure.types import MemoryView, Status, TrialRequest, TrialResult
 from autotune.runs.records import TrialRecord
 from autotune.search import study as studies
-from autotune.search.loop import search
-from autotune.search.sampler import implied, propose, unknown
-from autotune.search.simulation import ask, optuna_sampler
-from autotune.search.space import build_space, candidate_at, every_value, ordered
+from autotune.search.loop import rebuild, resume, search
+from autotune.search.pool import by_candidate, dominated_by_oom, pool, unanswered
+from autotune.search.propose import Proposer
+from autotune.search.space import build_space, candidate_at
 from autotune.units import GIB
 
 SETTINGS = settings(CUDA, choices=("attention=sdpa,sdpa_cudnn,sdpa_math", "loss=full,chunked"))
 SPACE = build_space(SETTINGS, CUDA)
 LIMIT = SETTINGS.memory_limit_bytes
+CARD = replace(CUDA, device_memory_bytes=48 * GIB)
+"""For which the guide advises a width of 672, which is no choice."""
 
 
 def new_study(tmp_path: Path) -> optuna.Study:
-    return studies.create_study(tmp_path, SETTINGS)
+    study = studies.create_study(tmp_path, SETTINGS)
+    studies.keep_choices(study, SPACE)
+    return study
 
 
-def request_of(candidate: object) -> TrialRequest:
-    return TrialRequest(candidate=candidate, device="cuda:0", result_path="", memory_limit_bytes=LIMIT)  # type: ignore[arg-type]
+def request_of(candidate: Candidate) -> TrialRequest:
+    return TrialRequest(candidate=candidate, device="cuda:0", result_path="", memory_limit_bytes=LIMIT)
 
 
-def measured(study: optuna.Study, number: int) -> TrialRecord:
-    pool = unknown(SPACE, studies.answered(studies.records(study)), SETTINGS)
-    candidate = random.Random(number).choice(pool)
-    trial = studies.begin(study, SPACE, number, "search", request_of(candidate))
+def proposer_of(study: optuna.Study) -> Proposer:
+    return Proposer(study, SPACE, SETTINGS, CUDA, priors=True)
+
+
+def measured(study: optuna.Study, proposer: Proposer, number: int) -> TrialRecord:
+    records = studies.records(study)
+    candidate = random.Random(number).choice(unanswered(pool(SPACE, {}, SETTINGS), by_candidate(records)).candidates)
+    trial = proposer.enqueue(candidate, studies.requested(number, "search", request_of(candidate)))
     record = record_of(number, candidate)
-    studies.finish(study, trial, record, LIMIT, untold(study))
+    studies.finish(study, trial, record, LIMIT, pending(study))
     return record
 
 
-def untold(study: optuna.Study) -> Path:
-    """Beside study.db."""
-    return Path(study._storage._backend.engine.url.database).with_name(studies.UNTOLD)
+def pending(study: optuna.Study) -> Path:
+    """The file beside study.db."""
+    return Path(study._storage._backend.engine.url.database).with_name(studies.PENDING)
 
 
 def record_of(number: int, candidate: Candidate) -> TrialRecord:
@@ -55,14 +67,16 @@ def record_of(number: int, candidate: Candidate) -> TrialRecord:
 
 def test_records_come_back_as_they_were_kept(tmp_path: Path) -> None:
     study = new_study(tmp_path)
-    kept = [measured(study, number) for number in range(12)]
+    proposer = proposer_of(study)
+    kept = [measured(study, proposer, number) for number in range(12)]
     again = studies.load_study(tmp_path, SETTINGS)
     assert studies.records(again) == kept
 
 
 def test_infeasible_trials_are_pruned_with_their_violation_never_failed(tmp_path: Path) -> None:
     study = new_study(tmp_path)
-    kept = [measured(study, number) for number in range(20)]
+    proposer = proposer_of(study)
+    kept = [measured(study, proposer, number) for number in range(20)]
     assert {record.result.status for record in kept} == {"ok", "oom"}
     for trial, record in zip(study.trials, kept, strict=False):
         if record.objective is None:
@@ -90,57 +104,26 @@ def test_the_violation_is_the_overshoot_over_the_limit() -> None:
     assert studies.violation(result("ok", 5 * GIB), 10 * GIB) == pytest.approx(-0.5)
 
 
-def test_a_known_candidate_is_answered_from_its_record(tmp_path: Path) -> None:
-    study = optuna.create_study(direction="maximize", sampler=optuna_sampler("tpe", 0))
-    known: dict[str, TrialRecord] = {}
-    for number in range(40):
-        asked = ask(study, SPACE, known, SETTINGS, "tpe")
-        assert asked is not None
-        trial, candidate = asked
-        assert candidate.id not in known
-        known[candidate.id] = record_of(number, candidate)
-        studies.tell(study, trial, known[candidate.id], LIMIT)
-    assert len(study.trials) > 40
-    for told in study.trials:
-        assert told.value == implied(candidate_of(told), known).objective  # type: ignore[union-attr]
-
-
-def candidate_of(trial: optuna.trial.FrozenTrial) -> Candidate:
-    chosen = {n: c[trial.params[n]] if ordered(c) else trial.params[n] for n, c in SPACE.choices.items()}
-    return candidate_at(SPACE, chosen)
-
-
-def test_a_space_that_is_known_to_its_last_candidate_ends() -> None:
-    small = replace(SPACE, choices={name: SPACE.choices[name] for name in ("micro_batch_size", "loss")})
-    last = propose(small, {}, SETTINGS)
-    assert last is not None
-    ok = TrialRecord(trial=0, role="search", candidate=last, result=answer(request_of(last)), objective=1.0)
-    known = {candidate_at(small, values).id: ok for values in every_value(small)}
-    del known[last.id]
-    assert propose(small, known, SETTINGS) == last
-    assert propose(small, {**known, last.id: ok}, SETTINGS) is None
-
-
 def test_stale_trials_are_closed_and_what_was_in_flight_is_interrupted(tmp_path: Path) -> None:
     study = new_study(tmp_path)
-    first = measured(study, 0)
+    proposer = proposer_of(study)
+    first = measured(study, proposer, 0)
     study.enqueue_trial({})  # killed before it was asked for
     study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)
     study.enqueue_trial({})
     study.ask()  # killed before its values were drawn
-    asked = propose(SPACE, {}, SETTINGS)
-    assert asked is not None
-    studies.begin(study, SPACE, 1, "search", request_of(asked))  # killed while it was measured
+    candidate = pool(SPACE, {}, SETTINGS).candidates[0]
+    proposer.enqueue(candidate, studies.requested(1, "search", request_of(candidate)))  # killed while it was measured
     study.enqueue_trial({})
 
     again = studies.load_study(tmp_path, SETTINGS)
     assert studies.records(again) == [first]
-    studies.close_stale(again, tmp_path / studies.UNTOLD, LIMIT)
+    studies.close_stale(again, tmp_path / studies.PENDING, LIMIT)
     states = {trial.state for trial in again.trials}
     assert not states & {optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING}
     interrupted = studies.records(again)[1]
-    assert (interrupted.trial, interrupted.result.status, interrupted.candidate) == (1, "interrupted", asked)
-    assert interrupted.candidate.id not in studies.answered([first, interrupted])
+    assert (interrupted.trial, interrupted.result.status, interrupted.candidate) == (1, "interrupted", candidate)
+    assert interrupted.candidate.id not in by_candidate([first, interrupted])
     # what the sampler searches has not shrunk
     assert set(optuna.search_space.IntersectionSearchSpace(include_pruned=True).calculate(again)) == set(SPACE.choices)
 
@@ -175,22 +158,98 @@ def test_what_ran_out_of_memory_answers_for_all_that_need_more(tmp_path: Path) -
         ({"compile": "full"}, False),
         ({"attention": "sdpa_math"}, False),
     ):
-        answer_to = implied(candidate_at(SPACE, chosen | change), known)
-        assert (answer_to is not None) == follows, change
+        other = candidate_at(SPACE, chosen | change)
+        assert (dominated_by_oom(other, known) is not None) == follows, change
+        everything = pool(replace(SPACE, choices={n: (v,) for n, v in (chosen | change).items()}), {}, SETTINGS)
+        assert (not unanswered(everything, known).candidates) == follows, change
 
 
-def test_infeasible_trials_teach_the_sampler(tmp_path: Path) -> None:
-    """Fewer trials run out of memory than if candidates were drawn at random from the same space."""
-    machine = Machine()
-    asked = settings(CUDA, memory_limit="8GiB", budget="150s")
-    search(asked, tmp_path / "run", CUDA, measure=machine.measure, clock=machine.clock)
-    searched = [answer(request).status for request in machine.requests if not request.final]
-    taught = searched[10:].count("oom") / len(searched[10:])
-    rng, drawn = random.Random(0), 400
-    values = [{name: rng.choice(choices) for name, choices in SPACE.choices.items()} for _ in range(drawn)]
-    requests = [
-        replace(request_of(candidate_at(SPACE, v)), memory_limit_bytes=asked.memory_limit_bytes) for v in values
-    ]
-    blind = sum(answer(request).status == "oom" for request in requests) / drawn
-    print(f"out of memory: {taught:.0%} of {len(searched) - 10} trials after the first 10, {blind:.0%} at random")
-    assert taught < 0.6 * blind
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over shapes with its guide, some trials of which are out of memory."""
+    machine, path = Machine(), tmp_path_factory.mktemp("runs") / "run"
+    asked = settings(CARD, model="", budget="150s", memory_limit="12GiB")
+    search(asked, path, CARD, measure=machine.measure, clock=machine.clock)
+    return path
+
+
+def test_a_runs_study_reads_naturally_in_optunas_tools(run: Path) -> None:
+    study = optuna.load_study(study_name="paper", storage=f"sqlite:///{run}/study.db")
+    frame = study.trials_dataframe()
+    roles = frame["user_attrs_role"].tolist()
+    assert roles[:3] == ["baseline", "guide", "search"]
+    assert {"final"} < set(roles)
+    found = studies.records(studies.load_study(run, None))
+    for record, (_, row) in zip(found, frame.iterrows(), strict=True):
+        shape, plan = record.candidate.shape, record.candidate.plan
+        assert row["params_n_embd"] == shape.n_embd
+        assert row["params_n_layer"] == shape.n_layer
+        assert row["params_micro_batch_size"] == plan.micro_batch_size
+        assert row["params_attention"] == plan.attention
+        assert row["user_attrs_status"] == record.result.status
+        assert row["user_attrs_candidate_id"] == record.candidate.id
+        if record.objective is not None:
+            assert row["value_predicted loss"] == record.objective
+            assert row["user_attrs_tokens_per_second"] == record.result.tokens_per_second
+            peak = record.result.peak("device_bytes") or 0
+            assert row["user_attrs_peak_gib"] == pytest.approx(peak / GIB, abs=1e-3)
+        else:
+            assert row["state"] == "PRUNED"
+            assert row["user_attrs_reason"] == record.result.message
+    assert (frame["user_attrs_predicted_peak_gib"] > 0).all()
+    assert "PRUNED" in frame["state"].tolist()
+    assert study.metric_names == ["predicted loss"]
+    assert study.user_attrs["verdict"]["status"] == "confirmed"
+
+
+def test_values_outside_the_choices_are_recorded_as_they_are(run: Path) -> None:
+    guide = studies.load_study(run, None).trials[1]
+    assert guide.params["n_embd"] == 672
+    assert 672 not in build_space(settings(CARD, model=""), CARD).choices["n_embd"]
+    distribution = guide.distributions["n_embd"]
+    assert isinstance(distribution, optuna.distributions.IntDistribution)
+    assert (distribution.low, distribution.high, distribution.log) == (384, 1280, True)
+
+
+def test_importances_and_slices_of_a_run(run: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    study = studies.load_study(run, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shares = optuna.importance.get_param_importances(
+            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+        )
+        axes = optuna.visualization.matplotlib.plot_slice(study, params=["n_embd", "micro_batch_size", "attention"])
+    space = build_space(settings(CARD, model=""), CARD)
+    assert set(shares) <= set(space.choices)
+    assert len(shares) > 5
+    width = axes[1] if axes[1].get_xlabel() == "n_embd" else next(a for a in axes if a.get_xlabel() == "n_embd")
+    shown = {float(x) for collection in width.collections for x, _ in collection.get_offsets()}
+    assert shown <= {384, 512, 640, 672, 768, 896, 1024, 1280}
+
+
+def test_optunas_own_samplers_see_every_parameter_of_a_run(run: Path) -> None:
+    study = studies.load_study(run, None)
+    common = optuna.search_space.IntersectionSearchSpace(include_pruned=True).calculate(study)
+    assert set(common) == set(build_space(settings(CARD, model=""), CARD).choices)
+
+
+def test_a_run_of_an_older_version_is_read_and_not_resumed(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "old"
+    shutil.copytree(run, path)
+    studies.load_study(path, None).set_user_attr("autotune", 1)
+    with pytest.raises(ConfigError, match="written by another version of autotune; its report can be read"):
+        resume(path, CARD, budget_seconds=30.0)
+    (path / "trials.csv").unlink()
+    assert rebuild(path) is not None
+    assert (path / "trials.csv").read_text() == (run / "trials.csv").read_text()
+
+
+@pytest.mark.parametrize("choices", [None, [], {"n_embd": [64]}, "x"])
+def test_damaged_choices_are_one_line(run: Path, tmp_path: Path, choices: object) -> None:
+    path = tmp_path / "damaged"
+    shutil.copytree(run, path)
+    studies.load_study(path, None).set_user_attr("choices", choices)
+    with pytest.raises(ConfigError, match="the study is damaged: its choices are"):
+        resume(path, CARD, budget_seconds=30.0)

@@ -144,17 +144,17 @@ def test_a_process_knows_when_it_began() -> None:
 def test_a_proposal_of_half_a_minute_does_not_overrun_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from autotune.search import loop as module
+    from autotune.search import propose as module
 
     for seconds, trial in ((100.0, 4.0), (100.0, 12.0), (61.0, 1.0), (300.0, 7.0)):
-        machine, fast = Machine(trial), module.propose
+        machine, fast = Machine(trial), module.Proposer.propose
 
         def slow(*words: object, machine: Machine = machine, fast: object = fast) -> object:
             machine.now += 30.0
             return fast(*words)  # type: ignore[operator]
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "propose", slow)
+            patch.setattr(module.Proposer, "propose", slow)
             asked = settings(budget=str(seconds))
             verdict = search(asked, tmp_path / f"{seconds}-{trial}", CUDA, measure=machine.measure, clock=machine.clock)
         assert machine.now <= seconds

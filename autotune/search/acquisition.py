@@ -1,0 +1,124 @@
+"""What measuring a candidate next is worth: expected improvement a second, times the probability that it runs.
+
+Snoek, Larochelle and Adams, Practical Bayesian Optimization of Machine Learning Algorithms, NeurIPS 2012. Three
+processes are fitted: to the answer (log speed), to the log of a trial's seconds, and to whether a trial failed.
+
+Shapes: m finished trials, n candidates, k parameters.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from autotune.search import gp
+from autotune.search.gp import Array, Mask
+
+FITTED = 96
+"""Trials that the processes are fitted to; the time this takes grows with its cube."""
+
+_EI_FLOOR = 0.01
+"""Improvement, in standard deviations, that every candidate is credited with: where the model expects none, what is
+bound to fail must not look better than what is bound to run."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Observed:
+    """m finished trials."""
+
+    parameters: Array
+    """(m, k)."""
+    answers: Array
+    """(m,): log speed, or whatever else is modelled; NaN where there is none."""
+    log_seconds: Array
+    """(m,): NaN where unknown."""
+    failed: Mask
+    """(m,): infeasible, for whatever reason."""
+    prior: Array
+    """(m, 2): prior means of `answers` and `log_seconds`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choices:
+    """n candidates to choose from."""
+
+    parameters: Array
+    """(n, k)."""
+    prior: Array
+    """(n, 2): as in Observed."""
+
+
+def value(
+    observed: Observed,
+    choices: Choices,
+    categorical: Mask,
+    objective: Callable[[Array], Array],
+    best: float | None,
+) -> Array:
+    """Value of each choice, (n,). `objective` maps answers (n,) of the choices to what is maximised; `best`: the
+    largest so far, None while nothing is feasible."""
+    at = gp.points(choices.parameters)
+    mean, sd = _predict(observed, 0, observed.answers, categorical, at, choices)
+    seconds, _ = _predict(observed, 1, observed.log_seconds, categorical, at, choices)
+    improvement = _expected_improvement(mean, sd, objective, best)
+    return np.asarray(improvement * _p_runs(observed, categorical, at) / np.exp(seconds))
+
+
+def _predict(
+    observed: Observed, which: int, answers: Array, categorical: Mask, at: gp.Points, choices: Choices
+) -> tuple[Array, Array]:
+    """Mean and standard deviation of the choices' answers, (n,) each: column `which` of the prior means, a constant,
+    and the process fitted to the residuals."""
+    known = ~np.isnan(answers)
+    prior = choices.prior[:, which]
+    if not known.any():
+        return prior, np.full(len(prior), gp.PRIOR_SCALE)
+    residuals = answers[known] - observed.prior[known, which]
+    constant = float(np.median(residuals))
+    mean, sd = gp.predict(gp.fit(observed.parameters[known], categorical, residuals - constant), categorical, at)
+    return prior + constant + mean, sd
+
+
+def _expected_improvement(mean: Array, sd: Array, objective: Callable[[Array], Array], best: float | None) -> Array:
+    """(n,): over the best so far; over the worst choice while nothing is feasible."""
+    centre = objective(mean)
+    spread = np.maximum((objective(mean + sd) - objective(mean - sd)) / 2, 1e-12)
+    z = (centre - (float(centre.min()) if best is None else best)) / spread
+    density = np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
+    return np.asarray(spread * (z * gp.normal_cdf(z) + density + _EI_FLOOR))
+
+
+def _p_runs(observed: Observed, categorical: Mask, at: gp.Points) -> Array:
+    """(n,): probability that a choice is feasible, from those that were and were not."""
+    if not observed.failed.any():
+        return np.ones(at.has.shape[1])
+    mean, sd = gp.predict(gp.fit(observed.parameters, categorical, observed.failed.astype(float)), categorical, at)
+    return gp.normal_cdf((0.5 - mean) / np.hypot(sd, 0.1))
+
+
+def most_valuable(values: Array, p_fits: Callable[[list[int]], Array], block: int = 64) -> int:
+    """Index of the largest value (n,) times the probability `p_fits` that the choice stays within the limit, which is
+    computed for `block` choices at a time, the most valuable first."""
+    best, chosen = -1.0, 0
+    order = np.argsort(-values, kind="stable")
+    for start in range(0, len(order), block):
+        rows = order[start : start + block]
+        if values[rows[0]] <= best:  # no probability can make one of the rest better
+            break
+        likely = values[rows] * p_fits(rows.tolist())
+        if likely.max() > best:
+            best, chosen = float(likely.max()), int(rows[likely.argmax()])
+    return chosen
+
+
+def subset(best_first: list[int], count: int) -> list[int]:
+    """At most FITTED of `count` trials, by index: half of them the best, a quarter the latest others, which lie where
+    the search looks now, and a quarter spread over all earlier ones, whose failures warn."""
+    if count <= FITTED:
+        return list(range(count))
+    best = best_first[: FITTED // 2]
+    others = sorted(set(range(count)) - set(best))
+    earlier, latest = others[: -FITTED // 4], others[-FITTED // 4 :]
+    wanted = min(len(earlier), FITTED - len(best) - len(latest))
+    return sorted([*best, *latest, *(earlier[i * len(earlier) // wanted] for i in range(wanted))])
