@@ -4,6 +4,7 @@ A predicted loss is for ranking only and is printed with its band. Also here: sc
 of the length of a training.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -78,9 +79,13 @@ def find_law(name: str) -> Law:
 
 def law_of(settings: SearchSettings) -> Law:
     """Law of a search, shifted to the user's data if that was calibrated."""
-    law = find_law(settings.law)
-    band = law.band if settings.law_band is None else settings.law_band
-    return replace(law, e=law.e + settings.law_offset, band=band)
+    return _shifted(settings.law, settings.law_offset, settings.law_band)
+
+
+@functools.cache
+def _shifted(name: str, offset: float, band: float | None) -> Law:
+    law = find_law(name)
+    return replace(law, e=law.e + offset, band=law.band if band is None else band)
 
 
 def raw_loss(law: Law, shape: Shape, tokens: float) -> float:

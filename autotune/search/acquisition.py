@@ -97,7 +97,7 @@ def _p_runs(observed: Observed, categorical: Mask, at: gp.Points) -> Array:
     return gp.normal_cdf((0.5 - mean) / np.hypot(sd, 0.1))
 
 
-def most_valuable(values: Array, p_fits: Callable[[list[int]], Array], block: int = 64) -> int:
+def most_valuable(values: Array, p_fits: Callable[[list[int]], Array], block: int = 16) -> int:
     """Index of the largest value (n,) times the probability `p_fits` that the choice stays within the limit, which is
     computed for `block` choices at a time, the most valuable first."""
     best, chosen = -1.0, 0

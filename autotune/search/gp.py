@@ -87,7 +87,9 @@ def fit(observed: Array, categorical: Mask, answers: Array) -> Process:
     """The process under whose kernel `answers` (m,) at `observed` (m, k) are most likely."""
     apart = _between(observed, categorical)
     kernel = _most_likely(apart, answers)
-    covariance = _covariances([kernel], np.exp(-apart / kernel.length))[0]
+    similarity = np.exp(-apart / kernel.length)
+    single, squares = (np.tensordot(kernel.weights**power, similarity**power, 1) for power in (1, 2))
+    covariance = _combined(single, squares, kernel.pairs, len(apart))
     chol = np.linalg.cholesky(covariance + _variance(kernel.noise) * np.eye(len(observed)))
     whitening = np.linalg.inv(chol)
     whitened = whitening @ answers
@@ -123,20 +125,25 @@ def noise_sd(process: Process) -> float:
 def _most_likely(apart: Array, answers: Array) -> Kernel:
     """The most likely kernel for distances (k, m, m): the best of a grid with equal weights, then the weight of one
     parameter after the other."""
-    best, highest = Kernel(weights=np.ones(len(apart)), length=1.0, pairs=1.0, noise=1.0), -math.inf
-    even = best
+    count = len(apart)
+    even = Kernel(weights=np.ones(count), length=1.0, pairs=1.0, noise=1.0)
+    best, highest = even, -math.inf
     for length in _LENGTHS:
         similarity = np.exp(-apart / length)
-        grid = [replace(even, length=length, pairs=pairs, noise=noise) for pairs in _PAIRS for noise in _NOISES]
-        for kernel, likelihood in zip(grid, _log_likelihoods(grid, similarity, answers), strict=True):
-            if likelihood > highest:
-                best, highest = kernel, likelihood
+        single, squares = similarity.sum(0), (similarity**2).sum(0)
+        kernels = [replace(even, length=length, pairs=pairs, noise=noise) for pairs in _PAIRS for noise in _NOISES]
+        by_pairs = [_combined(single, squares, pairs, count) for pairs in _PAIRS]
+        covariances = np.repeat(by_pairs, len(_NOISES), axis=0)
+        best, highest = _better(best, highest, kernels, covariances, answers)
     similarity = np.exp(-apart / best.length)
-    for parameter in range(len(apart)):
+    single, squares = similarity.sum(0), (similarity**2).sum(0)
+    for parameter, own in enumerate(similarity):
+        changes = [(single + (weight - 1) * own, squares + (weight**2 - 1) * own**2) for weight in _WEIGHTS]
+        covariances = np.array([_combined(*change, best.pairs, count) for change in changes])
         kernels = [replace(best, weights=_with(best.weights, parameter, weight)) for weight in _WEIGHTS]
-        for kernel, likelihood in zip(kernels, _log_likelihoods(kernels, similarity, answers), strict=True):
-            if likelihood > highest:
-                best, highest = kernel, likelihood
+        best, highest = _better(best, highest, kernels, covariances, answers)
+        if best in kernels:
+            single, squares = changes[kernels.index(best)]
     return best
 
 
@@ -146,18 +153,27 @@ def _with(weights: Array, parameter: int, weight: float) -> Array:
     return changed
 
 
+def _better(
+    best: Kernel, highest: float, kernels: Sequence[Kernel], covariances: Array, answers: Array
+) -> tuple[Kernel, float]:
+    """The most likely of the kernels, with its log likelihood, where that exceeds `highest`; else `best` again.
+    `covariances` (g, m, m): without noise."""
+    likelihoods = _log_likelihoods(kernels, covariances, answers)
+    first = int(np.argmax(likelihoods))
+    return (kernels[first], float(likelihoods[first])) if likelihoods[first] > highest else (best, highest)
+
+
 def _between(values: Array, categorical: Mask) -> Array:
     """Distances of all pairs of points in each parameter, (k, m, m)."""
     return distances(values.T[:, :, None], values.T[:, None, :], categorical[:, None, None])
 
 
-def _log_likelihoods(kernels: Sequence[Kernel], similarity: Array, answers: Array) -> list[float]:
-    """Log marginal likelihood of the answers (m,) and log prior of each kernel, up to one constant. `similarity`
-    (k, m, m): by parameter, 1 where equal. All kernels have the same length."""
+def _log_likelihoods(kernels: Sequence[Kernel], covariances: Array, answers: Array) -> Array:
+    """Log marginal likelihood of the answers (m,) and log prior of each kernel, (g,), up to one constant."""
     m = len(answers)
     # One more row, larger than the rest can explain: the last row of the Cholesky factor is then the whitened answers.
     bordered = np.zeros((len(kernels), m + 1, m + 1))
-    bordered[:, :m, :m] = _covariances(kernels, similarity)
+    bordered[:, :m, :m] = covariances
     bordered[:, range(m), range(m)] += [[_variance(kernel.noise)] for kernel in kernels]
     bordered[:, m, :m] = answers
     bordered[:, m, m] = 1.0 + 1e9 * float(answers @ answers)
@@ -167,15 +183,7 @@ def _log_likelihoods(kernels: Sequence[Kernel], similarity: Array, answers: Arra
     log_determinant = np.log(chol[:, range(m), range(m)]).sum(1)
     weights = np.array([kernel.weights for kernel in kernels])
     log_prior = -(np.log(weights) ** 2).sum(1) / (2 * 1.5**2)  # log-normal
-    return [float(p) for p in log_prior - log_determinant - 0.5 * (_PRIOR_WEIGHT + m) * np.log(scale)]
-
-
-def _covariances(kernels: Sequence[Kernel], similarity: Array) -> Array:
-    """Covariance of m points under g kernels, (g, m, m), from the similarity in each parameter (k, m, m)."""
-    weights, pairs = np.array([kernel.weights for kernel in kernels]), np.array([[kernel.pairs] for kernel in kernels])
-    count, m = similarity.shape[:2]
-    flat = similarity.reshape(count, -1)
-    return np.asarray(_combined(weights @ flat, weights**2 @ flat**2, pairs, count)).reshape(len(kernels), m, m)
+    return np.asarray(log_prior - log_determinant - 0.5 * (_PRIOR_WEIGHT + m) * np.log(scale))
 
 
 def _combined(single: Any, squares: Any, pairs: Any, count: int) -> Any:
