@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from autotune.config.assignments import LARGEST, Assignment, UnreadableError, Value, read_assignments
+from autotune.config.assignments import LARGEST, Statement, UnreadableError, Value, read_assignments
 from autotune.config.candidate import TRAINING_PARTS, Candidate, DType, Plan, Recipe, Shape, one_of
 from autotune.config.tables import read_table
 from autotune.errors import ConfigError, suggest
@@ -124,7 +124,7 @@ class _File:
         self.said: list[tuple[int, str]] = []
         statements, used = read_assignments(text, where, {**_KEYS, _OWN_DTYPE: ""})
         for one in statements:
-            if isinstance(one, Assignment):
+            if one.name:
                 self._assign(one, used)
             elif one.problem:
                 self.problems.append((one.line, one.problem))
@@ -136,7 +136,7 @@ class _File:
         if isinstance(asked, str) and registry.device_kind(asked) != registry.device_kind(device):
             self.said.append((self.lines["device"], f"device = {asked!r} is skipped: {device} is measured"))
 
-    def _assign(self, one: Assignment, used: set[str]) -> None:
+    def _assign(self, one: Statement, used: set[str]) -> None:
         key = one.name
         if key not in _KEYS:
             if key in used:  # another value refers to it

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainings import PLAN, settings
+from trainings import PLAN, changed, settings
 
 from autotune.config.candidate import Candidate, Checkpointing, Evaluation, Recipe, Shape, Tracking
 from autotune.data.shards import write_shard
@@ -49,6 +49,14 @@ def candidate(text: Path) -> Candidate:
         checkpointing=Checkpointing(checkpoint_interval=10),
         tracking=Tracking(log_interval=1),
     )
+
+
+@pytest.fixture(scope="session")
+def first_half(candidate: Candidate, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training of 20 iterations, to be copied and resumed."""
+    out = tmp_path_factory.mktemp("first_half") / "train"
+    train(settings(changed(candidate, max_iters=20), out))
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -324,7 +324,7 @@ def test_the_padding_can_be_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         found = theirs.eval()(TOKENS).logits
     assert found.shape == (3, 16, 50257)
     assert (found - logits(step.model)[..., :50257]).abs().max() < 1e-4
-    with pytest.raises(ConfigError, match="--cut-vocab is for --to hf"):
+    with pytest.raises(ConfigError, match="--cut-vocab needs --to hf"):
         export(checkpoint, "nanogpt", tmp_path / "x", cut_vocab=True)
     _, small = checkpoint_of(TINY, tmp_path / "small")
     with pytest.raises(ConfigError, match="a vocabulary of 256 is not GPT-2's 50257 padded"):

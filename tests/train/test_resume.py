@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -78,10 +79,10 @@ def test_compiled_steps_resume_exactly(candidate: Candidate, tmp_path: Path) -> 
 
 
 def test_a_damaged_checkpoint_falls_back(
-    candidate: Candidate, whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    candidate: Candidate, first_half: Path, whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "train"
-    train(settings(changed(candidate, max_iters=20), out))
+    shutil.copytree(first_half, out, symlinks=True)
     damaged = checkpoints(out / "checkpoints")[-1] / "optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     train(settings(candidate, out, resume=True))
@@ -94,9 +95,11 @@ def test_a_damaged_checkpoint_falls_back(
 
 
 @pytest.mark.parametrize("file_bytes", [100_000, 600_000])  # the weights do not fit; the optimizer state does not
-def test_a_full_disk_loses_nothing(file_bytes: int, candidate: Candidate, whole: Whole, tmp_path: Path) -> None:
+def test_a_full_disk_loses_nothing(
+    file_bytes: int, candidate: Candidate, first_half: Path, whole: Whole, tmp_path: Path
+) -> None:
     out = tmp_path / "train"
-    train(settings(changed(candidate, max_iters=20), out))
+    shutil.copytree(first_half, out, symlinks=True)
     with disk_of(file_bytes), pytest.raises(CheckpointError, match=r"File too large.*free space"):
         train(settings(candidate, out, resume=True))
     names = {path.name for path in (out / "checkpoints").iterdir()}
@@ -169,10 +172,12 @@ def test_a_checkpoint_of_a_later_version_is_refused(candidate: Candidate, tmp_pa
     assert state.read_text() == later
 
 
-def test_a_training_of_version_0_1_0_goes_on(candidate: Candidate, whole: Whole, tmp_path: Path) -> None:
+def test_a_training_of_version_0_1_0_goes_on(
+    candidate: Candidate, first_half: Path, whole: Whole, tmp_path: Path
+) -> None:
     """It wrote checkpoints of format 1, whose recipe has the settings of evaluation, checkpoints and trackers."""
     out = tmp_path / "train"
-    train(settings(changed(candidate, max_iters=20), out))
+    shutil.copytree(first_half, out, symlinks=True)
     for path in checkpoints(out / "checkpoints"):
         body = json.loads((path / "state.json").read_text())["body"]
         old = body["train"]["candidate"]
@@ -238,10 +243,10 @@ def test_nohup_holds_in_training(candidate: Candidate, tmp_path: Path) -> None:
 
 
 def test_garbage_in_the_log_is_dropped_with_a_warning_on_resume(
-    candidate: Candidate, whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    candidate: Candidate, first_half: Path, whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "train"
-    train(settings(changed(candidate, max_iters=20), out))
+    shutil.copytree(first_half, out, symlinks=True)
     log = out / "train_log.csv"
     log.write_text(log.read_text().replace("\n5,", "\ngarbage\n5,"))
     train(settings(candidate, out, resume=True))
