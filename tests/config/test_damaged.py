@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fake_machine import CUDA, Machine, settings
 
-from autotune.config.search import read_settings
+from autotune.config.search_settings import read_settings
 from autotune.config.toml import parse_candidate, read_candidate
 from autotune.data.manifest import read_manifest
 from autotune.errors import AutotuneError, ConfigError, DataError, one_line, shown

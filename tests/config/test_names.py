@@ -8,7 +8,7 @@ from fake_machine import CUDA, settings
 
 from autotune.config.candidate import Candidate, Checkpointing, Recipe, Tracking
 from autotune.config.nanogpt import format_nanogpt, parse_nanogpt
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.config.toml import parse_candidate
 from autotune.errors import ConfigError
 

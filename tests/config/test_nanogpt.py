@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from autotune.cli import run
 from autotune.config.candidate import Candidate, Checkpointing, Evaluation, Plan, Recipe, Shape, Tracking
 from autotune.config.nanogpt import DEFAULTS, format_nanogpt, parse_nanogpt, read_nanogpt
-from autotune.config.search import read_settings, write_settings
+from autotune.config.search_settings import read_settings, write_settings
 from autotune.errors import ConfigError
 from autotune.search.loop import rebuild, search
 from autotune.search.resolve import resolve

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.config.candidate import Candidate, Checkpointing, Evaluation, Plan, Recipe, Shape, Tracking
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.config.tables import read_table
 from autotune.config.toml import CandidateFile, format_candidate, parse_candidate, read_candidate
 from autotune.errors import ConfigError

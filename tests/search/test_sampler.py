@@ -12,7 +12,7 @@ import pytest
 from fake_machine import CUDA, answer, settings
 
 from autotune.config.candidate import Candidate
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.measure.types import Status, TrialRequest, TrialResult
 from autotune.runs.objective import maximised, score
 from autotune.runs.records import TrialRecord
