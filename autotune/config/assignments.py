@@ -58,16 +58,16 @@ def read_assignments(text: str, where: str, known: Mapping[str, Value]) -> tuple
     except (ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{where} is not a nanoGPT config file: {error}; write key = value lines") from None
     scope = dict(known)
-    found: list[Statement] = []
+    statements: list[Statement] = []
     for statement in tree.body:
         for one in _read(statement, scope):
             if one.name:
                 scope.pop(one.name, None)
                 if not one.problem:
                     scope[one.name] = one.value
-            found.append(one)
+            statements.append(one)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    return found, names
+    return statements, names
 
 
 def _read(statement: ast.stmt, scope: Mapping[str, Value]) -> Iterator[Statement]:

@@ -181,13 +181,13 @@ class _File:
                     self.problem(key, _by_key(error))
 
     def raise_problems(self) -> None:
-        found = sorted(set(self.problems))
-        texts = [f"line {line}: {what}" if line else what for line, what in found[:_MOST_PROBLEMS]]
-        if len(found) == 1:
+        problems = sorted(set(self.problems))
+        texts = [f"line {line}: {what}" if line else what for line, what in problems[:_MOST_PROBLEMS]]
+        if len(problems) == 1:
             raise ConfigError(f"{self.where}, {texts[0]}")
-        if found:
-            rest = [f"and {len(found) - _MOST_PROBLEMS} more"] if len(found) > _MOST_PROBLEMS else []
-            raise ConfigError(f"{len(found)} problems in {self.where}: {'; '.join([*texts, *rest])}")
+        if problems:
+            rest = [f"and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
+            raise ConfigError(f"{len(problems)} problems in {self.where}: {'; '.join([*texts, *rest])}")
 
     def notes(self) -> tuple[str, ...]:
         notes = [f"{self.where}, line {line}: {what}" for line, what in sorted(self.said)]
