@@ -10,15 +10,16 @@ from pathlib import Path
 from autotune.errors import ConfigError, one_line
 
 
-def read_text(path: Path, hint: str) -> str:
-    """Text of a file that the user named. Raises ConfigError, with `hint` if it does not exist."""
+def read_text(path: Path, advice: str = "") -> str:
+    """The text of a file. Raises ConfigError, which ends with `advice`."""
+    end = f"; {advice}" if advice else ""
     try:
         return path.read_text(encoding="utf-8-sig")  # Windows editors write a byte order mark
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; {hint}") from None
+        raise ConfigError(f"{path} does not exist{end}") from None
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise ConfigError(f"{path} cannot be read: {one_line(reason)}") from None
+        raise ConfigError(f"{path} cannot be read: {one_line(reason)}{end}") from None
 
 
 def write_atomically(path: Path, *parts: str | bytes | memoryview, temporary: Path | None = None) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from autotune.config.candidate import Candidate
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
 from autotune.measure.types import MemoryView, TrialRequest, TrialResult
 from autotune.search.resolve import resolve

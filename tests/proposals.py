@@ -7,7 +7,7 @@ import optuna
 from fake_machine import CUDA, answer
 
 from autotune.config.candidate import Candidate
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.memory.model import MemoryModel, calibrate

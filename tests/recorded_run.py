@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
-from autotune.config.search import Objective, SearchSettings, write_settings
+from autotune.config.search_settings import Objective, SearchSettings, write_settings
 from autotune.config.toml import CandidateFile, format_candidate
 from autotune.environment import Environment
 from autotune.measure.types import MemoryView, TrialResult

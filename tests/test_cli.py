@@ -15,7 +15,7 @@ from recorded_run import candidate, write_run
 
 import autotune
 from autotune import cli
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.errors import CheckpointError, NoFeasibleError
 
 ROOT = Path(autotune.__file__).parent.parent

@@ -26,34 +26,24 @@ _EXPRESSION = "only literals and arithmetic are read, code is not run; write the
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """A name and the value that a statement assigns to it."""
+class Statement:
+    """An assignment, or a statement that assigns nothing that can be read."""
 
     line: int
-    name: str
+    name: str = ""
+    """The assigned name; empty for other statements."""
     value: Value = None
     problem: str = ""
-    """Why the value is unknown; empty if it is known."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Statement:
-    """A statement without an assignment that can be read."""
-
-    line: int
-    problem: str = ""
-    """Why the file cannot be read without running it; empty if the statement cannot matter."""
+    """Why the value is unknown, or why the file cannot be read without running it; empty if neither is so."""
     code: str = ""
-    """The statement, shortened."""
+    """A statement that cannot matter, shortened."""
 
 
 class UnreadableError(Exception):
     """A value that is not read, with the reason."""
 
 
-def read_assignments(
-    text: str, where: str, known: Mapping[str, Value]
-) -> tuple[list[Assignment | Statement], set[str]]:
+def read_assignments(text: str, where: str, known: Mapping[str, Value]) -> tuple[list[Statement], set[str]]:
     """Every statement of a file that matters, in order, and the names that its expressions use.
 
     known: values of predefined names (and of conditional expressions, as ast.unparse writes them).
@@ -68,19 +58,19 @@ def read_assignments(
     except (ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{where} is not a nanoGPT config file: {error}; write key = value lines") from None
     scope = dict(known)
-    found: list[Assignment | Statement] = []
+    statements: list[Statement] = []
     for statement in tree.body:
         for one in _read(statement, scope):
-            if isinstance(one, Assignment):
+            if one.name:
                 scope.pop(one.name, None)
                 if not one.problem:
                     scope[one.name] = one.value
-            found.append(one)
+            statements.append(one)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    return found, names
+    return statements, names
 
 
-def _read(statement: ast.stmt, scope: Mapping[str, Value]) -> Iterator[Assignment | Statement]:
+def _read(statement: ast.stmt, scope: Mapping[str, Value]) -> Iterator[Statement]:
     line = statement.lineno
     match statement:
         case ast.Assign(targets=targets, value=value):
@@ -120,17 +110,15 @@ def _code(statement: ast.stmt) -> str:
     return code if len(code) <= 60 else code[:57] + "..."
 
 
-def _assign(
-    target: ast.expr, value: ast.expr, scope: Mapping[str, Value], line: int
-) -> Iterator[Assignment | Statement]:
+def _assign(target: ast.expr, value: ast.expr, scope: Mapping[str, Value], line: int) -> Iterator[Statement]:
     match target, value:
         case ast.Name(id=name), _:
             try:
-                yield Assignment(line=line, name=name, value=_evaluate(value, scope))
+                yield Statement(line=line, name=name, value=_evaluate(value, scope))
             except UnreadableError as error:
-                yield Assignment(line=line, name=name, problem=str(error))
+                yield Statement(line=line, name=name, problem=str(error))
             except RecursionError:
-                yield Assignment(line=line, name=name, problem="it is nested too deeply; write the value itself")
+                yield Statement(line=line, name=name, problem="it is nested too deeply; write the value itself")
         case ast.Tuple(elts=targets), ast.Tuple(elts=values) if len(targets) == len(values):
             for one, its_value in zip(targets, values, strict=True):
                 yield from _assign(one, its_value, scope, line)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from autotune.config.assignments import LARGEST, Assignment, UnreadableError, Value, read_assignments
+from autotune.config.assignments import LARGEST, Statement, UnreadableError, Value, read_assignments
 from autotune.config.candidate import TRAINING_PARTS, Candidate, DType, Plan, Recipe, Shape, one_of
 from autotune.config.tables import read_table
 from autotune.errors import ConfigError, suggest
@@ -124,7 +124,7 @@ class _File:
         self.said: list[tuple[int, str]] = []
         statements, used = read_assignments(text, where, {**_KEYS, _OWN_DTYPE: ""})
         for one in statements:
-            if isinstance(one, Assignment):
+            if one.name:
                 self._assign(one, used)
             elif one.problem:
                 self.problems.append((one.line, one.problem))
@@ -136,7 +136,7 @@ class _File:
         if isinstance(asked, str) and registry.device_kind(asked) != registry.device_kind(device):
             self.said.append((self.lines["device"], f"device = {asked!r} is skipped: {device} is measured"))
 
-    def _assign(self, one: Assignment, used: set[str]) -> None:
+    def _assign(self, one: Statement, used: set[str]) -> None:
         key = one.name
         if key not in _KEYS:
             if key in used:  # another value refers to it
@@ -181,13 +181,13 @@ class _File:
                     self.problem(key, _by_key(error))
 
     def raise_problems(self) -> None:
-        found = sorted(set(self.problems))
-        texts = [f"line {line}: {what}" if line else what for line, what in found[:_MOST_PROBLEMS]]
-        if len(found) == 1:
+        problems = sorted(set(self.problems))
+        texts = [f"line {line}: {what}" if line else what for line, what in problems[:_MOST_PROBLEMS]]
+        if len(problems) == 1:
             raise ConfigError(f"{self.where}, {texts[0]}")
-        if found:
-            rest = [f"and {len(found) - _MOST_PROBLEMS} more"] if len(found) > _MOST_PROBLEMS else []
-            raise ConfigError(f"{len(found)} problems in {self.where}: {'; '.join([*texts, *rest])}")
+        if problems:
+            rest = [f"and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
+            raise ConfigError(f"{len(problems)} problems in {self.where}: {'; '.join([*texts, *rest])}")
 
     def notes(self) -> tuple[str, ...]:
         notes = [f"{self.where}, line {line}: {what}" for line, what in sorted(self.said)]

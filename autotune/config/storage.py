@@ -58,11 +58,11 @@ def _parsed(url: str) -> "sqlalchemy.URL":
 
 def secrets_in(texts: Iterable[str]) -> set[str]:
     """The passwords in these texts, as written and decoded, and those in the environment."""
-    found = {os.environ.get(name, "") for name in (PASSWORD_VARIABLE, "PGPASSWORD")}
+    secrets = {os.environ.get(name, "") for name in (PASSWORD_VARIABLE, "PGPASSWORD")}
     for text in texts:
         for match in _IN_TEXT.finditer(text):
-            found |= {secret := match["login"] or match["query"], unquote(secret)}
-    return found - {""}
+            secrets |= {secret := match["login"] or match["query"], unquote(secret)}
+    return secrets - {""}
 
 
 def scrub(text: str, secrets: Iterable[str]) -> str:

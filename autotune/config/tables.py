@@ -5,45 +5,47 @@ import math
 import sys
 import tomllib
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from autotune.errors import SHOWN, ConfigError, one_line, shown, suggest
+from autotune.files import read_text
 
 T = TypeVar("T")
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
     """The tables of a TOML text that messages call `where`. Raises ConfigError."""
-    try:
-        return tomllib.loads(text.removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits raises a plain ValueError
-        raise ConfigError(f"{where} is not valid TOML: {_reason(error)}") from None
+    tables: dict[str, Any] = _parsed(tomllib.loads, text.removeprefix("\ufeff"), f"{where} is not valid TOML", "")
+    return tables
 
 
 def parse_json(text: str, where: str, advice: str = "") -> Any:
     """The value of a JSON text that messages call `where`. Raises ConfigError, which ends with `advice`."""
-    try:
-        return json.loads(text, parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} cannot be read: it is not JSON: {_reason(error)}{_and(advice)}") from None
+    loads = partial(json.loads, parse_float=_finite, parse_constant=_finite)
+    return _parsed(loads, text, f"{where} cannot be read: it is not JSON", advice)
 
 
 def read_json(path: Path, advice: str = "") -> dict[str, Any]:
-    """The object in a JSON file. Raises ConfigError, with `advice`, for a file that is missing, damaged or holds
-    something else."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist{_and(advice)}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {_reason(error)}{_and(advice)}") from None
-    value = parse_json(text, str(path), advice)
+    """The object in a JSON file. Raises ConfigError, which ends with `advice`."""
+    value = parse_json(read_text(path, advice), str(path), advice)
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} is damaged: it holds {shown(value)}, not an object{_and(advice)}")
+        end = f"; {advice}" if advice else ""
+        raise ConfigError(f"{path} is damaged: it holds {shown(value)}, not an object{end}")
     return value
+
+
+def _parsed(loads: Callable[[str], Any], text: str, problem: str, advice: str) -> Any:
+    try:
+        return loads(text)
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits raises a plain ValueError
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(str(error))
+        reason = "a number has too many digits" if "integer string conversion" in reason else reason
+        end = f"; {advice}" if advice else ""
+        raise ConfigError(f"{problem}: {reason}{end}") from None
 
 
 def _finite(word: str) -> float:
@@ -51,17 +53,6 @@ def _finite(word: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{one_line(word, SHOWN)} is not a finite number")
     return number
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return "a number has too many digits" if "integer string conversion" in reason else one_line(reason)
-
-
-def _and(advice: str) -> str:
-    return f"; {advice}" if advice else ""
 
 
 LARGEST = 2**63 - 1
@@ -84,7 +75,7 @@ def read_table(cls: type[T], table: Mapping[str, Any] | None, where: str) -> T:
     """
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{where} = {shown(table)} is not a table")
+        raise ConfigError(f"{where} = {shown(table)} is not a table; write it as [{where}]")
     table = getattr(cls, "upgrade", dict)(table)
     check_keys(table, known, where)
     hints = get_type_hints(cls)
@@ -99,8 +90,6 @@ def read_table(cls: type[T], table: Mapping[str, Any] | None, where: str) -> T:
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} = {shown(value)} is not a table; write it as [{where}]")
         return read_table(hint, value, where)  # type: ignore[arg-type]
     if hint is Any:
         return value

@@ -15,7 +15,7 @@ from typing import Any
 
 from autotune import files
 from autotune.config.nanogpt import format_nanogpt
-from autotune.config.search import SearchSettings, write_settings
+from autotune.config.search_settings import SearchSettings, write_settings
 from autotune.config.tables import read_json
 from autotune.config.toml import BEST_TOML, CandidateFile, format_candidate
 from autotune.environment import Environment, differences

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from autotune.config.candidate import Candidate, Shape
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.errors import ConfigError, suggest
 from autotune.runs.records import TrialRecord
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import pandas as pd
 
 from autotune.config.candidate import Plan, Recipe, Shape
-from autotune.config.search import SearchSettings, read_settings
+from autotune.config.search_settings import SearchSettings, read_settings
 from autotune.config.tables import read_json, read_table
 from autotune.config.toml import BEST_TOML, CandidateFile, read_candidate
 from autotune.config.train_settings import SUMMARY, TRAINING

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.measure.types import Steps
 from autotune.runs.objective import best_first, maximised
 from autotune.runs.records import TrialRecord

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autotune.config.candidate import Candidate, Shape
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.config.toml import CandidateFile, format_candidate
 from autotune.config.train_settings import SUMMARY
 from autotune.environment import child_command, worker_environment

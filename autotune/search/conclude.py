@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
 from autotune.measure.types import PEAK_VIEWS, TrialResult
 from autotune.runs.objective import law_of, maximised, pareto_front

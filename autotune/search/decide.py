@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.runs.objective import best_first, interval, maximised, score
 from autotune.runs.records import TrialRecord
 from autotune.runs.verdict import Speed, Verdict

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autotune.config.candidate import Candidate
-from autotune.config.search import SearchSettings, read_settings
+from autotune.config.search_settings import SearchSettings, read_settings
 from autotune.environment import Environment
 from autotune.errors import ConfigError, InterruptedByUser, MachineError, NoFeasibleError
 from autotune.measure.runner import run_trial

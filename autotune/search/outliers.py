@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.runs.objective import best_first, maximised, score
 from autotune.runs.records import TrialRecord
 from autotune.search import acquisition, gp

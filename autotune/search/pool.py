@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.config.candidate import Candidate
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.measure.types import Z95
 from autotune.memory.model import MemoryModel, predictions
 from autotune.runs.objective import best_first, maximised, score

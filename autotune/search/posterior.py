@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.measure.types import Z95
 from autotune.runs.objective import maximised, score
 from autotune.runs.records import TrialRecord

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from autotune.config.candidate import Candidate
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
 from autotune.memory.model import MemoryModel
 from autotune.runs.records import TrialRecord

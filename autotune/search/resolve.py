@@ -9,7 +9,7 @@ from typing import cast
 
 from autotune.config.candidate import TRAINING_PARTS, Plan, Recipe, Shape, at_least, parse_shape
 from autotune.config.nanogpt import NanoGPTFile, dataset_dir, nanogpt_dtype, read_nanogpt
-from autotune.config.search import Objective, SearchSettings
+from autotune.config.search_settings import Objective, SearchSettings
 from autotune.data.batches import open_batches
 from autotune.data.sources import how_to_prepare
 from autotune.data.vocabulary import check_ids, data_vocabulary

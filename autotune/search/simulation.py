@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.config.candidate import Candidate
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.config.tables import read_table
 from autotune.environment import Environment
 from autotune.errors import ConfigError, NoFeasibleError

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from autotune.config.candidate import Candidate, DType, Plan, Recipe, Shape, one_of
 from autotune.config.presets import guide_row
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
 from autotune.kernels import registry
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.config.tables import parse_json, read_json, read_table
 from autotune.environment import Environment
 from autotune.errors import ConfigError, one_line, shown

@@ -48,10 +48,10 @@ def export(path: Path, to: str, out: Path, *, cut_vocab: bool = False) -> str:
     Raises ConfigError or CheckpointError, with nothing left behind.
     """
     one_of("--to", to, ("hf", "nanogpt"))
-    found = find_checkpoint(path)
+    checkpoint = find_checkpoint(path)
     if cut_vocab and to != "hf":
         raise ConfigError(f"--cut-vocab needs --to hf; for {to} the padding is kept, as nanoGPT needs it to resume")
-    words = found.state.candidate.shape.vocab_size
+    words = checkpoint.state.candidate.shape.vocab_size
     if cut_vocab and words < VOCAB_SIZE:
         raise ConfigError(f"--cut-vocab: a vocabulary of {words} is not GPT-2's {VOCAB_SIZE} padded; leave it out")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -60,11 +60,8 @@ def export(path: Path, to: str, out: Path, *, cut_vocab: bool = False) -> str:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        note = (
-            _write_hf(found, temporary, VOCAB_SIZE if cut_vocab else words)
-            if to == "hf"
-            else _write_nanogpt(found, temporary)
-        )
+        rows = VOCAB_SIZE if cut_vocab else words
+        note = _write_hf(checkpoint, temporary, rows) if to == "hf" else _write_nanogpt(checkpoint, temporary)
         temporary.replace(out)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out {out} cannot be written: {error}; give another directory") from None
@@ -73,10 +70,10 @@ def export(path: Path, to: str, out: Path, *, cut_vocab: bool = False) -> str:
     return note
 
 
-def _write_hf(found: Checkpoint, directory: Path, words: int) -> str:
+def _write_hf(checkpoint: Checkpoint, directory: Path, words: int) -> str:
     """words: number of embedding rows to write."""
-    shape, weights = found.state.candidate.shape, {}
-    for name, tensor in load_model(found, _CPU).state_dict().items():
+    shape, weights = checkpoint.state.candidate.shape, {}
+    for name, tensor in load_model(checkpoint, _CPU).state_dict().items():
         weights[f"transformer.{name}"] = (tensor.T if name.endswith(_CONV1D) else tensor).contiguous()
         if not shape.bias and name not in ("wte.weight", "wpe.weight"):  # GPT-2 always has biases
             weights[f"transformer.{name.removesuffix('weight')}bias"] = torch.zeros(len(tensor))
@@ -85,22 +82,13 @@ def _write_hf(found: Checkpoint, directory: Path, words: int) -> str:
     ours = shape.vocab_size >= VOCAB_SIZE
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), END_OF_TEXT if ours else None)
     config = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": "float32",
         "activation_function": "gelu",  # GPT-2's own is the tanh approximation, gelu_new
-        "vocab_size": words,
-        "n_positions": shape.block_size,
-        "n_embd": shape.n_embd,
-        "n_layer": shape.n_layer,
-        "n_head": shape.n_head,
-        "attn_pdrop": shape.dropout,
-        "embd_pdrop": shape.dropout,
-        "resid_pdrop": shape.dropout,
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
-        **ends,
-        "dtype": "float32",
-    }
+        "vocab_size": words, "n_positions": shape.block_size,
+        **{name: getattr(shape, name) for name in ("n_embd", "n_layer", "n_head")},
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), shape.dropout),
+        "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, **ends,
+    }  # fmt: skip
     for name, content in (("config.json", config), ("generation_config.json", ends)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
     if not ours:
@@ -113,16 +101,16 @@ def _write_hf(found: Checkpoint, directory: Path, words: int) -> str:
     return ""
 
 
-def _write_nanogpt(found: Checkpoint, directory: Path) -> str:
+def _write_nanogpt(checkpoint: Checkpoint, directory: Path) -> str:
     """Write the keys that nanoGPT's train.py saves: tensors, numbers and text only."""
-    candidate, state = found.state.candidate, found.state
+    candidate, state = checkpoint.state.candidate, checkpoint.state
     own = candidate.recipe.optimizer == "adamw"
     recipe = candidate.recipe if own else replace(candidate.recipe, optimizer="adamw")
     step = build(Candidate(recipe=recipe, plan=INFERENCE), _CPU)
     if own:
-        found.restore(step)
+        checkpoint.restore(step)
     else:
-        found.load_weights(step.model)
+        checkpoint.load_weights(step.model)
     weights = {f"transformer.{name}": tensor for name, tensor in step.model.state_dict().items()}
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     saved = {
@@ -154,7 +142,7 @@ def load_initial(path: Path, model: GPT) -> tuple[str, ...]:
         raise CheckpointError(f"{path} cannot be read: {reason}; give another --init-from") from None
     check_finite(weights, path)
     if (shape := model.shape).n_head != (heads or shape.n_head):
-        raise CheckpointError(f"{path} has another shape: {heads} heads; set model.n_head = {heads}")
+        raise CheckpointError(f"{path} has another shape: it has {heads} heads; set model.n_head = {heads}")
     advice = _advice(weights, model)
     for name, parameter in model.named_parameters():
         tensor = weights.pop(name, torch.zeros_like(parameter) if name.endswith("bias") else None)
@@ -174,7 +162,7 @@ def load_initial(path: Path, model: GPT) -> tuple[str, ...]:
 def _advice(weights: Mapping[str, Tensor], model: GPT) -> str:
     """Advice: the values of [model] that the weights need."""
     words, positions = (weights.get(name, torch.empty(0)) for name in ("wte.weight", "wpe.weight"))
-    found: dict[str, int | bool] = {
+    needed: dict[str, int | bool] = {
         "n_layer": len({name.split(".")[1] for name in weights if name.startswith("h.")}),
         "n_embd": words.shape[-1],
         "block_size": min(len(positions), model.shape.block_size),
@@ -182,8 +170,8 @@ def _advice(weights: Mapping[str, Tensor], model: GPT) -> str:
         "bias": any(name.endswith("bias") for name in weights) or model.shape.bias,
     }
     if len(words) >= VOCAB_SIZE:  # padded there and here
-        found["vocab_size"] = max(len(words), model.shape.vocab_size)
-    differ = [f"{key} = {value}".lower() for key, value in found.items() if value and value != vars(model.shape)[key]]
+        needed["vocab_size"] = max(len(words), model.shape.vocab_size)
+    differ = [f"{key} = {value}".lower() for key, value in needed.items() if value and value != vars(model.shape)[key]]
     return f"set {', '.join(differ)} in [model]" if differ else "change [model]"
 
 
@@ -204,8 +192,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], int | None, tuple[str, 
             "weights, or a checkpoint"
         )
     if not (path / "config.json").exists():
-        found = find_checkpoint(path)
-        return dict(load_model(found, _CPU).state_dict()), found.state.candidate.shape.n_head, ()
+        checkpoint = find_checkpoint(path)
+        return dict(load_model(checkpoint, _CPU).state_dict()), checkpoint.state.candidate.shape.n_head, ()
     return _read_transformers(path)
 
 
@@ -239,11 +227,10 @@ def _weight_files(path: Path) -> list[Path]:
         if index.exists():
             listed = json.loads(index.read_text())
             shards = listed.get("weight_map") if isinstance(listed, dict) else None
-            if not isinstance(shards, dict) or not all(
-                isinstance(s, str) and Path(s).name == s for s in shards.values()
-            ):
+            names = shards.values() if isinstance(shards, dict) else [None]
+            if not all(isinstance(shard, str) and Path(shard).name == shard for shard in names):
                 raise ValueError(f"{index.name} has no weight_map of files in its directory")
-            files = [path / shard for shard in sorted(set(shards.values()))]
+            files = [path / shard for shard in sorted(set(names))]
             if missing := [file.name for file in files if not file.exists()]:
                 raise ValueError(f"{missing[0]} is missing, which {index.name} lists")
             return files
@@ -265,11 +252,10 @@ def _load_pickled(path: Path) -> object:
             foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:3]
         except Exception:  # damaged, as above
             foreign = []
+    problem = f"is damaged, or not a file of torch.save with tensors and plain values ({kind})"
     if foreign:
-        held = f"holds Python objects ({', '.join(foreign)}), which could run code and are not loaded"
-    else:
-        held = f"is damaged, or not a file of torch.save with tensors and plain values ({kind})"
-    raise CheckpointError(f"{path} {held}; give weights saved as torch.save({{'model': model.state_dict()}}, file)")
+        problem = f"holds Python objects ({', '.join(foreign)}), which could run code and are not loaded"
+    raise CheckpointError(f"{path} {problem}; give weights saved as torch.save({{'model': model.state_dict()}}, file)")
 
 
 def _number(kind: np.dtype[Any], content: bytes) -> object:

@@ -127,24 +127,20 @@ def compare(measured: Mapping[str, Any], trained: Mapping[str, Any], device: str
     where those are wider. Peaks: within 1 %, in both directions. On the CPU the device's view is left out: the
     resident size is mostly the program's libraries.
     """
-    before, now = measured.get("tokens_per_second"), trained["tokens_per_second"]
-    if before and now is not None:
-        ci95 = measured.get("training_tokens_per_second_ci95") or measured.get("tokens_per_second_ci95") or 0.0
-        allowed = max(SPEED_TOLERANCE, math.hypot(ci95, trained["tokens_per_second_ci95"] or 0.0) / before)
-        yield _compared("tokens/s", before, now, "{:,.0f}".format, f"{allowed:.1%}", allowed)
-    for view in ("allocated",) if device == "cpu" else ("allocated", "device"):
-        before, now = (figures.get(f"peak_{view}_bytes") for figures in (measured, trained))
+    ci95 = measured.get("training_tokens_per_second_ci95") or measured.get("tokens_per_second_ci95") or 0.0
+    both = math.hypot(ci95, trained.get("tokens_per_second_ci95") or 0.0)
+    speed_tolerance = max(SPEED_TOLERANCE, both / (measured.get("tokens_per_second") or math.inf))
+    figures: list[tuple[str, str, Callable[[Any], str], float]] = [
+        ("tokens/s", "tokens_per_second", "{:,.0f}".format, speed_tolerance),
+        ("peak memory, allocated", "peak_allocated_bytes", format_bytes, PEAK_TOLERANCE),
+        ("peak memory, device", "peak_device_bytes", format_bytes, PEAK_TOLERANCE),
+    ]
+    for name, key, show, allowed in figures[: 2 if device == "cpu" else 3]:
+        before, now = measured.get(key), trained.get(key)
         if before and now is not None:
-            allowed = PEAK_TOLERANCE
-            yield _compared(f"peak memory, {view}", before, now, format_bytes, f"{allowed:.0%}", allowed)
-
-
-def _compared(
-    name: str, before: float, now: float, show: Callable[[Any], str], tolerance: str, allowed: float
-) -> tuple[str, bool]:
-    change = now / before - 1
-    text = f"{name}: {show(before)} measured, {show(now)} in training ({change:+.1%}, expected within ±{tolerance})"
-    return text, abs(change) <= allowed
+            change = now / before - 1
+            text = f"{name}: {show(before)} measured, {show(now)} in training"
+            yield f"{text} ({change:+.1%}, expected within ±{100 * allowed:.2g}%)", abs(change) <= allowed
 
 
 class TrainProgress(Progress):
@@ -296,13 +292,11 @@ def tracker_notes(tracking: Tracking) -> tuple[str, ...]:
 
 
 def _tracker_problems(tracking: Tracking) -> list[str]:
-    packages = {"wandb": tracking.wandb_log, "tensorboard": tracking.tensorboard}
-    keys = {"wandb": "wandb_log", "tensorboard": "tensorboard"}
     problems = [
-        f"training.{keys[package]} = true needs the package {package}; "
-        f"run `pip install nanogpt-autotune[{package}]`, or set it to false"
-        for package, wanted in packages.items()
-        if wanted and not _installed(package)
+        f"training.{key} = true needs the package {package}; run `pip install nanogpt-autotune[{package}]`, "
+        "or set it to false"
+        for key, package in (("wandb_log", "wandb"), ("tensorboard", "tensorboard"))
+        if getattr(tracking, key) and not _installed(package)
     ]
     mode = os.environ.get("WANDB_MODE") or "online"
     if tracking.wandb_log and mode not in _WANDB_MODES:

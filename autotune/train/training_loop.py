@@ -51,12 +51,9 @@ def run(settings: TrainSettings, context: DistributedContext, notes: tuple[str, 
     by_rank = context.world_size > 1 and settings.device != "cpu" and torch.cuda.is_available()
     machine = describe(f"cuda:{context.local_rank}" if by_rank else settings.device)
     data = open_batches(
-        Path(recipe.data),
-        seed=recipe.seed,
-        global_batch_size=recipe.global_batch_size,
-        block_size=shape.block_size,
-        vocab_size=shape.vocab_size,
-    )
+        Path(recipe.data), seed=recipe.seed, global_batch_size=recipe.global_batch_size,
+        block_size=shape.block_size, vocab_size=shape.vocab_size,
+    )  # fmt: skip
     device = torch.device(machine.device)
     meter = MemoryMeter(device, lambda: step.state_bytes())  # before this process has a CUDA context
     step = build(candidate, device)
@@ -146,6 +143,11 @@ class Training:
         """Wall clock of this process's part of the training."""
         return time.monotonic() - self.started
 
+    @property
+    def seconds(self) -> float:
+        """Wall clock so far, over all resumptions."""
+        return self.seconds_before + self.process_seconds
+
     def run(self) -> TrainSummary | None:
         """Train to the end and write the summary."""
         stopped_by: StoppedBy = "max_iters"
@@ -221,11 +223,8 @@ class Training:
         """The iteration at which something other than a step is due."""
         if stage == "first_step" or stage not in self.meter.views():
             return self.iteration + 1
-        intervals = (
-            self.candidate.tracking.log_interval,
-            self.candidate.evaluation.eval_interval,
-            self.candidate.checkpointing.checkpoint_interval,
-        )
+        one = self.candidate
+        intervals = one.tracking.log_interval, one.evaluation.eval_interval, one.checkpointing.checkpoint_interval
         return min(self.recipe.max_iters, *((self.iteration // interval + 1) * interval for interval in intervals))
 
     def _measured(self, stage: Stage) -> AbstractContextManager[None]:
@@ -359,19 +358,11 @@ class Training:
         speed = None if mean is None else self.recipe.tokens_per_step / mean
         waited, self.waited_before = self.batches.waited_seconds - self.waited_before, self.batches.waited_seconds
         row = LogRow(
-            iteration=self.iteration,
-            tokens=self.iteration * self.recipe.tokens_per_step,
-            train_loss=loss,
-            validation_loss=validation_loss,
-            lr=lr,
-            grad_norm=norm,
-            tokens_per_second=speed,
-            mfu=self._mfu(speed),
-            data_wait_seconds=waited,
-            peak_allocated_bytes=self._peak("allocated_bytes"),
-            peak_device_bytes=self._peak("device_bytes"),
-            seconds=self.seconds_before + self.process_seconds,
-        )
+            iteration=self.iteration, tokens=self.iteration * self.recipe.tokens_per_step, train_loss=loss,
+            validation_loss=validation_loss, lr=lr, grad_norm=norm, tokens_per_second=speed, mfu=self._mfu(speed),
+            data_wait_seconds=waited, peak_allocated_bytes=self._peak("allocated_bytes"),
+            peak_device_bytes=self._peak("device_bytes"), seconds=self.seconds,
+        )  # fmt: skip
         self.output.row(row, self._eta(mean))
 
     def _eta(self, step_seconds: float | None) -> float | None:
@@ -393,16 +384,10 @@ class Training:
 
     def _save(self) -> None:
         state = replace(
-            self.state,
-            iteration=self.iteration,
-            tokens=self.iteration * self.recipe.tokens_per_step,
-            candidate=self.candidate,
-            seconds=self.seconds_before + self.process_seconds,
-            best_validation_loss=self.best_loss,
-            best_iteration=self.best_iteration,
-            skipped_batches=self.skipped,
-            recent_losses=tuple(self.recent),
-        )
+            self.state, iteration=self.iteration, tokens=self.iteration * self.recipe.tokens_per_step,
+            candidate=self.candidate, seconds=self.seconds, best_validation_loss=self.best_loss,
+            best_iteration=self.best_iteration, skipped_batches=self.skipped, recent_losses=tuple(self.recent),
+        )  # fmt: skip
         self.saving = True
         if self.output:
             self.output.flush()
@@ -430,21 +415,13 @@ class Training:
         measured = self.settings.file.measured if self.context.world_size == 1 else {}
         compared = list(compare(measured, figures, self.step.device.type))
         last = output.last_row()
+        state = self.state
         return TrainSummary(
-            out=str(self.settings.out),
-            checkpoint=str(checkpoints(self.checkpoints)[-1]),
-            stopped_by=stopped_by,
-            iterations=self.state.iteration,
-            tokens=self.state.tokens,
-            processes=self.context.world_size,
-            train_loss=last.get("train_loss"),
-            validation_loss=last.get("validation_loss"),
-            best_validation_loss=self.state.best_validation_loss,
-            best_iteration=self.state.best_iteration,
-            mfu=self._mfu(speed),
-            seconds=self.seconds_before + self.process_seconds,
-            data_wait_seconds=self.batches.waited_seconds,
+            out=str(self.settings.out), checkpoint=str(checkpoints(self.checkpoints)[-1]), stopped_by=stopped_by,
+            iterations=state.iteration, tokens=state.tokens, processes=self.context.world_size,
+            train_loss=last.get("train_loss"), validation_loss=last.get("validation_loss"),
+            best_validation_loss=state.best_validation_loss, best_iteration=state.best_iteration,
+            mfu=self._mfu(speed), seconds=self.seconds, data_wait_seconds=self.batches.waited_seconds,
             comparison=tuple(text for text, _ in compared),
-            warnings=tuple(text for text, within in compared if not within),
-            **figures,
-        )
+            warnings=tuple(text for text, within in compared if not within), **figures,
+        )  # fmt: skip

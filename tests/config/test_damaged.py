@@ -1,4 +1,4 @@
-"""Files that other hands or a failing disk have changed: read as they are, or refused in one line."""
+"""Files changed by hand or by a failing disk are read, or refused in one line."""
 
 import random
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fake_machine import CUDA, Machine, settings
 
-from autotune.config.search import read_settings
+from autotune.config.search_settings import read_settings
 from autotune.config.toml import parse_candidate, read_candidate
 from autotune.data.manifest import read_manifest
 from autotune.errors import AutotuneError, ConfigError, DataError, one_line, shown
@@ -26,12 +26,12 @@ VALUES = (
     "9" * 5000, "0x" + "F" * 5000, "[" * 5000, '"' + "A" * 100_000 + '"', '"\\u001b[31m"', "10" + "0" * 25,
     "9223372036854775807", "-9223372036854775808", "1.5", '"=cmd"', "1979-05-27", "'''a\nb'''", '"\\u0000"', "0.0",
 )  # fmt: skip
-"""Of other types, of absurd sizes, and no values at all."""
+"""Values of other types and absurd sizes, and texts that are no values."""
 _SPOTS = re.compile(r'(?<=[:=] )("[^"\n]*"|[-\w.]+|\[[^\]]*\]|\{\})|(?<=,)[^,\n]*(?=,)')
 
 
 def mutations(text: str, count: int) -> list[str]:
-    """The text with one value replaced, one character replaced, the rest cut off, or one line gone."""
+    """Copies of the text with a replaced value, a replaced character, a missing end or a missing line."""
     rng, found = random.Random(0), list[str]()
     spots = [match.span() for match in _SPOTS.finditer(text)]
     for _ in range(count):
@@ -40,7 +40,7 @@ def mutations(text: str, count: int) -> list[str]:
             begin, end = rng.choice(spots)
             found.append(text[:begin] + rng.choice(VALUES) + text[end:])
         elif kind < 0.9:
-            found.append(text[:at] + rng.choice("\0{}[\n,\"\x1b=:\u00e9") + text[at + 1 :])
+            found.append(text[:at] + rng.choice('\0{}[\n,"\x1b=:\u00e9') + text[at + 1 :])
         elif kind < 0.95:
             found.append(text[:at])
         else:

@@ -1,4 +1,4 @@
-"""Names and values: what would act on a terminal, in a spreadsheet or in nanoGPT's exec is refused at the door."""
+"""Names and values that would act on a terminal, in a spreadsheet or in nanoGPT's exec are refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ from fake_machine import CUDA, settings
 
 from autotune.config.candidate import Candidate, Checkpointing, Recipe, Tracking
 from autotune.config.nanogpt import format_nanogpt, parse_nanogpt
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.config.toml import parse_candidate
 from autotune.errors import ConfigError
 
@@ -37,7 +37,7 @@ def test_control_characters_are_refused_everywhere(control: str) -> None:
         replace(settings(), choices={"compile": ("off", text)})
 
 
-def test_a_storage_that_is_refused_is_not_shown() -> None:
+def test_a_refused_storage_is_not_shown() -> None:
     with pytest.raises(ConfigError) as caught:
         replace(settings(), storage="postgresql://me:secret@host/db\n")
     assert "secret" not in str(caught.value)
@@ -47,18 +47,18 @@ def test_a_storage_that_is_refused_is_not_shown() -> None:
     "name",
     ["", ".", "..", ".hidden", "-x", "--rm", "a/b", "/a", "a\\b", " a", "a ", "a" * 201, "ä" * 101],
 )
-def test_names_that_no_directory_should_have(name: str) -> None:
+def test_names_that_are_not_allowed(name: str) -> None:
     with pytest.raises(ConfigError, match="is not the plain name of a directory") as caught:
         settings(name=name) if name else replace(settings(), name=name)
     assert len(str(caught.value)) < 250
 
 
 @pytest.mark.parametrize("name", ["a", "a" * 200, "ä" * 100, "my run", "2025-01-01", "größe", "日本語", "a.b"])
-def test_names_that_may_be(name: str) -> None:
+def test_names_that_are_allowed(name: str) -> None:
     assert settings(name=name).name == name
 
 
-def test_files_do_not_bring_them_in() -> None:
+def test_control_characters_in_files_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"training.wandb_run_name = .a\\nb. holds a control character"):
         parse_candidate('[model]\n[plan]\n[training]\nwandb_run_name = "a\\nb"\n', "x.toml")
     read = parse_nanogpt("wandb_project = 'a\\u202eb'\n", "x.py", "cpu")  # changes no step: a note, and not kept

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from autotune.cli import run
 from autotune.config.candidate import Candidate, Checkpointing, Evaluation, Plan, Recipe, Shape, Tracking
 from autotune.config.nanogpt import DEFAULTS, format_nanogpt, parse_nanogpt, read_nanogpt
-from autotune.config.search import read_settings, write_settings
+from autotune.config.search_settings import read_settings, write_settings
 from autotune.errors import ConfigError
 from autotune.search.loop import rebuild, search
 from autotune.search.resolve import resolve
@@ -63,7 +63,7 @@ def test_the_guides_file_becomes_its_recipe_and_baseline() -> None:
     assert not rarely.always_save_checkpoint
 
 
-def test_what_is_left_out_is_train_pys_default() -> None:
+def test_missing_keys_have_the_defaults_of_train_py() -> None:
     read = parse_nanogpt("", "empty.py", "cuda:0", (8, 0)).candidate
     assert read.recipe.global_batch_size == 480
     assert read.recipe.learning_rate == 6e-4
@@ -166,7 +166,7 @@ def test_the_message_of_a_hopeless_file_is_bounded() -> None:
 
 
 def test_nanogpts_own_finetuning_file_is_read_with_notes() -> None:
-    """config/finetune_shakespeare.py, with what people add to it."""
+    """config/finetune_shakespeare.py, with typical additions."""
     text = """import time
 
 out_dir = 'out-shakespeare'
@@ -259,7 +259,7 @@ def test_ways_to_write_a_value(tmp_path: Path, text: str, shape: dict[str, float
     assert read.notes == ()
 
 
-def test_texts_are_put_together() -> None:
+def test_strings_are_concatenated() -> None:
     text = "n_layer = 2\nwandb_run_name = 'run' + '-a'\nout_dir = f'out-{n_layer}-' 'x'"
     read = parse_nanogpt(text, "x.py", "cpu")
     assert (read.candidate.tracking.wandb_run_name, read.out_dir, read.notes) == ("run-a", "out-2-x", ())
@@ -282,7 +282,7 @@ def dry_run(capsys: pytest.CaptureFixture[str], file: Path, *more: str) -> tuple
 def test_the_files_dataset_is_what_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
-    """As nanoGPT has it: data/<dataset> of the folder it is started in; else beside the file or its config/."""
+    """data/<dataset> in the working folder, as in nanoGPT; else beside the file or its config/."""
     for folder in ("config", "work"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -338,7 +338,7 @@ def test_a_run_and_its_rebuilding_keep_the_files_dataset_and_folder(
 
 
 def test_a_search_toml_without_them_is_read(tmp_path: Path) -> None:
-    """Of a run that was begun before they were kept."""
+    """A run of an earlier version, which did not keep them."""
     asked = resolve(CPU, model="2x2x64")
     write_settings(tmp_path / "search.toml", asked)
     lines = (tmp_path / "search.toml").read_text().splitlines(keepends=True)
@@ -422,7 +422,7 @@ def test_what_train_py_cannot_do_is_said_in_comments() -> None:
     assert "nanoGPT has no loss = chunked, activation_checkpointing = block, compile = block: expect" in text
 
 
-def test_a_residual_stream_in_bfloat16_is_lost_in_words() -> None:
+def test_the_export_names_a_residual_stream_in_bfloat16() -> None:
     text = format_nanogpt(Candidate(plan=Plan(dtype="bfloat16_residual")), "", "cuda:0")
     assert "nanoGPT has no dtype = bfloat16_residual: expect" in text
     assert "\ndtype = 'bfloat16'\n" in text

@@ -1,4 +1,4 @@
-"""Tables into dataclasses: every type survives the way there and back, every mistake is named."""
+"""Dataclasses from tables: round trips of every type, and errors that name the key."""
 
 import json
 from collections.abc import Mapping
@@ -94,6 +94,6 @@ def test_values_are_checked(cls: type, table: dict[str, object], said: str) -> N
 
 
 @pytest.mark.parametrize("value", [1, "text", {"a": 1}, None])
-def test_a_list_is_asked_for_where_a_list_belongs(value: object) -> None:
+def test_a_field_of_a_list_needs_a_list(value: object) -> None:
     with pytest.raises(ConfigError, match=r"outer\.pair"):
         read_table(Outer, {"inner": {"count": 1}, "pair": value}, "outer")

@@ -1,4 +1,4 @@
-"""Candidate files: the way out and back, overrides, mistakes, and writes that are never half done."""
+"""Candidate files: round trips, overrides, errors, atomic writes, and files of earlier versions."""
 
 import os
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.config.candidate import Candidate, Checkpointing, Evaluation, Plan, Recipe, Shape, Tracking
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.config.tables import read_table
 from autotune.config.toml import CandidateFile, format_candidate, parse_candidate, read_candidate
 from autotune.errors import ConfigError
@@ -132,7 +132,7 @@ OLD = {
     "global_batch_size": 4, "optimizer": "adamw_unfused", "eval_interval": 7, "always_save_checkpoint": False,
     "log_interval": 3, "wandb_log": True,
 }  # fmt: skip
-"""Keys of a training as version 0.1.0 wrote them: all in the recipe."""
+"""Keys of a training in earlier versions: all in the recipe."""
 READ = Candidate(
     recipe=Recipe(global_batch_size=4),
     plan=Plan(micro_batch_size=4),
@@ -142,7 +142,7 @@ READ = Candidate(
 )
 
 
-def test_files_of_version_0_1_0_are_read() -> None:
+def test_files_of_earlier_versions_are_read() -> None:
     text = tomli_w.dumps({"model": {}, "training": OLD, "plan": {"micro_batch_size": 4}})
     assert parse_candidate(text, "best.toml").candidate == READ
     assert read_table(Candidate, {"recipe": OLD, "plan": {"micro_batch_size": 4}}, "candidate") == READ
@@ -158,7 +158,7 @@ def test_a_key_of_any_part_of_a_training_is_suggested() -> None:
 
 
 def test_ids_stay() -> None:
-    """They are in every trials.csv and study: equal for the same step, in all versions."""
+    """Every trials.csv and study has them, so a step has the same id in all versions."""
     assert Candidate().id == "2f95b33fe6"
     shape = Shape(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=128, dropout=0.2, bias=True)
     plan = Plan(micro_batch_size=4, compile="off", dtype="float32")

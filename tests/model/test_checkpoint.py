@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there, and what comes back is what went in."""
+"""Checkpoints are written whole, verified, and restored exactly."""
 
 import hashlib
 import json
@@ -105,7 +105,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
-def test_damage_is_found_and_the_one_before_is_used(name: str, damage: object, tmp_path: Path) -> None:
+def test_damage_is_found_and_the_previous_checkpoint_is_used(name: str, damage: object, tmp_path: Path) -> None:
     step = stepped(1)
     save_checkpoint(tmp_path, step, state(10))
     newest = save_checkpoint(tmp_path, step, state(20, best_iteration=20))
@@ -131,7 +131,7 @@ def test_a_tampered_state_is_damage(tmp_path: Path) -> None:
         latest_good(tmp_path)
 
 
-def test_a_future_format_is_no_damage(tmp_path: Path) -> None:
+def test_a_future_format_is_not_damage(tmp_path: Path) -> None:
     step = stepped(1)
     save_checkpoint(tmp_path, step, state(10))
     path = save_checkpoint(tmp_path, step, state(20)) / "state.json"
@@ -210,7 +210,7 @@ def test_a_state_of_another_form_under_its_own_sha256_is_one_line(change: dict[s
     assert len(str(caught.value)) < 400
 
 
-def test_random_states_that_are_none_are_told(tmp_path: Path) -> None:
+def test_invalid_random_states_are_refused(tmp_path: Path) -> None:
     step = stepped(1)
     path = save_checkpoint(tmp_path, step, state(10))
     for random in ({}, {"cpu": "AAAA"}, {"cpu": "no base64!"}):
@@ -232,7 +232,7 @@ def test_a_file_with_a_checkpoints_name_is_no_checkpoint(tmp_path: Path) -> None
 
 
 def test_a_checkpoint_of_format_1_is_read(tmp_path: Path) -> None:
-    """Written by version 0.1.0: every setting of a training was in the recipe, and `adamw_unfused` an optimizer."""
+    """Earlier versions had all settings of a training in the recipe, and an optimizer `adamw_unfused`."""
     path = save_checkpoint(tmp_path, stepped(1), state(10))
     body = body_of(path) | {"train": json.loads(Path(__file__).with_name("train_state_1.json").read_text())}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

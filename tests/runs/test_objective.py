@@ -7,7 +7,7 @@ import pytest
 from fake_machine import CPU, CUDA, settings
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.errors import ConfigError
 from autotune.runs.objective import (
     LAWS,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_machine import CPU, CUDA, Machine, settings
 
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
 from autotune.errors import MachineError, NoFeasibleError
 from autotune.measure.types import TrialRequest, TrialResult

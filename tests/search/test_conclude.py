@@ -7,7 +7,7 @@ import pytest
 import recorded_run
 from fake_machine import CUDA, Machine, settings
 
-from autotune.config.search import read_settings
+from autotune.config.search_settings import read_settings
 from autotune.measure.types import MemoryView
 from autotune.runs.records import TrialRecord
 from autotune.runs.verdict import Verdict, read_verdict, write_verdict

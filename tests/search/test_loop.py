@@ -15,7 +15,7 @@ from fake_machine import CPU, CUDA, Machine, answer, settings
 
 from autotune.config.candidate import Plan
 from autotune.config.nanogpt import read_nanogpt
-from autotune.config.search import SearchSettings
+from autotune.config.search_settings import SearchSettings
 from autotune.config.toml import CandidateFile, read_candidate
 from autotune.environment import Environment
 from autotune.errors import ConfigError, InterruptedByUser, NoFeasibleError

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.config.candidate import Shape, parse_shape
-from autotune.config.search import read_settings, write_settings
+from autotune.config.search_settings import read_settings, write_settings
 from autotune.data.shards import write_shard
 from autotune.errors import ConfigError, DataError
 from autotune.search.resolve import describe_settings, resolve

@@ -10,7 +10,7 @@ import pytest
 from fake_machine import CUDA, Machine, settings
 from proposals import Trials
 
-from autotune.config.search import read_settings
+from autotune.config.search_settings import read_settings
 from autotune.errors import ConfigError
 from autotune.search.loop import resume, search
 from autotune.search.pool import by_candidate, dominated_by_oom

@@ -14,7 +14,7 @@ import pytest
 from fake_machine import CUDA, Machine, settings
 
 from autotune import cli
-from autotune.config.search import SearchSettings, read_settings
+from autotune.config.search_settings import SearchSettings, read_settings
 from autotune.config.storage import secrets_in, without_password
 from autotune.config.toml import read_candidate
 from autotune.errors import AutotuneError, ConfigError

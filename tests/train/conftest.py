@@ -1,11 +1,11 @@
-"""A text that is easy to learn, and an undisturbed training on it."""
+"""Data that is easy to learn, and an uninterrupted training on it."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from trainings import PLAN, settings
+from trainings import PLAN, changed, settings
 
 from autotune.config.candidate import Candidate, Checkpointing, Evaluation, Recipe, Shape, Tracking
 from autotune.data.shards import write_shard
@@ -15,7 +15,7 @@ from autotune.train.trainer import train
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Tiny products gain nothing from a second one, and wait for it where cores are shared."""
+    """Tiny matrices gain nothing from a second thread, and wait for it on shared cores."""
     torch.set_num_threads(1)
 
 
@@ -31,7 +31,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def candidate(text: Path) -> Candidate:
-    """Global batch 7 on micro batch 3 leaves a rest; dropout makes the random states count."""
+    """Global batch 7 is not a multiple of micro batch 3; dropout makes random states matter."""
     recipe = Recipe(
         shape=Shape(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=256, dropout=0.1),
         data=str(text),
@@ -49,6 +49,14 @@ def candidate(text: Path) -> Candidate:
         checkpointing=Checkpointing(checkpoint_interval=10),
         tracking=Tracking(log_interval=1),
     )
+
+
+@pytest.fixture(scope="session")
+def first_half(candidate: Candidate, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training of 20 iterations, to be copied and resumed."""
+    out = tmp_path_factory.mktemp("first_half") / "train"
+    train(settings(changed(candidate, max_iters=20), out))
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""When a difference is worth a warning."""
+"""The comparison of a training with its measurement."""
 
 from dataclasses import asdict, replace
 
@@ -24,7 +24,7 @@ MEASURED = {
     ],
 )
 def test_speed(speed: float, promised: float, within: bool) -> None:
-    """2 %, or the interval for one more process and the training's own where that is wider."""
+    """2 %, or the combined interval of one more process and the training where that is wider."""
     measured = MEASURED | {"training_tokens_per_second_ci95": promised}
     (found,) = compare(measured, {"tokens_per_second": speed, "tokens_per_second_ci95": 10.0}, "cpu")
     assert found[1] == within

@@ -22,7 +22,7 @@ def numbers(out: Path) -> list[list[float]]:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does_and_one_goes_on(candidate: Candidate, tmp_path: Path) -> None:
+def test_two_processes_learn_what_one_does_and_one_resumes(candidate: Candidate, tmp_path: Path) -> None:
     """Seven sequences in micro batches of three: one process has three of them, the other four."""
     steady = changed(candidate, shape=replace(candidate.shape, dropout=0.0), max_iters=12, eval_interval=4)
     train(settings(steady, tmp_path / "one"))

@@ -1,4 +1,4 @@
-"""Weights out to transformers and nanoGPT, and back."""
+"""Export to transformers and nanoGPT, and import from them."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def new_step(shape: Shape) -> TrainStep:
 
 
 def checkpoint_of(shape: Shape, directory: Path) -> tuple[TrainStep, Path]:
-    """A model whose every weight differs from its initial one, a few steps old."""
+    """A model after a few steps, so that every weight differs from its initial value."""
     step = new_step(shape)
     with torch.no_grad():
         for parameter in step.model.parameters():
@@ -69,8 +69,8 @@ def test_transformers_computes_the_same_logits(bias: bool, tmp_path: Path, monke
     assert (logits(other) - logits(step.model)).abs().max() < 1e-5
 
 
-def test_gpt2_as_openai_has_it_begins_a_training(tmp_path: Path) -> None:
-    """Names without prefix, masks among them, 50257 words, 24 positions, the other GELU."""
+def test_weights_as_openai_published_them_start_a_training(tmp_path: Path) -> None:
+    """Without name prefix, with attention masks, 50257 words, 24 positions and the tanh GELU."""
     step, checkpoint = checkpoint_of(replace(SHAPE, bias=True, block_size=24, vocab_size=50257), tmp_path / "c")
     export(checkpoint, "hf", tmp_path / "gpt2")
     weights = {n.removeprefix("transformer."): t for n, t in load_file(tmp_path / "gpt2/model.safetensors").items()}
@@ -112,7 +112,7 @@ def test_nanogpts_file_has_what_its_scripts_read(tmp_path: Path) -> None:
     assert torch.equal(logits(other.model), logits(step.model))
 
 
-def test_a_training_begins_where_another_ended(
+def test_a_training_starts_where_another_ended(
     candidate: Candidate, whole: tuple[Path, object], tmp_path: Path
 ) -> None:
     export(whole[0], "nanogpt", tmp_path / "out")
@@ -142,7 +142,7 @@ def test_mistakes_leave_nothing(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "file", "small"}
 
 
-def test_foreign_files_that_do_not_fit_are_told(tmp_path: Path) -> None:
+def test_foreign_files_that_do_not_fit_are_refused_with_advice(tmp_path: Path) -> None:
     _, checkpoint = checkpoint_of(SHAPE, tmp_path / "checkpoints")
     deeper, wider, biased = (replace(SHAPE, **change) for change in ({"n_layer": 3}, {"n_embd": 64}, {"bias": True}))
     with pytest.raises(CheckpointError, match=r"h\.2\.ln_1\.weight is missing, .* is \(32,\); set n_layer = 2 in \[mo"):
@@ -206,7 +206,7 @@ def loaded(path: Path) -> GPT:
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."])
-def test_names_of_wrappers_are_no_difference(prefix: str, tmp_path: Path) -> None:
+def test_name_components_of_wrappers_are_ignored(prefix: str, tmp_path: Path) -> None:
     model, weights = tiny_weights()
     masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16), "transformer.h.1.attn.masked_bias": torch.ones(1)}
     torch.save({"model": {prefix + name: t for name, t in (weights | masks).items()}}, tmp_path / "ckpt.pt")
@@ -256,7 +256,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(name: str, value: str, 
         loaded(tmp_path / "ckpt.pt")
 
 
-def test_a_checkpoint_of_ours_that_is_not_finite_goes_nowhere(tmp_path: Path) -> None:
+def test_our_own_checkpoint_with_nan_is_refused(tmp_path: Path) -> None:
     step, _ = checkpoint_of(TINY, tmp_path / "good")
     with torch.no_grad():
         step.model.ln_f.weight[0] = float("nan")
@@ -324,7 +324,7 @@ def test_the_padding_can_be_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         found = theirs.eval()(TOKENS).logits
     assert found.shape == (3, 16, 50257)
     assert (found - logits(step.model)[..., :50257]).abs().max() < 1e-4
-    with pytest.raises(ConfigError, match="--cut-vocab is for --to hf"):
+    with pytest.raises(ConfigError, match="--cut-vocab needs --to hf"):
         export(checkpoint, "nanogpt", tmp_path / "x", cut_vocab=True)
     _, small = checkpoint_of(TINY, tmp_path / "small")
     with pytest.raises(ConfigError, match="a vocabulary of 256 is not GPT-2's 50257 padded"):
@@ -356,7 +356,7 @@ def test_a_pt_file_of_any_content_is_one_line(content: bytes, tmp_path: Path) ->
     assert str(caught.value).isprintable()
 
 
-def test_a_table_that_holds_no_tensors_is_told(tmp_path: Path) -> None:
+def test_a_table_without_tensors_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {"transformer.wte.weight": 5}}, tmp_path / "ckpt.pt")
     with pytest.raises(CheckpointError, match=r"wte\.weight is int, weights are floating-point"):
         load_initial(tmp_path / "ckpt.pt", new_step(SHAPE).model)

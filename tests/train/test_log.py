@@ -1,4 +1,4 @@
-"""The log: whole rows stay, whatever else is in the file."""
+"""train_log.csv: whole rows stay, invalid lines go."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def row(iteration: int) -> LogRow:
 
 
 @pytest.mark.parametrize("garbage", ["garbage", "1,2", "x" + "," * 11, "\0\0\0", "," * 11, "\ufffd", "9" * 6000])
-def test_lines_that_are_no_rows_are_dropped_and_counted(garbage: str, tmp_path: Path) -> None:
+def test_invalid_lines_are_dropped_and_counted(garbage: str, tmp_path: Path) -> None:
     log = tmp_path / "train_log.csv"
     assert keep_rows(log, 0) == 0
     for iteration in (1, 2):

@@ -1,4 +1,4 @@
-"""Memory that others take, data that are bad: a training goes on, or says why it cannot."""
+"""Trainings that run out of memory or meet bad data."""
 
 import resource
 import shutil
@@ -22,14 +22,14 @@ def losses(out: Path) -> list[float]:
 
 
 def data_bytes(process: int) -> int:
-    """What RLIMIT_DATA counts of a process."""
+    """Bytes of a process that RLIMIT_DATA counts."""
     status = Path(f"/proc/{process}/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmData")).split()[1]) * 1024
 
 
 @pytest.mark.slow
 def test_memory_that_others_take_halves_the_micro_batch_only(candidate: Candidate, tmp_path: Path) -> None:
-    """For real: once it runs, the process may no longer have all that its micro batch needs."""
+    """A real limit, set while it runs, is less than its micro batch needs."""
     shape = Shape(n_layer=1, n_head=1, n_embd=16, block_size=128, vocab_size=16384)  # logits of 64 MiB in one piece
     wide = changed(candidate, shape=shape, global_batch_size=8, max_iters=24, eval_iters=1, eval_interval=24)
     plan = replace(PLAN, micro_batch_size=8)
@@ -72,7 +72,7 @@ def spoiled(candidate: Candidate, directory: Path, steps: range) -> Candidate:
     return changed(candidate, data=str(directory))
 
 
-def test_a_loss_spike_goes_back_and_past_its_data(
+def test_a_loss_spike_rolls_back_and_skips_its_data(
     candidate: Candidate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = spoiled(changed(candidate, max_iters=70, lr_decay_iters=70), tmp_path / "data", range(54, 58))

@@ -34,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "run" / "train"
 
 
-def test_it_speaks(trained: Path) -> None:
+def test_it_continues_a_sentence_it_has_learned(trained: Path) -> None:
     assert sample(trained, prompt="The quick", tokens=40, temperature=0) == SENTENCE
 
 
@@ -82,7 +82,7 @@ def characters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "run" / "train"
 
 
-def test_characters_speak_through_meta_pkl(characters: Path) -> None:
+def test_character_models_use_meta_pkl(characters: Path) -> None:
     assert sample(characters, prompt="the c", tokens=21, temperature=0) == RHYME * 2
     assert sample(characters, tokens=13, temperature=0) == RHYME  # begins after a line break, as nanoGPT does
     drawn = sample(characters, prompt="the", tokens=60, temperature=50.0, top_k=0)

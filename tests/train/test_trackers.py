@@ -1,4 +1,4 @@
-"""Rows elsewhere: TensorBoard's files, Weights & Biases offline."""
+"""TensorBoard files, and Weights & Biases offline."""
 
 import importlib.util
 import subprocess
@@ -16,7 +16,7 @@ from autotune.train.output import LogRow, check_trackers, named
 from autotune.train.trainer import train
 
 
-def test_tensorboard_holds_the_rows_also_after_a_resume(candidate: Candidate, tmp_path: Path) -> None:
+def test_tensorboard_has_the_rows_also_after_a_resume(candidate: Candidate, tmp_path: Path) -> None:
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="the package tensorboard is not installed"
     )
@@ -59,7 +59,7 @@ def test_wandb_offline_keeps_the_rows_here_and_no_key(
     assert found.stdout == ""
 
 
-def test_a_missing_package_is_told_before_anything_is_written(
+def test_a_missing_package_is_reported_before_anything_is_written(
     candidate: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -68,7 +68,7 @@ def test_a_missing_package_is_told_before_anything_is_written(
     assert not (tmp_path / "train").exists()
 
 
-def test_every_missing_package_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_missing_packages_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
         check_trackers(Tracking(wandb_log=True, tensorboard=True))
@@ -95,7 +95,7 @@ def test_a_mode_that_wandb_does_not_know(monkeypatch: pytest.MonkeyPatch) -> Non
         check_trackers(Tracking(wandb_log=True))
 
 
-def test_wandb_without_a_key_is_one_line_and_the_training_can_go_on(
+def test_wandb_without_a_key_is_one_line_and_the_training_can_be_resumed(
     candidate: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = pytest.importorskip("wandb", reason="the package wandb is not installed")

@@ -65,7 +65,7 @@ def test_progress_goes_to_stderr(candidate: Candidate, tmp_path: Path, capsys: p
 
 @pytest.mark.parametrize("micro", [1, 3, 5])
 def test_the_micro_batch_changes_nothing(micro: int, candidate: Candidate, tmp_path: Path) -> None:
-    """Also where it leaves a rest, which is padded."""
+    """Also if it does not divide the global batch, and is padded."""
     steady = changed(candidate, shape=replace(candidate.shape, dropout=0.0), max_iters=6, eval_batch_size=7)
     train(settings(steady, tmp_path / "whole", replace(PLAN, micro_batch_size=7)))
     train(settings(steady, tmp_path / "sliced", replace(PLAN, micro_batch_size=micro)))
@@ -115,7 +115,7 @@ def test_another_machine_is_said(candidate: Candidate, tmp_path: Path, capsys: p
     assert "measured on another machine (device_name 'NVIDIA H200' there" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_is_not_saved(candidate: Candidate, tmp_path: Path) -> None:
+def test_a_nan_loss_is_not_saved(candidate: Candidate, tmp_path: Path) -> None:
     wild = changed(candidate, learning_rate=1e30, min_lr=1e30, warmup_iters=0, grad_clip=0.0, log_interval=100)
     with pytest.raises(AutotuneError, match=r"is nan at iteration \d+, there is no checkpoint to go back to; lower"):
         train(settings(wild, tmp_path / "train"))
@@ -169,7 +169,7 @@ def test_a_plan_that_is_not_compiled_as_it_says_is_refused(
 def test_threads_of_the_command_wait_as_those_of_trials(
     candidate: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GNU's OpenMP says what it uses when it loads, with torch: the variable was there in time."""
+    """GNU OpenMP prints its settings when it loads with torch, so the variable was set in time."""
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")

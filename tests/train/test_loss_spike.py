@@ -1,4 +1,4 @@
-"""When a loss is worth going back for."""
+"""Losses that are spikes, and losses that are not."""
 
 from collections import deque
 
@@ -13,14 +13,14 @@ def complaints(losses: list[float]) -> list[str]:
     return [loss_spike(recent, loss, 1.0) for loss in losses]
 
 
-def test_learning_with_noise_is_healthy() -> None:
+def test_a_noisy_learning_curve_has_no_spike() -> None:
     steps = np.arange(2000)
     for noise in (0.02, 0.3, 1.0):
         curve = 3 + 8 * np.exp(-steps / 150) + np.random.default_rng(0).normal(0, noise, len(steps))
         assert set(complaints(curve.tolist())) == {""}
 
 
-def test_one_odd_batch_is_no_spike_several_are() -> None:
+def test_one_high_loss_is_no_spike_several_are() -> None:
     usual = [3.0 + 0.01 * (step % 7) for step in range(WINDOW)]
     assert complaints([*usual, 9.0, *usual])[WINDOW:] == [""] * (WINDOW + 1)
     said = complaints([*usual, *[9.0] * SUSTAINED])
@@ -29,5 +29,5 @@ def test_one_odd_batch_is_no_spike_several_are() -> None:
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (3.0, float("nan"))])
-def test_what_is_no_number_is_told_at_once(loss: float, norm: float) -> None:
+def test_nan_and_infinity_are_reported_at_once(loss: float, norm: float) -> None:
     assert loss_spike(deque(), loss, norm)

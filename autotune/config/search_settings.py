@@ -18,7 +18,7 @@ from autotune.config.candidate import (
     one_of,
     plain_texts,
     split_training,
-)
+)  # fmt: skip
 from autotune.config.storage import without_password
 from autotune.config.tables import parse_toml, read_table
 from autotune.config.toml import without_none
