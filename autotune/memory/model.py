@@ -25,7 +25,7 @@ from autotune.files import write_atomically
 from autotune.measure.types import Z95, TrialResult
 from autotune.memory import priors, regression
 from autotune.memory.regression import Normal
-from autotune.memory.structure import Arrays, Key, arrays, half_logits_bytes, keys, overhead, peak_points
+from autotune.memory.structure import Arrays, arrays, half_logits_bytes, keys, overhead, peak_points
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
@@ -68,9 +68,7 @@ class MemoryModel:
     """`cpu` or `cuda`."""
     fingerprint: str = ""
     """Environment of the trials; empty before calibration."""
-    allocated: Coefficients = Coefficients()
-    overhead: Coefficients = Coefficients()
-    """What the device shows beyond the allocated bytes."""
+    coefficients: Coefficients = Coefficients()
     trials: int = 0
     """Measured trials behind the calibration; 0: priors only."""
     measured: Mapping[str, float] = field(default_factory=dict)
@@ -86,21 +84,16 @@ class MemoryModel:
         return found
 
     @functools.cached_property
-    def normals(self) -> tuple[Normal, Normal]:
-        """All coefficients of the allocated bytes, and of the overhead."""
-        known = priors.of(self.device)
-        return _normal(known.allocated, self.allocated), _normal(known.overhead, self.overhead)
-
-
-def _normal(known: Mapping[str, priors.Coefficient], moved: Coefficients) -> Normal:
-    """Priors, with the coefficients that trials have moved in their place."""
-    place = {name: i for i, name in enumerate(known)}
-    means = np.array([c.mean for c in known.values()])
-    covariance = np.diag([c.sd**2 for c in known.values()])
-    at = np.array([place[name] for name in moved.names], dtype=np.intp)
-    means[at] = moved.means
-    covariance[np.ix_(at, at)] = np.reshape(moved.covariance, (len(at), len(at)))
-    return Normal(means=means, covariance=covariance)
+    def normal(self) -> Normal:
+        """All coefficients: priors, with those that trials have moved in their place."""
+        known, moved = priors.of(self.device).coefficients, self.coefficients
+        place = {name: i for i, name in enumerate(known)}
+        means = np.array([c.mean for c in known.values()])
+        covariance = np.diag([c.sd**2 for c in known.values()])
+        at = np.array([place[name] for name in moved.names], dtype=np.intp)
+        means[at] = moved.means
+        covariance[np.ix_(at, at)] = np.reshape(moved.covariance, (len(at), len(at)))
+        return Normal(means=means, covariance=covariance)
 
 
 def calibrate(
@@ -110,13 +103,12 @@ def calibrate(
     every = [(c, r, float(peak)) for c, r in trials if r.status in _MEASURED and (peak := r.peak("allocated_bytes"))]
     data = _bounded(every)
     wholes = [(c, peak, whole) for c, r, peak in data if (whole := r.peak("device_bytes")) is not None]
-    allocated = [(_sizes(c, device)[0], peak, _noise(c, device, peak)) for c, _, peak in data]
-    beyond = [(_sizes(c, device)[1], whole - peak, _overhead_noise(c, device, peak)) for c, peak, whole in wholes]
+    known = [(_sizes(c, device)[0], peak, _noise(c, device, peak)) for c, _, peak in data]
+    known += [(_sizes(c, device)[1], whole - peak, _overhead_noise(c, device, peak)) for c, peak, whole in wholes]
     return MemoryModel(
         device=device,
         fingerprint=environment.fingerprint if environment else "",
-        allocated=_moved(priors.of(device).allocated, allocated),
-        overhead=_moved(priors.of(device).overhead, beyond),
+        coefficients=_moved(priors.of(device).coefficients, known),
         trials=len(every),
         measured={f"{family(c)}@{c.plan.micro_batch_size}": peak for c, _, peak in every},
     )
@@ -148,16 +140,7 @@ def _moved(known: Mapping[str, priors.Coefficient], measured: Sequence[tuple[Arr
 @functools.lru_cache(maxsize=_REMEMBERED)
 def _sizes(candidate: Candidate, device: str) -> tuple[Arrays, Arrays]:
     """Sizes of the allocated bytes, and of the overhead."""
-    allocated, beyond = _places(device)
-    return arrays(peak_points(candidate, device), allocated), arrays([overhead(candidate, device)], beyond)
-
-
-@functools.cache
-def _places(device: str) -> list[Mapping[Key, int]]:
-    """Places of the keys in the order of the priors' files."""
-    known = priors.of(device)
-    orders = [{name: i for i, name in enumerate(table)} for table in (known.allocated, known.overhead)]
-    return [{key: order[str(key)] for key in own} for own, order in zip(keys(device), orders, strict=True)]
+    return arrays(peak_points(candidate, device), device), arrays([overhead(candidate, device)], device)
 
 
 def _noise(candidate: Candidate, device: str, peak: float) -> float:
@@ -185,14 +168,10 @@ def predictions(model: MemoryModel, candidates: Sequence[Candidate]) -> list[Pre
     two nearest (memory is affine in the micro batch); otherwise it comes from the structure.
     """
     rows = [_sizes(candidate, model.device) for candidate in candidates]
-    sums = [
-        regression.largest(normal, *(np.array([row[which][i] for row in rows]) for i in (0, 1)))
-        for which, normal in enumerate(model.normals)
-    ]
-    return [
-        _prediction(model, candidate, *map(float, numbers))
-        for candidate, *numbers in zip(candidates, *sums[0], *sums[1], strict=True)
-    ]
+    exact, sizes = (np.array([row[which][i] for which in (0, 1) for row in rows]) for i in (0, 1))
+    totals, sds = (part.reshape(2, -1).tolist() for part in regression.largest(model.normal, exact, sizes))
+    numbers = zip(candidates, totals[0], sds[0], totals[1], sds[1], strict=True)
+    return [_prediction(model, *each) for each in numbers]
 
 
 def _prediction(
@@ -247,14 +226,13 @@ def load(path: Path) -> MemoryModel:
     advice = "give a run, or the memory_model.json that a search writes"
     model = read_table(MemoryModel, read_json(path, advice), path.name)
     one_of(f"{path.name}.device", model.device, ("cpu", "cuda"))
-    tables = zip(("allocated", "overhead"), (model.allocated, model.overhead), keys(model.device), strict=True)
-    for name, known, own in tables:
-        count, figures = len(known.names), (*known.means, *known.covariance)
-        priors.check_names(f"{path.name}.{name}", known.names, own)
-        if (len(known.means), len(known.covariance)) != (count, count**2) or len(set(known.names)) != count:
-            raise ConfigError(f"{path} is damaged: {name} needs one mean and one row of covariance per name; {advice}")
-        if any(abs(figure) > _LARGEST_FIGURE for figure in figures):
-            raise ConfigError(f"{path} is damaged: {name} has a figure beyond {_LARGEST_FIGURE:.0e}; {advice}")
+    known = model.coefficients
+    count, figures = len(known.names), (*known.means, *known.covariance)
+    priors.check_names(f"{path.name}.coefficients", known.names, [str(key) for key in keys(model.device)])
+    if (len(known.means), len(known.covariance)) != (count, count**2) or len(set(known.names)) != count:
+        raise ConfigError(f"{path} is damaged: coefficients lack one mean and one row of covariance per name; {advice}")
+    if any(abs(figure) > _LARGEST_FIGURE for figure in figures):
+        raise ConfigError(f"{path} is damaged: coefficients have a figure beyond {_LARGEST_FIGURE:.0e}; {advice}")
     if any(abs(peak) > _LARGEST_FIGURE for peak in model.measured.values()):
         raise ConfigError(f"{path} is damaged: measured has a peak beyond {_LARGEST_FIGURE:.0e}; {advice}")
     return model

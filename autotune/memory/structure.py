@@ -79,13 +79,12 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
 """Kinds of coefficients, and the choices that each depends on. Dependences that did not lower the error under
 cross-validation (`scripts/fit_priors --check`) were removed."""
 
-OVERHEAD = {"process", "context", "unused"}
-"""Kinds that are part of what the device shows beyond the allocated bytes."""
-_ABSENT = {"cpu": {"workspaces", "context", "unused"}, "cuda": {"process"}}
+_ABSENT = {"cpu": ("workspaces", "context", "unused"), "cuda": ("process",)}
 
 
-def keys(device: str) -> tuple[tuple[Key, ...], tuple[Key, ...]]:
-    """All coefficients of the allocated bytes, and all of the overhead, on a `device` (`cpu` or `cuda`)."""
+@functools.cache
+def keys(device: str) -> Mapping[Key, int]:
+    """All coefficients on a `device` (`cpu` or `cuda`), with their places in arrays."""
     every = [
         Key(kind, **dict(zip(names, values, strict=True)))
         for kind, names in DEPENDS.items()
@@ -93,8 +92,7 @@ def keys(device: str) -> tuple[tuple[Key, ...], tuple[Key, ...]]:
         if kind not in _ABSENT[device]
     ]
     found = [key for key in every if (key.dtype, key.residual) != ("float32", "half")]  # no such plan
-    allocated, overhead = (tuple(key for key in found if (key.kind in OVERHEAD) == beyond) for beyond in (False, True))
-    return allocated, overhead
+    return {key: place for place, key in enumerate(found)}
 
 
 POINTS = 4
@@ -142,8 +140,9 @@ def overhead(candidate: Candidate, device: str) -> PeakPoint:
     return PeakPoint(exact=0.0, sizes=sizes)
 
 
-def arrays(points: Sequence[PeakPoint], place: Mapping[Key, int]) -> Arrays:
-    """Points as arrays; a point that a step does not have holds nothing. Raises KeyError for a key without a place."""
+def arrays(points: Sequence[PeakPoint], device: str) -> Arrays:
+    """Points as arrays; a point that a step does not have holds nothing."""
+    place = keys(device)
     exact, sizes = np.zeros(POINTS), np.zeros((POINTS, len(place)))
     for i, point in enumerate(points):
         exact[i] = point.exact

@@ -31,8 +31,10 @@ class Law:
     counts: Literal["all", "non_embedding"]
     """Parameters that N counts."""
     band: float
-    """Largest distance of published losses (FineWeb and other recipes included) from the prediction, in nats."""
+    """Largest distance of results/reference/losses-published/losses.csv from the prediction, in nats: FineWeb and other
+    recipes included."""
     source: str
+    """Paper and equation of the constants, and where they are off."""
 
     def loss(self, parameters: float, tokens: float) -> float:
         return float(self.e + self.a / parameters**self.alpha + self.b / tokens**self.beta)
@@ -43,13 +45,14 @@ LAWS = (
         name="lingle",
         e=2.523, a=0.287 * 1e8**0.40, alpha=0.40, b=0.462 * 1e9**0.38, beta=0.38,
         counts="non_embedding", band=0.26,
-        source="least squares over Lingle's 21 tuned runs of 46M to 2.9B parameters, 0.1B to 4.3B tokens; rms 0.018",
+        source="least squares (rms 0.018) over 21 tuned runs of 46M to 2.9B parameters, 0.1B to 4.3B tokens: Lingle, "
+        "lucaslingle.substack.com/p/scaling-laws-for-optimal-lr-and-batch-1d4",
     ),
     Law(
         name="hoffmann",
         e=1.69, a=406.4, alpha=0.34, b=410.7, beta=0.28,
         counts="all", band=1.3,
-        source="Hoffmann et al. 2022, arXiv:2203.15556, approach 3; 0.3 to 1.2 nats too high below 1B tokens",
+        source="Hoffmann et al. 2022, arXiv:2203.15556, equation 10; 0.3 to 1.2 nats too high below 1B tokens",
     ),
     Law(
         name="besiroglu",
@@ -66,7 +69,9 @@ _POSITION_SCALE, _POSITION_EXPONENT, _REFERENCE_BLOCK = 4.5, 0.56, 1024
 
 # Nats per factor e of speed, for a training whose length is given in tokens: far below the resolution of any law, but
 # it ranks plans of one shape, for which the law predicts the same loss.
-_SPEED_WEIGHT = 1e-3
+_SPEED_WEIGHT = 1e-3  # a convention
+
+_SOFT = 8.0  # exponent of the soft minimum in `predict_loss`: a convention
 
 
 def find_law(name: str) -> Law:
@@ -97,7 +102,7 @@ def raw_loss(law: Law, shape: Shape, tokens: float) -> float:
 def unlimited(loss: float, shape: Shape) -> float:
     """Inverse of the bound in `predict_loss`: `raw_loss` of a predicted loss; infinite from ln(vocabulary) up."""
     ratio = math.log(shape.vocab_size) / loss
-    return math.log(shape.vocab_size) * (ratio**8 - 1.0) ** -0.125 if ratio > 1.0 else math.inf
+    return math.log(shape.vocab_size) * (ratio**_SOFT - 1.0) ** (-1 / _SOFT) if ratio > 1.0 else math.inf
 
 
 def predict_loss(law: Law, shape: Shape, tokens: float) -> float:
@@ -107,7 +112,7 @@ def predict_loss(law: Law, shape: Shape, tokens: float) -> float:
     the loss of an untrained model, keeps the order and changes losses below 5 by less than 0.002.
     """
     loss, untrained = raw_loss(law, shape, tokens), math.log(shape.vocab_size)
-    return float(untrained * (1.0 + (untrained / loss) ** 8) ** -0.125) if untrained > 0 else loss
+    return float(untrained * (1.0 + (untrained / loss) ** _SOFT) ** (-1 / _SOFT)) if untrained > 0 else loss
 
 
 def _context_loss(block_size: int) -> float:

@@ -12,6 +12,7 @@ import os
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -24,9 +25,9 @@ from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.tables import read_table
 from autotune.errors import UnsupportedError
 from autotune.measure.memory import MemoryMeter
-from autotune.measure.types import TrialResult
+from autotune.measure.types import MemoryView, TrialResult
 from autotune.measure.worker import live_bytes, resident_batches
-from autotune.memory.model import MemoryModel, predict
+from autotune.memory.model import MemoryModel, calibrate, predict
 from autotune.model.step import build, check_supported, machine_of
 
 RECORDED = Path(__file__).parents[2] / "results" / "reference" / "cpu-torch-2.13" / "memory_trials.jsonl"
@@ -110,6 +111,24 @@ def test_prediction_error(benchmark) -> None:
     benchmark(lambda: predict(model, held_out[0]))
     assert statistics.median(errors) <= 0.03
     assert max(errors) <= 0.10
+
+
+@pytest.mark.parametrize(("trials", "most_ms"), [(50, 5), (1000, 20)])
+@pytest.mark.benchmark(group="memory model's calibration", timer=time.process_time, min_rounds=10)
+def test_calibration_cost(benchmark, trials: int, most_ms: float) -> None:
+    rows = [json.loads(line) for line in RECORDED.read_text().splitlines()]
+    known = []
+    for number in range(trials):
+        row = rows[number % len(rows)]
+        candidate = read_table(Candidate, row["candidate"], "candidate")
+        shape = replace(candidate.shape, n_layer=candidate.shape.n_layer + number // len(rows))
+        peak = row["peak_allocated_bytes"]
+        view = MemoryView(allocated_bytes=peak, device_bytes=peak + 500_000_000)
+        candidate = replace(candidate, recipe=replace(candidate.recipe, shape=shape))
+        known.append((candidate, TrialResult(status="ok", phase="done", memory={"steady": view})))
+    calibrate("cpu", known)
+    benchmark(lambda: calibrate("cpu", known))
+    assert benchmark.stats["median"] * 1000 <= most_ms
 
 
 def record(count: int, seed: int, path: Path, drawn: Callable[[random.Random], Candidate]) -> None:

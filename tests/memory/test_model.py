@@ -50,7 +50,7 @@ def candidates(count: int, seed: int = 0) -> list[Candidate]:
 
 def truth(candidate: Candidate, factor: float) -> TrialResult:
     """A machine whose every coefficient is `factor` times the prior's."""
-    known = priors.of("cpu").allocated
+    known = priors.of("cpu").coefficients
     points = peak_points(candidate, "cpu")
     sums = [p.exact + sum(factor * known[str(key)].mean * size for key, size in p.sizes.items()) for p in points]
     peak = round(max(sums))

@@ -35,14 +35,13 @@ def test_the_files_are_what_the_script_writes(script: Any) -> None:
     for written in script.priors():
         packaged = priors.of(written.device)
         assert (written.provenance, written.noise) == (packaged.provenance, packaged.noise)
-        for new, old in ((written.allocated, packaged.allocated), (written.overhead, packaged.overhead)):
-            assert list(new) == list(old)
-            assert [c.mean for c in new.values()] == pytest.approx([c.mean for c in old.values()], abs=0.02)
+        new, old = written.coefficients, packaged.coefficients
+        assert list(new) == list(old)
+        assert [c.mean for c in new.values()] == pytest.approx([c.mean for c in old.values()], abs=0.02)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_candidate_has_its_coefficients(device: str) -> None:
-    allocated, beyond = map(set, keys(device))
     for loss in registry.names("loss"):
         for dtype in ("float32", "tfloat32", "bfloat16", "bfloat16_residual", "float16"):
             for recompute in ("none", "block", "every_2", "selective", "budget_0.3"):
@@ -51,8 +50,10 @@ def test_every_candidate_has_its_coefficients(device: str) -> None:
                         plan = Plan(micro_batch_size=2, loss=loss, dtype=dtype, activation_checkpointing=recompute,
                                     compile=compiled, attention=attention)  # type: ignore[arg-type]  # fmt: skip
                         candidate = Candidate(recipe=Recipe(shape=Shape(n_layer=3)), plan=plan)
-                        assert {key for point in peak_points(candidate, device) for key in point.sizes} <= allocated
-                        assert overhead(candidate, device).sizes.keys() <= beyond
+                        assert {key for point in peak_points(candidate, device) for key in point.sizes} <= keys(
+                            device
+                        ).keys()
+                        assert overhead(candidate, device).sizes.keys() <= keys(device).keys()
 
 
 @pytest.mark.parametrize(("records", "tolerance"), [("cpu_peaks", 0.15), ("stand_in", 0.03), ("published", 0.05)])
@@ -79,20 +80,26 @@ def damaged(change: Callable[[dict[str, Any]], object], folder: Path) -> str:
     ("change", "said"),
     [
         (
-            lambda t: t["allocated"].update({"end": t["allocated"].pop("ends")}),
-            "cpu.json.allocated has 'end', which is not a known coefficient; did you mean 'ends'?",
+            lambda t: t["coefficients"].update({"end": t["coefficients"].pop("ends")}),
+            "cpu.json.coefficients has 'end', which is not a known coefficient; did you mean 'ends'?",
         ),
         (
-            lambda t: t["allocated"].pop("layer dtype=half residual=half mode=eager recompute=none"),
-            "cpu.json.allocated lacks 'layer dtype=half residual=half mode=eager recompute=none' (1 in all); "
+            lambda t: t["coefficients"].pop("layer dtype=half residual=half mode=eager recompute=none"),
+            "cpu.json.coefficients lacks 'layer dtype=half residual=half mode=eager recompute=none' (1 in all); "
             "write it again with scripts/fit_priors",
         ),
-        (lambda t: t["overhead"].clear(), "cpu.json.overhead lacks 'process compile=block' (3 in all); "),
+        (
+            lambda t: [t["coefficients"].pop(f"process compile={word}") for word in ("off", "block", "full")],
+            "cpu.json.coefficients lacks 'process compile=off' (3 in all); ",
+        ),
         (lambda t: t.update(device="tpu"), "cpu.json.device = 'tpu' is not known; "),
         (lambda t: t.pop("provenance"), "cpu.json.provenance is missing; "),
         (lambda t: t["provenance"].pop("torch"), "cpu.json.provenance.torch is missing; "),
-        (lambda t: t["allocated"]["ends"].update(sigma=1.0), "cpu.json.allocated.ends.sigma is not a known key; "),
-        (lambda t: t["allocated"]["ends"].update(sd=0.0), "cpu.json.allocated.ends.sd = 0.0 must be above 0; "),
+        (
+            lambda t: t["coefficients"]["ends"].update(sigma=1.0),
+            "cpu.json.coefficients.ends.sigma is not a known key; ",
+        ),
+        (lambda t: t["coefficients"]["ends"].update(sd=0.0), "cpu.json.coefficients.ends.sd = 0.0 must be above 0; "),
         (lambda t: t.update(nose=1), "cpu.json.nose is not a known key; did you mean 'noise'?"),
     ],
 )

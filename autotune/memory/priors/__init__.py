@@ -1,14 +1,14 @@
 """Memory coefficients before any trial: `cpu.json` and `cuda.json`, written by `scripts/fit_priors`."""
 
 import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autotune.config.candidate import one_of
 from autotune.config.tables import read_json, read_table
 from autotune.errors import ConfigError, shown, suggest
-from autotune.memory.structure import Key, keys
+from autotune.memory.structure import keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,8 @@ class Priors:
     device: str
     provenance: Provenance
     noise: Noise
-    allocated: Mapping[str, Coefficient]
-    """By `str(key)`."""
-    overhead: Mapping[str, Coefficient]
+    coefficients: Mapping[str, Coefficient]
+    """By `str(key)`, in the order of `keys`."""
 
 
 def read(path: Path) -> Priors:
@@ -69,23 +68,21 @@ def read(path: Path) -> Priors:
     advice = "write it again with scripts/fit_priors"
     priors = read_table(Priors, read_json(path, advice), path.name)
     one_of(f"{path.name}.device", priors.device, ("cpu", "cuda"))
-    allocated, overhead = keys(priors.device)
-    for table, found, known in (("allocated", priors.allocated, allocated), ("overhead", priors.overhead, overhead)):
-        check_names(f"{path.name}.{table}", found, known)
-        if missing := {str(key) for key in known} - found.keys():
-            raise ConfigError(f"{path.name}.{table} lacks {shown(min(missing))} ({len(missing)} in all); {advice}")
-        for name, coefficient in found.items():
-            if not coefficient.sd > 0:
-                raise ConfigError(f"{path.name}.{table}.{name}.sd = {coefficient.sd} must be above 0; {advice}")
-    return priors
+    names, found = [str(key) for key in keys(priors.device)], priors.coefficients
+    check_names(f"{path.name}.coefficients", found, names)
+    if missing := [name for name in names if name not in found]:
+        raise ConfigError(f"{path.name}.coefficients lacks {shown(missing[0])} ({len(missing)} in all); {advice}")
+    for name, coefficient in found.items():
+        if not coefficient.sd > 0:
+            raise ConfigError(f"{path.name}.coefficients.{name}.sd = {coefficient.sd} must be above 0; {advice}")
+    return replace(priors, coefficients={name: found[name] for name in names})
 
 
-def check_names(where: str, found: Iterable[str], known: Iterable[Key]) -> None:
-    """Raise ConfigError for a name that is no key."""
-    names = {str(key) for key in known}
+def check_names(where: str, found: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ConfigError for a name that is not known."""
     for name in found:
-        if name not in names:
-            raise ConfigError(f"{where} has {shown(name)}, which is not a known coefficient; {suggest(name, names)}")
+        if name not in known:
+            raise ConfigError(f"{where} has {shown(name)}, which is not a known coefficient; {suggest(name, known)}")
 
 
 @functools.cache
