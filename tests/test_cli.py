@@ -198,7 +198,7 @@ def test_every_error_has_its_exit_code(
     def fail(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("autotune.report.run.load_run", fail)
+    monkeypatch.setattr("autotune.runs.read.load_run", fail)
     assert told_by(capsys, "report", "x")[0] == code
     assert cli.run(["report", "x", "--debug"]) == code
     assert "Traceback" in capsys.readouterr().err

@@ -45,6 +45,11 @@ class MemoryView:
     """Times the allocator had to release cached memory before it could allocate (CUDA)."""
 
 
+def largest_peak(stages: Mapping[str, MemoryView], view: str) -> int | None:
+    """Largest value of a field of MemoryView over all stages; None if no stage knows it."""
+    return max((value for stage in stages.values() if (value := getattr(stage, view)) is not None), default=None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialRequest:
     """One measurement, sent to the worker on stdin."""
@@ -120,8 +125,7 @@ class TrialResult:
 
     def peak(self, view: str) -> int | None:
         """Largest `allocated_bytes`, `reserved_bytes` or `device_bytes` over all stages."""
-        known = [value for stage in self.memory.values() if (value := getattr(stage, view)) is not None]
-        return max(known, default=None)
+        return largest_peak(self.memory, view)
 
     @property
     def peak_bytes(self) -> int | None:

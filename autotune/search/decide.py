@@ -35,12 +35,10 @@ def _baseline(records: Sequence[TrialRecord]) -> TrialRecord | None:
 
 
 def _baseline_measured(records: Sequence[TrialRecord]) -> TrialRecord | None:
-    """Last confirmation of the baseline that succeeded, else its trial, feasible or not."""
-    first = next((record for record in records if record.role == "baseline" and record.result.status == "ok"), None)
-    if first is None:
-        return next((record for record in records if record.role == "baseline"), None)
-    again = (r for r in records if r.role == "final" and r.candidate.id == first.candidate.id)
-    return max((r for r in (first, *again) if r.result.status == "ok"), key=lambda r: r.trial)
+    """Last successful measurement of the baseline, a confirmation if possible; else the last attempt."""
+    ids = {record.candidate.id for record in records if record.role == "baseline"}
+    measured = (record for record in records if record.candidate.id in ids and record.role in ("baseline", "final"))
+    return max(measured, key=lambda r: (r.result.status == "ok", r.role == "final", r.trial), default=None)
 
 
 def _failed(finals: Iterable[TrialRecord]) -> set[str]:

@@ -24,7 +24,7 @@ from autotune.files import write_atomically
 from autotune.measure.memory import MemoryMeter, out_of_memory
 from autotune.measure.ran import check_ran
 from autotune.measure.timing import Stopwatch, summarise
-from autotune.measure.types import Stage, cache_text
+from autotune.measure.types import Stage, cache_text, largest_peak
 from autotune.model.checkpoint import TrainState, checkpoints, save_checkpoint
 from autotune.model.compile_cache import compile_cache
 from autotune.model.optim import learning_rate
@@ -379,8 +379,7 @@ class Training:
         return tokens_per_second * self.candidate.shape.flops_per_token / peak
 
     def _peak(self, view: str) -> int | None:
-        known = [value for stage in self.meter.views().values() if (value := getattr(stage, view)) is not None]
-        return max(known, default=None)
+        return largest_peak(self.meter.views(), view)
 
     def _save(self) -> None:
         state = replace(

@@ -57,7 +57,7 @@ def test_the_range_is_that_of_the_project() -> None:
     assert tuple(numbers) == doctor.TORCH_RANGE
 
 
-def test_a_torch_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_that_does_not_start_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
         raise AutotuneError("torch does not start: libgomp.so.1 is missing")
 

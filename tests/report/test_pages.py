@@ -54,7 +54,7 @@ def test_the_page_cannot_be_turned_around(write_run: WriteRun) -> None:
     assert not set(page) & set("\u202e\x1b")
 
 
-def test_a_place_that_cannot_be_written_is_told(write_run: WriteRun) -> None:
+def test_a_directory_that_cannot_be_written_is_one_line(write_run: WriteRun) -> None:
     path = write_run(best=candidate(24))
     (path / "plots").write_text("a file where a folder belongs")
     with pytest.raises(ConfigError, match=r"plots cannot be written: File exists"):

@@ -62,7 +62,7 @@ def test_what_the_device_does_not_tell_is_not_zero() -> None:
     assert [line.split() for line in text.splitlines() if "context" in line] == [["context", "and", "cache", "-", "-"]]
 
 
-def test_side_by_side_says_what_changed_and_what_it_saves() -> None:
+def test_a_comparison_shows_changes_and_saved_bytes() -> None:
     held = PEAK | {"logits and loss": 8 * MIB}
     smaller = replace(PROFILE, peak_bytes=held, measured_peak_bytes=67 * MIB, peak_phase="optimizer")
     other = replace(FULL, name="chunked", candidate=Candidate(plan=Plan(loss="chunked")), profile=smaller)
@@ -104,7 +104,7 @@ def test_the_picture_is_stacked_by_category_with_the_peak_marked(tmp_path: Path)
         ("[model]\n[plan]\ncompile = 'offf'\n", "did you mean 'off'?"),
     ],
 )
-def test_what_is_not_a_candidate_is_said_in_one_line(text: str | None, said: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_candidate_is_one_line(text: str | None, said: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "x.toml").write_text(text)
     with pytest.raises(ConfigError) as error:

@@ -154,7 +154,7 @@ def test_a_damaged_run_is_refused_in_one_line(write_run: WriteRun, name: str, co
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_and_nothing_are_no_runs(tmp_path: Path) -> None:
+def test_a_file_or_a_missing_path_is_not_a_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "missing"):
         with pytest.raises(ConfigError, match="is not a directory; give a run"):

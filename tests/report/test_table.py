@@ -56,7 +56,7 @@ def test_failures_with_their_reasons_and_markup_taken_literally(
     assert "<script>alert(1)</script> [bold] of worker" in text
 
 
-def test_top_limits_and_says_so(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_top_limits_the_table_and_counts_the_rest(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_run(best=candidate(24))
     text = shown(capsys, run_report(load_run(path), top=1))
     assert "15,100" not in text
@@ -80,7 +80,7 @@ def test_a_trial_that_failed(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.rstrip().splitlines()[-1].split() == ["first_step", "1.00", "GiB", "-", "-", "0"]
 
 
-def test_nothing_feasible_says_what_to_change(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_feasible_names_a_remedy(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_run([record for record in records() if record.result.status != "ok"])
     text = shown(capsys, run_report(load_run(path), top=10))
     assert "No candidate is feasible: give more memory, a longer budget or a smaller model." in text
@@ -89,7 +89,7 @@ def test_nothing_feasible_says_what_to_change(write_run: WriteRun, capsys: pytes
     assert text.splitlines()[-1] == f"next: autotune search --resume {path}"
 
 
-def test_a_baseline_that_failed_says_how(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_baseline_shows_its_status(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
     first, *others = records()
     broken = [type(first)(trial=0, role="baseline", candidate=first.candidate, result=others[2].result), *others]
     text = shown(capsys, run_report(load_run(write_run(broken, best=candidate(24))), top=10))
@@ -157,7 +157,7 @@ def test_several_runs_side_by_side(write_run: WriteRun, capsys: pytest.CaptureFi
     assert "nan" not in text.lower()
 
 
-def test_a_vocabulary_of_another_size_is_said_where_the_shape_is(
+def test_another_vocabulary_size_is_shown_with_the_shape(
     write_run: WriteRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = replace(candidate(8), recipe=replace(RECIPE, shape=replace(RECIPE.shape, vocab_size=65)))

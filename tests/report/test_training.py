@@ -61,7 +61,7 @@ def test_a_running_training_alone(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (told["ended"], told["found"]["train_loss"], told["found"]["seconds"]) == (False, 4.5, 120.5)
 
 
-def test_a_damaged_one_is_told(tmp_path: Path) -> None:
+def test_a_damaged_training_is_one_line(tmp_path: Path) -> None:
     out = write_training(tmp_path / "mine")
     (out / "summary.json").write_text("{")
     with pytest.raises(ConfigError, match="mine is not a readable training"):
@@ -79,7 +79,7 @@ def test_a_line_of_garbage_in_the_log_is_named(line: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("value", ["x", None, [], {}, True, 10**400])
-def test_a_summary_of_another_kind_is_told(value: object, tmp_path: Path) -> None:
+def test_a_summary_of_another_type_is_one_line(value: object, tmp_path: Path) -> None:
     out = write_training(tmp_path / "mine", SUMMARY | {"iterations": value})
     with pytest.raises(ConfigError, match=r"summary\.json") as caught:
         load_training(out)

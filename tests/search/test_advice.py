@@ -88,7 +88,7 @@ def test_nothing_is_kept_back_while_nothing_works(tmp_path: Path) -> None:
     assert load_run(tmp_path / "run").verdict.winner is not None
 
 
-def test_a_finalist_that_was_not_confirmed_is_told_how(tmp_path: Path) -> None:
+def test_an_unconfirmed_finalist_names_the_budget_to_resume_with(tmp_path: Path) -> None:
     machine = Machine(50.0)
     go(tmp_path / "run", machine, settings(budget="60s"))
     (note,) = read_verdict(tmp_path / "run" / "verdict.json").notes

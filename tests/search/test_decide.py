@@ -132,7 +132,7 @@ def test_a_finalist_with_a_wide_interval_is_not_settled_and_measured_again() -> 
     assert waiting(given_up) == []
 
 
-def test_a_finalist_that_comes_back_at_a_tenth_of_its_speed_is_said() -> None:
+def test_a_finalist_confirmed_at_a_tenth_of_its_speed_is_noted() -> None:
     slow = [*SEARCH, record(4, 2, 20, "final"), record(5, 1, 100, "final"), record(6, 3, 190, "final")]
     verdict = decided(slow)
     assert verdict.winner.trial == 6
@@ -145,7 +145,7 @@ def test_a_finalist_that_comes_back_at_a_tenth_of_its_speed_is_said() -> None:
     assert (again.winner.trial, again.unsettled) == (7, "")
 
 
-def test_a_machine_that_changed_is_told_by_its_baseline() -> None:
+def test_drift_is_measured_by_the_baseline() -> None:
     finals = [record(4, 2, 200, "final"), record(5, 1, 125, "final")]
     verdict = decided([*SEARCH, *finals])
     assert verdict.drift == 1.25
@@ -169,7 +169,7 @@ def waiting(records: list[TrialRecord]) -> list[int]:
     return [record.trial for record in unconfirmed(records, SETTINGS)]
 
 
-def test_trials_of_a_machine_that_slowed_down_are_ranked_without_its_drift() -> None:
+def test_trials_are_ranked_without_drift() -> None:
     early, late = record(1, 2, 200), record(9, 3, 170)
     slower = [record(0, 1, 100, "baseline"), early, late, record(10, 2, 160, "final"), record(11, 1, 80, "final")]
     corrected = {r.trial: r.objective for r in drift_corrected(slower, SETTINGS)}
