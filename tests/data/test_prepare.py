@@ -416,7 +416,7 @@ def test_bad_settings(source: Path, tmp_path: Path, options: dict[str, Any], mes
 def test_a_bad_source_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{')
-    wrong = {"empty.txt": "no text at all", "bad.jsonl": ":2 is not JSON", "none.txt": "no file"}
+    wrong = {"empty.txt": "has no text", "bad.jsonl": ":2 is not JSON", "none.txt": "no file"}
     for source, message in wrong.items():
         with pytest.raises(DataError, match=message):
             prepare(wanted(tmp_path / source, tmp_path / "out"))
