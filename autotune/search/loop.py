@@ -1,7 +1,7 @@
 """One search, from settings to verdict, with every file of its run directory.
 
 The study is written before any file, and every file is replaced atomically: a search can be killed at any moment, its
-files stay readable, and `resume` goes on.
+files stay readable, and `resume` continues.
 """
 
 import time
@@ -147,9 +147,9 @@ def resume(
     started: float | None = None,
     remarks: tuple[str, ...] = (),
 ) -> Verdict:
-    """Go on with the search of `run_dir`. A budget that is given counts from now; otherwise what is left of the run's
-    own is used up. A trial that was in flight when the search died is recorded as interrupted. `environment`: the
-    machine, or a function that probes it, which takes seconds that count.
+    """Continue the search of `run_dir`. A given budget counts from now; otherwise the rest of the run's budget is used.
+    A trial that was in flight when the search died is recorded as interrupted. `environment`: the machine, or a
+    function that probes it, whose seconds count.
 
     Raises what `search` raises, and ConfigError for another machine or torch than the run's, whose numbers
     cannot be compared, unless `same_machine` is False.

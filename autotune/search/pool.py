@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 WHOLE = 4096
-"""Spaces of up to so many combinations are listed whole."""
+"""Largest number of combinations for which the whole space is listed."""
 _DRAWN, _BATCHES, _LEADERS = 32, 12, 4
 """Random candidates that join the pool before each trial, for how many trials they stay, and the best whose
 neighbours are in it."""

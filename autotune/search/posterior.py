@@ -100,7 +100,7 @@ def _merged(record: TrialRecord, mean: _Mean, objective: float) -> TrialRecord:
 
 
 def _plausible(group: Sequence[TrialRecord], prior: tuple[float, float]) -> list[TrialRecord]:
-    """Of contradicting measurements those within the speed model's 95 % interval; all if none is."""
+    """Contradicting measurements within the speed model's 95 % interval; all of them if none is."""
     if disagreement(group) is None:
         return list(group)
     kept = [r for r, value in zip(group, _logs(group), strict=True) if abs(value - prior[0]) <= Z95 * prior[1]]

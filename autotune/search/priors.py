@@ -26,9 +26,9 @@ class Priors:
     """Prior means of the speed model."""
 
     effects: Mapping[str, Effect]
-    """By `name=value` of a plan."""
+    """Effects by `name=value` of a plan."""
     half_speed_tokens: Mapping[str, float]
-    """By device kind: a micro batch of so many tokens reaches half the speed of a large one."""
+    """Tokens of the micro batch that reaches half the speed of a large one, by device kind."""
     provenance: str
 
     def expected(self, candidate: Candidate, kind: str) -> tuple[float, float]:

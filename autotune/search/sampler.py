@@ -22,7 +22,7 @@ from autotune.search.acquisition import Choices, Observed
 from autotune.search.gp import Array, Mask
 
 _DRAWN, _LEADERS, _CHANGED = 256, 4, 64
-"""Random choices, and for each of the best few trials so many that differ from it in one parameter."""
+"""Numbers of random choices, of the best trials, and of choices that differ from each of those in one parameter."""
 
 
 class Problem(Protocol):

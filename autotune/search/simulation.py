@@ -119,7 +119,7 @@ class Trace:
     """Regret of the winner; 1 where nothing feasible was found."""
 
     def at(self, seconds: float) -> float:
-        """Regret after so many seconds; 1 while nothing feasible is known."""
+        """Regret at a time; 1 while nothing feasible is known."""
         return next((r for s, r in zip(self.seconds[::-1], self.regret[::-1], strict=True) if s <= seconds), 1.0)
 
     def reached(self, regret: float) -> float:
