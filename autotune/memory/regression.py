@@ -34,15 +34,15 @@ def fit(means: Array, prior_sd: Array, exact: Array, sizes: Array, measured: Arr
     chosen = (exact + sizes @ means).argmax(1)  # (n,)
     for _ in range(ROUNDS):
         scaled = sizes[rows, chosen] / sd[:, None]  # (n, k)
-        covariance = np.linalg.inv(precision + scaled.T @ scaled)
-        target = scaled.T @ ((measured - exact[rows, chosen]) / sd)
-        update = covariance @ (start + target)
+        known = precision + scaled.T @ scaled
+        update = np.linalg.solve(known, start + scaled.T @ ((measured - exact[rows, chosen]) / sd))
         before, chosen = chosen, (exact + sizes @ update).argmax(1)
         if np.array_equal(before, chosen):
-            return Normal(means=update, covariance=covariance)
+            means = update
+            break
         means = 0.5 * (means + update)  # damped: two points of equal size would otherwise alternate
         chosen = (exact + sizes @ means).argmax(1)
-    return Normal(means=means, covariance=covariance)
+    return Normal(means=means, covariance=np.linalg.inv(known))
 
 
 def largest(known: Normal, exact: Array, sizes: Array) -> tuple[Array, Array]:

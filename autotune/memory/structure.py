@@ -56,26 +56,13 @@ VALUES = {
 """Values of a key's fields."""
 
 DEPENDS: Mapping[str, tuple[str, ...]] = {
-    "layer": ("dtype", "residual", "mode", "recompute"),
-    "budget floor": (),
-    "ends": (),
-    "block inputs": ("residual",),
-    "attention rows": (),
-    "scores": ("dtype", "compile", "recompute"),
-    "casts": (),
-    "logits": ("dtype", "mode", "loss"),
-    "head": ("dtype", "compile", "loss"),
-    "library head": ("dtype", "library"),
-    "head gradient twice": (),
-    "embedding gradient": ("compile", "accumulation"),
-    "kept logits": ("dtype",),
-    "matrix gradients": ("compile", "accumulation"),
-    "backward end": (),
-    "workspaces": (),
-    "process": ("compile",),
-    "context": (),
-    "unused": ("compile", "loss", "allocator"),
-}
+    "layer": ("dtype", "residual", "mode", "recompute"), "budget floor": (), "ends": (), "block inputs": ("residual",),
+    "attention rows": (), "scores": ("dtype", "compile", "recompute"), "casts": (),
+    "logits": ("dtype", "mode", "loss"), "head": ("dtype", "compile", "loss"), "library head": ("dtype", "library"),
+    "head gradient twice": (), "embedding gradient": ("compile", "accumulation"), "kept logits": ("dtype",),
+    "matrix gradients": ("compile", "accumulation"), "backward end": (), "workspaces": (),
+    "process": ("compile",), "context": (), "unused": ("compile", "loss", "allocator"),
+}  # fmt: skip
 """Kinds of coefficients, and the choices that each depends on. Dependences that did not lower the error under
 cross-validation (`scripts/fit_priors --check`) were removed."""
 
