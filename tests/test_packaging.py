@@ -41,3 +41,11 @@ from transformers import GPT2LMHeadModel  # the module that looks for `kernels`
 print(ours.names('loss')[0])
 """
     assert run("-I", "-c", code, cwd=tmp_path) == "full"
+
+
+def test_a_package_index_would_take_it(installed: Path) -> None:
+    """It refuses requirements by direct URL."""
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    required = [line for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist:")]
+    assert required
+    assert not [line for line in required if "@" in line]
