@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +26,41 @@ ATTENTION_SIZES = [(1, 64), (123, 64), (128, 32)]
 """Tokens, head size."""
 
 
+def why_unavailable(kernel: registry.Kernel, device: torch.device, **wanted: Any) -> str | None:
+    checked = replace(kernel, capability=None) if INTERPRETED and kernel.package == "triton" else kernel
+    return registry.why_unavailable(checked, machine_of(device), **wanted)
+
+
+def rows(operation: registry.Operation, device: torch.device) -> list[registry.Kernel]:
+    """All rows on a card, where an absent one is skipped with its reason; on the CPU those that run there."""
+    cuda = device.type == "cuda"
+    return [kernel for kernel in registry.kernels(operation) if cuda or why_unavailable(kernel, device) is None]
+
+
+def loss_cases(device: torch.device) -> list[Any]:
+    """Kernel, tokens, words, dtype. One awkward size is enough of what takes seconds to compile; no plan has float16
+    on the CPU."""
+    return [
+        pytest.param(kernel, tokens, words, dtype, id=f"{kernel.name}-{tokens}-{dtype}")
+        for kernel, (tokens, words), dtype in product(rows("loss", device), LOSS_SIZES, DTYPES)
+        if not kernel.compiled_only or (tokens == 123 and (device.type, dtype) != ("cpu", "float16"))
+    ]
+
+
+def attention_cases(device: torch.device) -> list[Any]:
+    """Kernel, tokens, head size, dtype. cuDNN refuses attention to a single key, which no training has."""
+    return [
+        pytest.param(kernel, tokens, head_size, dtype, id=f"{kernel.name}-{tokens}-{dtype}")
+        for kernel, (tokens, head_size), dtype in product(rows("attention", device), ATTENTION_SIZES, DTYPES)
+        if kernel.name != "sdpa_cudnn" or tokens > 1
+    ]
+
+
 def implementation(
     kernel: registry.Kernel, device: torch.device, dtype: str, head_size: int | None = None
 ) -> Callable[..., Tensor]:
     """The row's function; compiled, where it exists only so. Skips, with the reason, what cannot run here."""
-    checked = replace(kernel, capability=None) if INTERPRETED and kernel.package == "triton" else kernel
-    if reason := registry.why_unavailable(checked, machine_of(device), dtype=dtype, head_size=head_size):
+    if reason := why_unavailable(kernel, device, dtype=dtype, head_size=head_size):
         pytest.skip(f"{kernel.name}: {reason}")
     function = registry.load(kernel)
     if not kernel.compiled_only:
@@ -51,8 +82,6 @@ def loss_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Ten
 
 
 def check_loss(kernel: registry.Kernel, tokens: int, words: int, dtype: str, device: torch.device) -> None:
-    if kernel.compiled_only and (tokens != 123 or (device.type, dtype) == ("cpu", "float16")):
-        pytest.skip("one awkward size is enough of what takes seconds to compile; no plan has float16 on the CPU")
     cross_entropy = implementation(kernel, device, dtype)
     torch.manual_seed(tokens)
     hidden, weight = torch.randn(tokens, 48), torch.randn(words, 48) * 0.3
@@ -70,8 +99,6 @@ def check_loss(kernel: registry.Kernel, tokens: int, words: int, dtype: str, dev
 
 
 def check_attention(kernel: registry.Kernel, tokens: int, head_size: int, dtype: str, device: torch.device) -> None:
-    if kernel.name == "sdpa_cudnn" and tokens == 1:
-        pytest.skip("cuDNN refuses attention to a single key; no training has sequences of one token")
     attention = implementation(kernel, device, dtype, head_size)
     torch.manual_seed(tokens)
     inputs = [torch.randn(2, 3, tokens, head_size) for _ in range(3)]

@@ -31,6 +31,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.slow
 def test_ours_and_theirs_are_all_importable(installed: Path, tmp_path: Path) -> None:
     code = f"""
 import sys; sys.path.insert(0, {str(installed)!r})

@@ -487,6 +487,7 @@ def test_progress_says_what_is_known() -> None:
     assert progress_line(5_000_000, None, 1e6) == "5.0M tokens, 1.0M tokens/s"
 
 
+@pytest.mark.slow
 def test_python_s_documentation_can_be_prepared(tmp_path: Path) -> None:
     made = prepare(wanted(PYTHON_DOCS, tmp_path / "out", max_tokens=50_000, shard_tokens=100_000_000))
     assert made.manifest.tokens("train") + made.manifest.tokens("val") == 50_000
@@ -501,6 +502,7 @@ def fineweb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_fineweb_s_sample(fineweb: Path) -> None:
     tokens = np.concatenate([*open_split(fineweb, "val"), *open_split(fineweb, "train")])
     assert len(tokens) == 4_364_780
@@ -508,6 +510,7 @@ def test_fineweb_s_sample(fineweb: Path) -> None:
     assert np.count_nonzero(np.concatenate(open_split(fineweb, "val")) == END_OF_TEXT) == 28
 
 
+@pytest.mark.slow
 def test_fineweb_s_sample_in_small_shards(fineweb: Path, tmp_path: Path) -> None:
     source, out = os.environ[SAMPLE], tmp_path / "out"
     made = prepare(PrepareSettings(source=source, out=out, shard_tokens=1_000_000, max_tokens=3_500_000))

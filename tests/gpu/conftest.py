@@ -58,7 +58,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is recorded, what takes an hour, and in a dry run what only a card can do."""
-    items.sort(key=lambda item: ORDER.index(subject(item)))
+    here = Path(__file__).parent
+    ours = sorted((item for item in items if item.path.parent == here), key=lambda item: ORDER.index(subject(item)))
     bench, again = config.stash[BENCH], config.option.again
     known = {name: rows_in(bench.directory, name) if bench else {} for name in ORDER}
 
@@ -68,8 +69,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         short = config.option.long or not item.get_closest_marker("long")
         return unrecorded and short and not (bench and bench.dry and item.get_closest_marker("card_only"))
 
-    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
-    items[:] = filter(wanted, items)
+    config.hook.pytest_deselected(items=[item for item in ours if not wanted(item)])
+    items[:] = [item for item in items if item.path.parent != here] + [item for item in ours if wanted(item)]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -2,30 +2,30 @@
 
 import json
 import sys
+from typing import Any
 
 import pytest
 import torch
 from gpu.bench import ROOT, Bench
-from kernel_contract import ATTENTION_SIZES, DTYPES, LOSS_SIZES, check_attention, check_loss
+from kernel_contract import attention_cases, check_attention, check_loss, loss_cases
 
 from autotune.kernels import registry
 
-# the CPU has a contract of its own, in tests/kernels: one size shows that this one runs
-LOSSES = [pytest.param(*size, marks=[pytest.mark.card_only] * (size[0] != 123)) for size in LOSS_SIZES]
-ATTENTIONS = [pytest.param(*size, marks=[pytest.mark.card_only] * (size[0] != 128)) for size in ATTENTION_SIZES]
 pytestmark = [pytest.mark.gpu, pytest.mark.seconds(20)]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "words"), LOSSES)
-@pytest.mark.parametrize("kernel", registry.kernels("loss"), ids=lambda kernel: kernel.name)
+def cases(every: list[Any], tokens: int) -> list[Any]:
+    """All on a card. In a dry run, the ones with so many tokens: the CPU's own contract is in tests/kernels."""
+    return [case for case in every if DEVICE.type == "cuda" or case.values[1] == tokens]
+
+
+@pytest.mark.parametrize(("kernel", "tokens", "words", "dtype"), cases(loss_cases(DEVICE), 123))
 def test_loss(kernel: registry.Kernel, tokens: int, words: int, dtype: str, bench: Bench) -> None:
     check_loss(kernel, tokens, words, dtype, torch.device(bench.device_kind))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "head_size"), ATTENTIONS)
-@pytest.mark.parametrize("kernel", registry.kernels("attention"), ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(("kernel", "tokens", "head_size", "dtype"), cases(attention_cases(DEVICE), 128))
 def test_attention(kernel: registry.Kernel, tokens: int, head_size: int, dtype: str, bench: Bench) -> None:
     check_attention(kernel, tokens, head_size, dtype, torch.device(bench.device_kind))
 

@@ -90,6 +90,7 @@ def trial(log: Path, compile: str) -> TrialRequest:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_without_a_compiler_compiled_trials_say_so_and_eager_ones_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,7 @@ def test_losses_that_are_not_finite_are_incorrect(tmp_path: Path) -> None:
     assert "loss is nan" in result.message
 
 
+@pytest.mark.slow
 def test_trials_in_a_row_start_in_a_worker_that_has_loaded_torch(tmp_path: Path) -> None:
     compiled = with_plan(compile="block")
     with trials_in_a_row() as measure:
@@ -291,6 +292,7 @@ def test_a_plan_that_was_not_compiled_as_requested_is_unsupported(
     assert result.tokens_per_second is None
 
 
+@pytest.mark.slow
 def test_a_profile_of_another_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     result, found = runner.run_profile(with_plan(compile="full"), tmp_path / "out", tmp_path / "log")

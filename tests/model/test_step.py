@@ -188,6 +188,7 @@ def test_warmup_stable_decay() -> None:
         replace(recipe, decay_share=0.0)
 
 
+@pytest.mark.slow
 def test_more_versions_of_a_function_than_torchs_limit_are_compiled() -> None:
     """torch compiles a function 8 times by default; later versions run uncompiled without a warning."""
     step = build(
