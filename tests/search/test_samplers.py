@@ -109,7 +109,7 @@ def test_a_sampler_of_the_users_own(tmp_path: Path, module: str) -> None:
     ("name", "notes"),
     [
         ("Raises", ["failed: KeyError: 'no space'; a random value", "failed: ZeroDivisionError: two lines; a random"]),
-        ("Outside", ["a value for 'micro_batch_size', which its own", "'no such kernel' for attention, which is outside"]),
+        ("Outside", ["'micro_batch_size', which its own", "'no such kernel' for attention, which is outside"]),
         ("Repeats", ["proposed known candidates 10 times in a row; random ones were taken"]),
     ],
 )
