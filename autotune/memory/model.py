@@ -243,7 +243,7 @@ def load(path: Path) -> MemoryModel:
     model = read_table(MemoryModel, read_json(path, advice), path.name)
     one_of(f"{path.name}.device", model.device, ("cpu", "cuda"))
     known = model.coefficients
-    count, figures = len(known.names), (*known.means, *known.covariance)
+    count, figures = len(known.names), (*known.means, *known.covariance, model.overhead_scatter)
     priors.check_names(f"{path.name}.coefficients", known.names, [str(key) for key in keys(model.device)])
     if (len(known.means), len(known.covariance)) != (count, count**2) or len(set(known.names)) != count:
         raise ConfigError(f"{path} is damaged: coefficients lack one mean and one row of covariance per name; {advice}")

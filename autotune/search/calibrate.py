@@ -22,16 +22,16 @@ from autotune.search.budget import Budget
 from autotune.units import format_duration
 
 SHARE = 0.2
-"""Of the budget, for both pilots."""
+"""Fraction of the budget for both pilots."""
 FEWEST_SECONDS = 60.0
-"""A pilot in less would say more of its warm-up than of the data."""
+"""Shortest pilot; the loss of a shorter one depends on its warm-up more than on the data."""
 
 Train = Callable[[Path, str, float], Mapping[str, Any]]
-"""Trains a candidate's file on a device for so many seconds at most; returns its summary."""
+"""Trains a candidate file on a device for at most so many seconds; returns the summary."""
 
 
 def train_pilot(file: Path, device: str, seconds: float) -> Mapping[str, Any]:
-    """By `autotune train`, in a process that dies with this one. Raises AutotuneError."""
+    """Train with `autotune train`, in a process that dies with this one. Raises AutotuneError."""
     out = file.with_suffix("")
     words = ["train", str(file), "--out", str(out), "--device", device, "--max-time", f"{0.9 * seconds:.0f}s"]
     command = child_command("autotune", *words)
@@ -56,7 +56,7 @@ def calibrate_law(
     measure: Callable[[TrialRequest, Path], TrialResult],
     train: Train = train_pilot,
 ) -> tuple[SearchSettings, str]:
-    """The settings with the law's offset and band, and what to tell of it. The pilots take SHARE of the budget.
+    """The settings with the law's offset and band, and a note on them. The pilots take SHARE of the budget.
 
     Where the two disagree by more than the law's own band, it does not hold at their size, and no offset is set.
     Raises ConfigError where there is no time or data for it, AutotuneError where a pilot fails.
@@ -89,12 +89,12 @@ def calibrate_law(
         predicted = raw_loss(law_of(settings), shape, summary["tokens"])
         shifts.append(unlimited(summary["validation_loss"], shape) - predicted)
     offset, spread, band = sum(shifts) / 2, abs(shifts[0] - shifts[1]) / 2, law_of(settings).band
-    told = f"two pilots lie {shifts[0]:+.2f} and {shifts[1]:+.2f} nats from the law {settings.law!r}"
+    note = f"two pilots lie {shifts[0]:+.2f} and {shifts[1]:+.2f} nats from the law {settings.law!r}"
     if not spread <= band:
-        return settings, f"{told}: they disagree by more than its band of {band:.2f}, so it was not moved"
-    # Two points tell their spread badly; the law's own error within a recipe stays.
+        return settings, f"{note}: they disagree by more than its band of {band:.2f}, so it was not moved"
+    # Two points estimate their spread poorly; the law's own error within a recipe stays.
     moved = replace(settings, law_offset=offset, law_band=max(0.05, 2 * spread))
-    return moved, f"{told}: it was moved by {offset:+.2f}, its band is now {moved.law_band:.2f}"
+    return moved, f"{note}: it was moved by {offset:+.2f}, its band is now {moved.law_band:.2f}"
 
 
 def pilot_shapes(shape: Shape) -> tuple[Shape, Shape]:

@@ -1,7 +1,7 @@
-"""How long all parts of a search have taken, also those that were killed.
+"""Time spent by all parts of a search, killed ones included.
 
-The study holds the time that was spent when a trial began or ended. A part of the search (one process) also says twice
-a second, in a file of the run, how long it has lasted: from its very start, before the study can be read.
+The study holds the time spent when a trial began. Each part of the search (one process) also writes twice a second, to
+a file of the run, how long it has lasted since its start, before the study can be read.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class Part:
     ) -> None:
         self._ended.set()
         self._beats.join()
-        if error is None or isinstance(error, AutotuneError):  # the study has been told
+        if error is None or isinstance(error, AutotuneError):  # the study holds the time
             with contextlib.suppress(OSError):
                 self._file.unlink(missing_ok=True)
         else:
