@@ -35,6 +35,8 @@ CALIBRATED = 256
 _REMEMBERED = 4096
 """Candidates whose sizes are kept: those of all trials are needed after each trial."""
 _MEASURED = ("ok", "over_limit")
+_SCATTER_WEIGHT = 4.0
+"""Trials that the priors' scatter of the overhead counts for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,8 @@ class MemoryModel:
     fingerprint: str = ""
     """Environment of the trials; empty before calibration."""
     coefficients: Coefficients = Coefficients()
+    overhead_scatter: float = 1.0
+    """Scatter of the overhead in these trials, relative to that of the priors."""
     trials: int = 0
     """Measured trials behind the calibration; 0: priors only."""
     measured: Mapping[str, float] = field(default_factory=dict)
@@ -104,14 +108,26 @@ def calibrate(
     data = _bounded(every)
     wholes = [(c, peak, whole) for c, r, peak in data if (whole := r.peak("device_bytes")) is not None]
     known = [(_sizes(c, device)[0], peak, _noise(c, device, peak)) for c, _, peak in data]
-    known += [(_sizes(c, device)[1], whole - peak, _overhead_noise(c, device, peak)) for c, peak, whole in wholes]
-    return MemoryModel(
+    beyond = [(_sizes(c, device)[1], whole - peak, _overhead_noise(c, device, peak)) for c, peak, whole in wholes]
+    model = MemoryModel(
         device=device,
         fingerprint=environment.fingerprint if environment else "",
-        coefficients=_moved(priors.of(device).coefficients, known),
+        coefficients=_moved(priors.of(device).coefficients, [*known, *beyond]),
         trials=len(every),
         measured={f"{family(c)}@{c.plan.micro_batch_size}": peak for c, _, peak in every},
     )
+    return replace(model, overhead_scatter=_scatter(model.normal, beyond))
+
+
+def _scatter(known: Normal, measured: Sequence[tuple[Arrays, float, float]]) -> float:
+    """Root mean square of residuals over their standard deviations; the prior, 1, counts for _SCATTER_WEIGHT trials."""
+    squares = _SCATTER_WEIGHT
+    if measured:
+        exact, sizes = (np.array([rows[i] for rows, _, _ in measured]) for i in (0, 1))
+        seen, sd = np.array([(overhead, sd) for _, overhead, sd in measured]).T
+        expected, _ = regression.largest(known, exact, sizes)
+        squares += float((((seen - expected) / sd) ** 2).sum())
+    return math.sqrt(squares / (_SCATTER_WEIGHT + len(measured)))
 
 
 def _bounded(every: list[T]) -> list[T]:
@@ -180,7 +196,7 @@ def _prediction(
     """From the structure's bytes and the overhead, each with its standard deviation."""
     structure = total, math.hypot(unsure, _noise(candidate, model.device, total))
     allocated, sd = _from_neighbours(model, candidate) or structure
-    device, noise = allocated + beyond, _overhead_noise(candidate, model.device, allocated)
+    device, noise = allocated + beyond, model.overhead_scatter * _overhead_noise(candidate, model.device, allocated)
     spread = Z95 * math.hypot(sd, scatter, noise)
     return Prediction(
         peak_allocated_bytes=round(allocated),
@@ -227,7 +243,7 @@ def load(path: Path) -> MemoryModel:
     model = read_table(MemoryModel, read_json(path, advice), path.name)
     one_of(f"{path.name}.device", model.device, ("cpu", "cuda"))
     known = model.coefficients
-    count, figures = len(known.names), (*known.means, *known.covariance)
+    count, figures = len(known.names), (*known.means, *known.covariance, model.overhead_scatter)
     priors.check_names(f"{path.name}.coefficients", known.names, [str(key) for key in keys(model.device)])
     if (len(known.means), len(known.covariance)) != (count, count**2) or len(set(known.names)) != count:
         raise ConfigError(f"{path} is damaged: coefficients lack one mean and one row of covariance per name; {advice}")

@@ -1,4 +1,4 @@
-"""The hard wall clock: how long the next trial may take, and what is kept back for confirming finalists."""
+"""The hard limit of wall clock: how long the next trial may take, and the reserve for confirming finalists."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,20 +11,20 @@ from autotune.runs.records import TrialRecord
 from autotune.search.decide import searched, unconfirmed
 
 CLOSING_SECONDS = 3.0
-"""Kept free at the end, at least, for killing the last worker, writing the files and drawing the report."""
+"""Least time kept free at the end, to kill the last worker, write the files and draw the report."""
 
 _RESERVED_SHARE = 0.3
-"""No more than this part of the budget is kept back for finalists, unless one of them needs more."""
+"""Largest fraction of the budget reserved for finalists, unless one of them needs more."""
 
 _PATIENCE_SECONDS = 60.0
-"""A trial that takes less than this is never taken for hanging..."""
+"""A trial shorter than this is never considered to hang..."""
 _FIRST_PATIENCE_SECONDS = 150.0
-"""...nor is one that finds nothing compiled yet: a minute on two slow cores."""
+"""...nor is a first one, which finds nothing compiled: that takes a minute on two slow cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Wall clock from `started` on; `clock` counts seconds."""
+    """Wall clock since `started`; `clock` counts seconds."""
 
     seconds: float
     started: float
@@ -83,15 +83,15 @@ def reserve(budget: Budget, records: Sequence[TrialRecord], settings: SearchSett
 
 @dataclass(frozen=True, kw_only=True)
 class Allowance:
-    """What the next trial may take."""
+    """Time that the next trial may take."""
 
     seconds: float
     ends_budget: bool
-    """Its timeout is the end of the budget, not of our patience: running into it is not the candidate's fault."""
+    """The timeout is the end of the budget, so running into it is not the candidate's fault."""
 
 
 def allow(left: float, patience: float) -> Allowance:
-    """Seconds that are left, and after how many a trial is taken for hanging."""
+    """Allowance of `left` seconds, of which a trial may take `patience` before it is considered to hang."""
     return Allowance(seconds=min(left, patience), ends_budget=left < patience)
 
 

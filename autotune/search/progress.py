@@ -1,4 +1,4 @@
-"""What a person sees of a running search: live on a terminal, plain lines on stderr otherwise."""
+"""Progress of a running search: live on a terminal, plain lines on stderr otherwise."""
 
 import contextlib
 import sys

@@ -78,15 +78,18 @@ class GuardedSampler(optuna.samplers.BaseSampler):
         self._sampler.reseed_rng()
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._try(lambda: self._sampler.infer_relative_search_space(study, trial), {})
+        nothing: dict[str, BaseDistribution] = {}
+        found = self._try(lambda: dict(self._sampler.infer_relative_search_space(study, trial)), nothing)
+        return {name: kind for name, kind in found.items() if name in self._space.choices}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         nothing: dict[str, Any] = {}
         values = self._try(lambda: dict(self._sampler.sample_relative(study, trial, search_space)), nothing)
-        known = {name: value for name, value in values.items() if name in self._space.choices}
-        return {name: self._checked(name, value, search_space.get(name)) for name, value in known.items()}
+        if unknown := values.keys() - search_space.keys():  # Optuna raises for them
+            self._note(f"proposed a value for {shown(min(unknown))}, which its own search space lacks")
+        return {name: self._checked(name, values[name], kind) for name, kind in search_space.items() if name in values}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -103,8 +106,8 @@ class GuardedSampler(optuna.samplers.BaseSampler):
     ) -> None:
         self._try(lambda: self._sampler.after_trial(study, trial, state, values), None)
 
-    def _checked(self, name: str, value: Any, kind: BaseDistribution | None) -> Any:
-        if kind is None or not contains(kind, value):
+    def _checked(self, name: str, value: Any, kind: BaseDistribution) -> Any:
+        if not contains(kind, value):
             self._note(f"proposed {shown(value)} for {name}, which is outside the space")
             return self._random(name)
         return snapped(self._space, {name: value})[name]

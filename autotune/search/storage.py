@@ -1,4 +1,4 @@
-"""The database of a study, opened so that other programs may use it too.
+"""The database of a study, opened so that other programs can use it at the same time.
 
 SQLite lets one program write at a time. Its write-ahead log (WAL) keeps readers out of the writer's way; for what still
 locks the file, each statement is repeated until the other program is done. https://www.sqlite.org/wal.html
@@ -30,7 +30,7 @@ Patience = Callable[[], float]
 
 LEAST_PATIENCE_SECONDS = 60.0
 _TRY_SECONDS = 0.1
-"""One try of SQLite's own: a signal is heeded between two of them."""
+"""Timeout of one try by SQLite; signals are handled between tries."""
 _LONGEST_PAUSE_SECONDS = 0.5
 _SAY_AFTER_SECONDS = 5.0
 
@@ -42,7 +42,7 @@ _NETWORK = {
 
 
 def within(budget: Budget) -> Patience:
-    """Waiting counts in the budget, but what was measured is worth a minute after it."""
+    """Waiting counts in the budget, but a finished measurement is worth a minute more."""
     return lambda: max(LEAST_PATIENCE_SECONDS, budget.remaining())
 
 
@@ -85,7 +85,7 @@ def _prepare_sqlite(engine: "sqlalchemy.Engine") -> None:
 
     @sqlalchemy.event.listens_for(engine, "connect")
     def _cheap_commits(new: sqlite3.Connection, _: object) -> None:
-        # Some thirty commits a trial, 5 to 10 ms each where they wait for the disk. With the log only its transfer
+        # Some thirty commits a trial, 5 to 10 ms each if they wait for the disk. With the log only its transfer
         # into the database waits; without it, nothing does. A killed process loses nothing either way; `sync` after
         # each trial is for the machine itself.
         (mode,) = new.execute("PRAGMA journal_mode").fetchone()
@@ -115,7 +115,7 @@ def network_file_system(file: Path, mounts: Path = Path("/proc/self/mountinfo"))
 
 
 def lock_note(file: Path) -> str:
-    """What to say of a study.db at this place; empty where there is nothing."""
+    """Note on a study.db at this place; empty where there is none to make."""
     kind = network_file_system(file)
     return (kind and (
         f"{file} lies on a network file system ({kind}), where a program that reads it holds the search up; "

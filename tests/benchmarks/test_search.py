@@ -1,8 +1,9 @@
-"""What a search takes between two trials: proposing, the memory model, the study, the run's files.
+"""Time between two trials (proposal, memory model, study, files), and how many trials a good plan takes.
 
     scripts/bench -k between_trials
+    scripts/bench -k proposals
 
-A simulated machine answers at once, in a process of its own, as the command line starts one.
+For the time, a simulated machine answers at once, in a process of its own, as the command line starts one.
 """
 
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 LIMITS_MS = {50: 50.0, 200: 100.0, 1000: 200.0}
-"""By the number of trials before."""
+"""Milliseconds by the number of trials before."""
 
 
 @pytest.mark.benchmark(group="search")
@@ -62,6 +63,65 @@ def gaps(model: str, trials: int) -> list[float]:
         asked = settings(CUDA, model="" if model == "shapes" else model, budget="1000d")
         search(asked, Path(directory) / "run", CUDA, measure=measure, clock=lambda: now)
     return [1e3 * (begin - end) for end, begin in zip(ended, began[1:], strict=False)]
+
+
+@pytest.mark.benchmark(group="search")
+@pytest.mark.parametrize("words", [{}, {"memory_limit": "8GiB", "small": True}, {"model": ""}])
+def test_proposals_beat_random_search_with_half_the_trials(benchmark, words: dict[str, object]) -> None:
+    """Median of three seeds, over plans, over few plans in little memory, and over shapes."""
+    from fake_machine import CUDA, settings
+    from proposals import SMALL, Trials
+
+    choices = {"choices": SMALL} if words.pop("small", False) else {}
+
+    def compare() -> dict[str, float]:
+        reached = dict[str, float]()
+        for name, trials in NAMES.items():
+            asked = [settings(CUDA, seed=seed, sampler=name, **choices, **words) for seed in range(3)]
+            reached[name] = statistics.median(Trials(one).run(trials).best() for one in asked)
+        return reached
+
+    found = benchmark.pedantic(compare, rounds=1)
+    print(found)
+    benchmark.extra_info |= found
+    assert found["additive"] > found["random"]
+
+
+NAMES = {"additive": 10, "random": 20}
+"""Trials by sampler."""
+
+
+@pytest.mark.benchmark(group="search")
+@pytest.mark.parametrize(
+    "status", ["oom", "over_limit", "predicted_over_limit", "unsupported", "incorrect", "timeout", "crashed"]
+)
+def test_proposals_avoid_what_fails(benchmark, status: str) -> None:
+    """A third of the space, the third that would be the fastest, fails."""
+    from fake_machine import CUDA, settings
+    from proposals import SMALL, Trials, formulas
+
+    from autotune.measure.types import TrialResult
+
+    asked = settings(CUDA, choices=SMALL)
+    measure, failure = formulas(asked), TrialResult(status=status, phase="compile", trial_seconds=5.0)  # type: ignore[arg-type]
+    trials = Trials(asked, lambda c: failure if c.plan.compile == "full" else measure(c))
+    benchmark.pedantic(lambda: trials.run(25), rounds=1)
+    failed = [record.result.status == status for record in trials.records]
+    assert sum(failed) <= 6
+    assert sum(failed[12:]) <= 1
+
+
+@pytest.mark.benchmark(group="search")
+@pytest.mark.parametrize("short_of_memory", [False, True])
+def test_proposals_find_the_best_in_a_quarter_of_the_table_s_time(benchmark, short_of_memory: bool) -> None:
+    from autotune.search.simulation import limited, peak_of_best, quartiles, read_tables, replay
+
+    table = read_tables(Path(__file__).parents[2] / "results/reference/cpu-torch-2.13/trials.jsonl")[0]
+    asked = limited(table, int(0.9 * peak_of_best(table))) if short_of_memory else table
+    traces = benchmark.pedantic(lambda: [replay(asked, "additive", seed) for seed in range(9)], rounds=1)
+    _, middle, _ = quartiles(traces, [0.25 * asked.seconds, 0.5 * asked.seconds])
+    assert middle[0] <= 0.02
+    assert middle[1] <= 0.01
 
 
 if __name__ == "__main__":
