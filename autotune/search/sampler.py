@@ -119,7 +119,8 @@ class StudyProblem:
     def observed(self) -> Observed:
         known = self._values[~np.isnan(self._values)]
         centre, spread = (float(np.median(known)), float(known.std()) or 1.0) if len(known) else (0.0, 1.0)
-        seconds = [max(t.duration.total_seconds(), 1e-3) if t.duration else math.nan for t in self._trials]
+        # Durations below a second are mostly the proposal's own.
+        seconds = [max(t.duration.total_seconds(), 1.0) if t.duration else math.nan for t in self._trials]
         self._best = float(known.max() - centre) * gp.PRIOR_SCALE / spread if len(known) else None
         return Observed(
             parameters=self._encoded([trial.params for trial in self._trials]),

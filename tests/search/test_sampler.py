@@ -99,7 +99,7 @@ def test_anybody_may_use_it_in_a_study_of_his_own() -> None:
     best = []
     for sampler in (AdditiveGPSampler(seed=0), optuna.samplers.RandomSampler(seed=0)):
         study = optuna.create_study(direction="maximize", sampler=sampler)
-        study.optimize(foreign, n_trials=25)
+        study.optimize(foreign, n_trials=30)
         best.append(study.best_value)
         assert {trial.state.name for trial in study.trials} <= {"COMPLETE", "PRUNED"}
     assert best[0] > best[1]
@@ -113,9 +113,8 @@ def test_a_study_to_minimize_is_minimized_and_a_seed_repeats() -> None:
             trial = study.ask({"x": optuna.distributions.FloatDistribution(-1.0, 1.0)})
             study.tell(trial, (trial.params["x"] - 0.3) ** 2)
         values.append([trial.value for trial in study.trials])
-    # the durations of these trials are noise, which the costs of a proposal follow
-    assert values[0][:5] == values[1][:5]
-    assert all(min(own) < 0.01 for own in values)
+    assert values[0] == values[1]
+    assert min(values[0]) < 0.01
 
 
 def test_several_objectives_are_refused() -> None:
