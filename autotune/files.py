@@ -22,11 +22,14 @@ def read_text(path: Path, advice: str = "") -> str:
         raise ConfigError(f"{path} cannot be read: {one_line(reason)}{end}") from None
 
 
-def write_atomically(path: Path, *parts: str | bytes | memoryview, temporary: Path | None = None) -> str:
+def write_atomically(
+    path: Path, *parts: str | bytes | memoryview, temporary: Path | None = None, durable: bool = True
+) -> str:
     """Replace `path` atomically by the concatenated parts: a reader sees the old content or the new one. Returns the
     sha256 of the content. Raises OSError and leaves `path` unchanged.
 
     temporary: file that is written first; by default a name with this process's id in the same directory.
+    durable: wait for the disk, so that the file outlives a power failure. A killed process loses nothing either way.
     """
     temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
     digest = hashlib.sha256()
@@ -37,7 +40,8 @@ def write_atomically(path: Path, *parts: str | bytes | memoryview, temporary: Pa
                 handle.write(content)
                 digest.update(content)
             handle.flush()
-            os.fsync(handle.fileno())
+            if durable:
+                os.fsync(handle.fileno())
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):  # the directory itself may have been removed

@@ -75,7 +75,7 @@ class Outcome:
         spent[self.result.phase] = spent.get(self.result.phase, 0.0) + now - self.entered
         self.entered = now
         self.result = replace(self.result, phase_seconds=spent, **changes)  # type: ignore[arg-type]
-        write_atomically(self.path, to_json(self.result))
+        write_atomically(self.path, to_json(self.result), durable=False)
 
 
 def run(request: TrialRequest, outcome: Outcome) -> None:

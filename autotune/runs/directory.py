@@ -61,9 +61,9 @@ def publish(
 
 
 def _write_if_changed(path: Path, text: str) -> None:
-    """Most trials do not change the winner, and reading is faster than fsync."""
+    """Most trials do not change the winner."""
     if not path.exists() or path.read_bytes() != text.encode():
-        write_atomically(path, text)
+        write_atomically(path, text, durable=False)
 
 
 def _best(

@@ -72,7 +72,7 @@ def row(record: TrialRecord) -> dict[str, object]:
 
 def write_csv(path: Path, records: Iterable[TrialRecord]) -> None:
     """Replace trials.csv atomically. Unknown values are empty cells; bytes, seconds and tokens are plain numbers."""
-    write_atomically(path, _csv_line(COLUMNS), *(record.csv_line for record in records))
+    write_atomically(path, _csv_line(COLUMNS), *(record.csv_line for record in records), durable=False)
 
 
 def _csv_line(cells: Iterable[object]) -> str:

@@ -151,7 +151,7 @@ class Verdict:
 
 def write_verdict(path: Path, verdict: Verdict) -> None:
     """Replace verdict.json atomically."""
-    write_atomically(path, json.dumps(asdict(verdict), indent=1, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(asdict(verdict), indent=1, allow_nan=False) + "\n", durable=False)
 
 
 def read_verdict(path: Path) -> Verdict:

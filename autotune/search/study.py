@@ -201,7 +201,7 @@ def finish(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, li
     """Write the record and end the trial. Until the study holds it, the file `pending` does."""
     kept = json.dumps({"number": trial.number, "record": asdict(record)}, allow_nan=False)
     with contextlib.suppress(OSError):  # a full disk: the study may have room still, and raises if not
-        write_atomically(pending, kept + "\n")
+        write_atomically(pending, kept + "\n", durable=False)
     _finish(study, trial, record, limit_bytes)
     pending.unlink(missing_ok=True)
 
