@@ -25,7 +25,7 @@ OLD_CUDA = replace(CUDA, capability=(7, 5))
 
 
 def settings(environment: Environment = CUDA, **words: object) -> SearchSettings:
-    return resolve(environment, **{"model": "12x12x768", "budget": "600s", "name": "paper", **words})  # type: ignore[arg-type]
+    return resolve(environment, **{"model": "12x12x768", "budget": "60s", "name": "paper", **words})  # type: ignore[arg-type]
 
 
 def peak_bytes(candidate: Candidate) -> int:

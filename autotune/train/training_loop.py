@@ -201,7 +201,8 @@ class Training:
                 while self.iteration < boundary and stop == _CONTINUE:
                     self._step()
                     stop = self._stop()
-            if self.iteration == self.first + COMPILING_STEPS and (compiled := compile_cache()):
+            compiled = compile_cache() if self.candidate.plan.compile != "off" else None
+            if self.iteration == self.first + COMPILING_STEPS and compiled:
                 self.progress.note(f"compiled, with {cache_text(*compiled)} from the compile cache")
             if self.iteration == self.first + COMPILING_STEPS + 1:
                 check_ran(self.candidate.plan, self.meter.ran, self.step.device)

@@ -106,7 +106,7 @@ def test_too_little_memory_is_answered_by_memory(tmp_path: Path) -> None:
     remedy = next_command(load_run(tmp_path / "run"))
     assert remedy.startswith("start a new search with --memory-limit")
     limit = remedy.split()[-3]
-    go(tmp_path / "more", Machine(), settings(memory_limit=limit, budget="300s"))  # it is enough
+    go(tmp_path / "more", Machine(), settings(memory_limit=limit, budget="60s"))  # it is enough
     small = replace(CUDA, device_memory_bytes=600 << 20)
     with pytest.raises(NoFeasibleError, match="with a smaller model, Paper Card has too little memory"):
         go(tmp_path / "small", Machine(), asked, small)
@@ -134,7 +134,7 @@ def test_a_failure_of_the_machine_ends_the_search_with_its_remedy(tmp_path: Path
         return TrialResult(status="unsupported", phase="compile", message="no g++", remedy="install g++, or go eager")
 
     for name, start, trials in (("compiled", "full", 1), ("eager", "off", 2)):
-        asked = settings(budget="600s")
+        asked = settings(budget="120s")
         asked = replace(asked, baseline=replace(asked.baseline, compile=start))  # type: ignore[arg-type]
         machine.now = 0.0
         with pytest.raises(MachineError, match=r"^install g\+\+, or go eager$") as caught:

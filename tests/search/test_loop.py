@@ -47,7 +47,7 @@ def go(
     run_dir: Path, machine: Machine, asked: SearchSettings | None = None, environment: Environment = CUDA, **more: Any
 ) -> Verdict:
     words = {"measure": machine.measure, "clock": machine.clock, **more}
-    return search(asked or settings(budget="120s"), run_dir, environment, **words)
+    return search(asked or settings(), run_dir, environment, **words)
 
 
 def go_on(run_dir: Path, machine: Machine, environment: Environment = CUDA, **more: Any) -> Verdict:
@@ -270,7 +270,7 @@ def test_trials_are_told_below_which_speed_they_cannot_win(tmp_path: Path) -> No
 
 def test_the_verdict_accounts_for_the_time_and_names_what_a_step_costs(tmp_path: Path) -> None:
     machine = Machine()
-    verdict = go(tmp_path / "run", machine, settings(budget="400s"))
+    verdict = go(tmp_path / "run", machine, settings(budget="200s"))
     told = read_verdict(tmp_path / "run" / "verdict.json")
     assert told == verdict
     assert (told.ended, told.confirmed) == (True, True)
