@@ -304,6 +304,12 @@ def split_training(table: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**{part: values for part, values in parts.items() if values}, **table, "recipe": rest}
 
 
+_FIRST_PLAN_FIELDS = (
+    "micro_batch_size", "attention", "loss", "loss_chunk_tokens", "activation_checkpointing", "compile", "dtype",
+    "allocator",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A recipe and a plan for it, and how its training is evaluated, saved and tracked."""
@@ -332,10 +338,13 @@ class Candidate:
 
     @functools.cached_property
     def id(self) -> str:
-        """10 hexadecimal digits, equal for candidates that execute the same step."""
+        """10 hexadecimal digits, equal for candidates that execute the same step. Fields of the plan that are newer
+        than the first records count only where they differ from their default, so that recorded ids stay."""
+        default = vars(type(self.plan)())
+        plan = {n: v for n, v in vars(self.plan).items() if n in _FIRST_PLAN_FIELDS or v != default[n]}
         executed = {
             "shape": vars(self.shape),
-            "plan": vars(self.plan),
+            "plan": plan,
             "global_batch_size": self.recipe.global_batch_size,
             "optimizer": self.recipe.optimizer,
         }

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.config.candidate import AUTOCAST, Candidate
+from autotune.kernels import registry
 
 Array = NDArray[np.float64]
 Arrays = tuple[Array, Array]
@@ -106,10 +107,11 @@ def peak_points(candidate: Candidate, device: str) -> tuple[PeakPoint, ...]:
     end: dict[Key, float] = {key("embedding gradient"): head, key("matrix gradients"): matrix_elements(candidate)}
     end[key("backward end")] = count * shape.n_embd
     points = [(state, body | _head(candidate)), (state, end)]
-    if plan.loss == "full" and plan.compile == "full":
+    whole = _whole_logits(candidate)
+    if whole and plan.compile == "full":
         # Inductor, given the whole model, computes the head's gradient last and keeps the logits until then
         end[key("kept logits")] = count * shape.vocab_size
-    elif plan.loss == "full":  # logits are freed; the head's gradient exists twice, to be cast or added
+    elif whole:  # logits are freed; the head's gradient exists twice, to be cast or added
         points.append((state, body | {key("head gradient twice"): head}))
     if plan.recomputed_every == 1:  # the head's gradient waits for the token embedding's, which is the same tensor
         points.append((state + 4.0 * head, body | _blocks(candidate, 1, "none")))
@@ -146,7 +148,13 @@ def tokens(candidate: Candidate) -> int:
 def half_logits_bytes(candidate: Candidate) -> float:
     """Bytes of the logits that exist at one time, at two bytes per element."""
     rows = min(tokens(candidate), candidate.plan.loss_chunk_tokens)
-    return 2.0 * (tokens(candidate) if candidate.plan.loss == "full" else rows) * candidate.shape.vocab_size
+    return 2.0 * (tokens(candidate) if _whole_logits(candidate) else rows) * candidate.shape.vocab_size
+
+
+def _whole_logits(candidate: Candidate) -> bool:
+    """Whether the logits of all tokens exist at one time."""
+    loss = candidate.plan.loss
+    return loss not in VALUES["library"] and not registry.find("loss", loss).chunked
 
 
 def optimizer_bytes(candidate: Candidate) -> float:
@@ -172,7 +180,7 @@ def _key(candidate: Candidate, kind: str, **other: str) -> Key:
         "residual": "half" if plan.dtype == "bfloat16_residual" else "float32",
         "mode": "eager" if plan.compile == "off" else "compiled",
         "compile": plan.compile,
-        "loss": plan.loss if plan.loss in VALUES["loss"] else "chunked",
+        "loss": plan.loss if plan.loss in VALUES["loss"] else "full" if _whole_logits(candidate) else "chunked",
         "library": plan.loss,
         "accumulation": "several" if candidate.gradient_accumulation_steps > 1 else "one",
         "allocator": plan.allocator,

@@ -41,7 +41,7 @@ class Pool:
 
     candidates: Sequence[Candidate]
     features: Features
-    kernels: Sequence[tuple[str, ...]]
+    kernels: Sequence[tuple[object, ...]]
     """By candidate: what must be equal for memory to be comparable."""
     amounts: NDArray[np.int64]
     """(n, amounts): a candidate that exceeds another in none of these needs no more memory."""
@@ -129,10 +129,10 @@ def dominated_by_oom(candidate: Candidate, known: Mapping[str, TrialRecord]) -> 
     return next((r for r in full if all(a <= b for a, b in zip(_amounts(r.candidate), amounts, strict=True))), None)
 
 
-def _out_of_memory(records: Iterable[TrialRecord]) -> Mapping[tuple[str, ...], list[TrialRecord]]:
+def _out_of_memory(records: Iterable[TrialRecord]) -> Mapping[tuple[object, ...], list[TrialRecord]]:
     """Trials that ran out of memory, by the kernels of the candidates that they answer for: their own, and for one
     that recomputes whole blocks also those that keep all activations."""
-    found: dict[tuple[str, ...], list[TrialRecord]] = defaultdict(list)
+    found: dict[tuple[object, ...], list[TrialRecord]] = defaultdict(list)
     for record in records:
         if record.result.status in ("oom", "over_limit"):
             kernels = _kernels(record.candidate)
@@ -142,9 +142,11 @@ def _out_of_memory(records: Iterable[TrialRecord]) -> Mapping[tuple[str, ...], l
     return found
 
 
-def _kernels(candidate: Candidate) -> tuple[str, ...]:
-    plan = candidate.plan
-    return plan.attention, plan.loss, plan.compile, plan.dtype, plan.allocator, plan.activation_checkpointing
+def _kernels(candidate: Candidate) -> tuple[object, ...]:
+    """Choices of the plan that have no order in memory, recomputation last."""
+    plan = vars(candidate.plan)
+    amounts = ("micro_batch_size", "loss_chunk_tokens", "activation_checkpointing")
+    return (*(value for name, value in plan.items() if name not in amounts), plan["activation_checkpointing"])
 
 
 def _amounts(candidate: Candidate) -> tuple[int, ...]:

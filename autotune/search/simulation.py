@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from autotune.config.candidate import Candidate
+from autotune.config.candidate import Candidate, Plan
 from autotune.config.search_settings import SearchSettings
 from autotune.config.tables import read_table
 from autotune.environment import Environment
@@ -81,6 +81,9 @@ def read_tables(path: Path) -> list[Table]:
         recipe = next(candidate.recipe for candidate, _ in rows if candidate.shape == shape)
         baseline = replace(settings.baseline, micro_batch_size=min(12, recipe.global_batch_size))
         settings = replace(settings, recipe=recipe, baseline=baseline)
+        new = build_space(settings, environment).choices.keys() - settings.choices.keys()  # knobs of later versions
+        known = {name: (str(getattr(Plan(), name)),) for name in new}
+        settings = replace(settings, choices={**settings.choices, **known})
         space = build_space(settings, environment)
         missing = len(every_candidate(space).keys() - own.keys())
         if missing:

@@ -183,10 +183,10 @@ def keep_choices(study: "optuna.Study", space: Space) -> None:
 
 
 def as_begun(study: "optuna.Study", space: Space) -> Space:
-    """`space` with the choices that the study began with: kernels installed since are not tried, and one that has gone
-    is tried and found unsupported. Raises ConfigError for a damaged study."""
-    begun = study.user_attrs.get(_CHOICES)
-    if not isinstance(begun, dict) or begun.keys() != space.choices.keys() or not all(begun.values()):
+    """`space` with the choices that the study began with: kernels and knobs that are new since are not tried, and a
+    kernel that has gone is tried and found unsupported. Raises ConfigError for a damaged study."""
+    begun, knobs = study.user_attrs.get(_CHOICES), vars(space.plan).keys()
+    if not isinstance(begun, dict) or begun.keys() - knobs != space.choices.keys() - knobs or not all(begun.values()):
         raise ConfigError(f"the study is damaged: its choices are {shown(begun)}; start a new search")
     return replace(space, choices={name: tuple(choices) for name, choices in begun.items()})
 

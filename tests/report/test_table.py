@@ -3,8 +3,9 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from recorded_run import RECIPE, candidate, measured, records
@@ -177,7 +178,9 @@ def test_every_field_of_the_plan_is_shown_everywhere(write_run: WriteRun, capsys
         "activation_checkpointing": "every_3", "compile": "off", "dtype": "tfloat32",
         "allocator": "expandable_segments",
     }  # fmt: skip
-    assert changes.keys() == {field.name for field in fields(Plan)}
+    for name, kind in get_type_hints(Plan).items():  # knobs of later versions: another value of theirs
+        if name not in changes:
+            changes[name] = get_args(kind)[-1] if get_args(kind) else kind(3)
     first = records()[0]
     chunked = replace(first, candidate=candidate(8))
     for number, (name, value) in enumerate(changes.items()):
@@ -195,6 +198,7 @@ def test_a_field_that_the_plan_gains_is_in_every_place(tmp_path: Path) -> None:
     code = f"""
 import dataclasses, sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 import autotune.config.candidate as home
 home.Plan = dataclasses.make_dataclass("Plan", [("knob", float, 0.5)], bases=(home.Plan,), frozen=True, kw_only=True)
 home.Plan.__module__ = home.__name__
