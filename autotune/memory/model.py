@@ -35,7 +35,7 @@ CALIBRATED = 256
 _REMEMBERED = 4096
 """Candidates whose sizes are kept: those of all trials are needed after each trial."""
 _MEASURED = ("ok", "over_limit")
-_SCATTER_WEIGHT = 4.0
+_SCATTER_WEIGHT = 1.0
 """Trials that the priors' scatter of the overhead counts for."""
 
 

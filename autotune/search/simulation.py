@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,16 +100,21 @@ def peak_of_best(table: Table) -> int:
 
 
 def limited(table: Table, limit_bytes: int) -> Table:
-    """The table of a smaller device: running a candidate shows that it allocates more than the limit. The process's own
-    size is left out; on the CPU it is mostly Python and the compiler."""
+    """The table of a smaller device, on which a candidate may allocate so much: running it shows whether it does. All
+    processes are equally large beyond that; on the CPU the rest is mostly Python and the compiler."""
+    peaks = [(r.peak("device_bytes"), r.peak("allocated_bytes")) for r in table.results.values()]
+    process = round(median(device - allocated for device, allocated in peaks if device and allocated))
 
     def answer(result: TrialResult) -> TrialResult:
-        peaks = {stage: view.allocated_bytes for stage, view in result.memory.items()}
-        memory = {stage: MemoryView(allocated_bytes=peak, device_bytes=peak) for stage, peak in peaks.items()}
+        memory = {
+            stage: MemoryView(allocated_bytes=peak, device_bytes=process + peak)
+            for stage, view in result.memory.items()
+            if (peak := view.allocated_bytes) is not None
+        }
         too_much = result.status == "ok" and (result.peak("allocated_bytes") or 0) > limit_bytes
         return replace(result, memory=memory, status="over_limit" if too_much else result.status)
 
-    settings = replace(table.settings, memory_limit_bytes=limit_bytes)
+    settings = replace(table.settings, memory_limit_bytes=process + limit_bytes)
     return replace(table, settings=settings, results={name: answer(r) for name, r in table.results.items()})
 
 
