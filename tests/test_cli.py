@@ -259,6 +259,11 @@ cli.main()
 """
 
 
+def heed_hangups() -> None:
+    """Tests may themselves run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("first", "others"),
     [
@@ -273,8 +278,10 @@ def test_a_signal_is_an_interruption_and_more_of_them_do_not_disturb_the_saving(
 ) -> None:
     """main() turns it into KeyboardInterrupt, so that workers are killed and what is measured is kept."""
     code = INTERRUPTED.format(first=int(first), others=[int(n) for n in others], saved=str(tmp_path / "saved"))
-    command = [sys.executable, "-c", code]
-    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=30)
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False, timeout=30,
+        preexec_fn=heed_hangups,
+    )  # fmt: skip
     assert told.returncode == 130
     assert told.stderr == "error: interrupted\n"
     assert (tmp_path / "saved").exists()
@@ -318,7 +325,7 @@ def test_a_closed_terminal_saves(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", CLOSED, "report", str(tmp_path)],
         stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=lambda: (heed_hangups(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
     )  # fmt: skip
     os.close(theirs)
     assert os.read(ours, 5) == b"begun"
