@@ -72,7 +72,7 @@ def open_storage(run_dir: Path, url: str, patience: Patience) -> "optuna.storage
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
         secrets = secrets_in([url]) | {str(where.password or "")} - {""}
         advice = "give for example sqlite:///studies.db" if url else "another program may be using it, or it is damaged"
-        if url and where.username and not where.password:
+        if url and where.username:
             advice = f"its password may be given in {PASSWORD_VARIABLE}, PGPASSWORD or ~/.pgpass"
         raise ConfigError(f"{name} cannot be opened: {scrub(_reason(error), secrets)}; {advice}") from None
     if where.get_backend_name() == "sqlite":
