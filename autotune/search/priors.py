@@ -41,10 +41,6 @@ class Priors:
         return speed, sum(effect.log_seconds for effect in known)
 
 
-NONE = Priors(effects={}, half_speed_tokens={}, provenance="none: speed is inverse to the shape's FLOPs per token")
-"""Expects the same of all plans."""
-
-
 def read(path: Path) -> Priors:
     """Raises ConfigError for a file that is missing or damaged, and for an unknown or missing key."""
     priors = read_table(Priors, read_json(path), path.name)
@@ -72,12 +68,6 @@ def default() -> Priors:
     return read(Path(__file__).with_name("priors.json"))
 
 
-def __getattr__(name: str) -> Priors:
-    if name == "DEFAULT":  # read when it is first used
-        return default()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 def expected(candidate: Candidate, kind: str) -> tuple[float, float]:
-    """What `DEFAULT` expects."""
+    """What the package's priors expect: see `Priors.expected`."""
     return default().expected(candidate, kind)
