@@ -259,9 +259,10 @@ cli.main()
 """
 
 
-def heed_hangups() -> None:
-    """Tests may themselves run under nohup."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def heed_signals() -> None:
+    """Tests may themselves run under nohup, or in the background of a shell, which ignores Ctrl-C there."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +281,7 @@ def test_a_signal_is_an_interruption_and_more_of_them_do_not_disturb_the_saving(
     code = INTERRUPTED.format(first=int(first), others=[int(n) for n in others], saved=str(tmp_path / "saved"))
     told = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False, timeout=30,
-        preexec_fn=heed_hangups,
+        preexec_fn=heed_signals,
     )  # fmt: skip
     assert told.returncode == 130
     assert told.stderr == "error: interrupted\n"
@@ -325,7 +326,7 @@ def test_a_closed_terminal_saves(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", CLOSED, "report", str(tmp_path)],
         stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True,
-        preexec_fn=lambda: (heed_hangups(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+        preexec_fn=lambda: (heed_signals(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
     )  # fmt: skip
     os.close(theirs)
     assert os.read(ours, 5) == b"begun"
