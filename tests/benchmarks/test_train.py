@@ -27,6 +27,8 @@ from autotune.train.prefetch import Prefetcher
 from autotune.train.trainer import train
 
 KILLS = 40
+LENGTH = 1000
+"""Iterations of the training that is killed: more than forty lives reach, also on a fast machine."""
 STEPS, SKIPPED = 50, 5
 
 
@@ -134,7 +136,7 @@ def test_forty_kills_of_a_training_change_nothing(benchmark: Any, tmp_path: Path
     write_shard(tmp_path / "walk_train_000001.bin", walk[4000:])
     recipe = Recipe(
         shape=Shape(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=256, dropout=0.1), data=str(tmp_path),
-        global_batch_size=7, max_iters=400, lr_decay_iters=400, warmup_iters=4, learning_rate=5e-3,
+        global_batch_size=7, max_iters=LENGTH, lr_decay_iters=LENGTH, warmup_iters=4, learning_rate=5e-3,
     )  # fmt: skip
     candidate = changed(
         Candidate(recipe=recipe, plan=PLAN), eval_interval=10, eval_iters=2, checkpoint_interval=3, log_interval=1
@@ -163,7 +165,7 @@ def test_forty_kills_of_a_training_change_nothing(benchmark: Any, tmp_path: Path
 
     benchmark.pedantic(lives, rounds=1)
     print(f"\nkilled at iterations {reached}")
-    assert max(reached) < 400, "the last kill came after the end"
+    assert max(reached) < LENGTH, "the last kill came after the end"
     assert len(set(reached)) > KILLS // 3
     assert curve(out) == curve(tmp_path / "whole")
     ends = [checkpoints(one / "checkpoints")[-1] / "model.safetensors" for one in (out, tmp_path / "whole")]
