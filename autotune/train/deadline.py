@@ -25,9 +25,10 @@ class Deadline:
     """The end of a training of given time. Costs of other work are kept in steps, so that they grow with the steps when
     the machine becomes busy. Importable without torch."""
 
-    def __init__(self, seconds: float, elapsed: Callable[[], float]) -> None:
-        """seconds: time asked. elapsed: returns the wall clock so far, over all resumptions."""
-        self.seconds, self.elapsed = seconds, elapsed
+    def __init__(self, seconds: float, elapsed: Callable[[], float], closing_seconds: float = 0.0) -> None:
+        """seconds: time asked. elapsed: returns the wall clock so far, over all resumptions. closing_seconds: cost of
+        the end while it is not measured."""
+        self.seconds, self.elapsed, self._closing = seconds, elapsed, closing_seconds
         self.costs: dict[Work, float] = {}
         """Last measured cost, in steps."""
         self._recent: deque[float] = deque(maxlen=RECENT)
@@ -72,7 +73,7 @@ class Deadline:
         """
         step = self.step_seconds
         if step is None:
-            return UNKNOWN if self.left > 0 else 0
+            return UNKNOWN if self.left > self._closing else 0
         free = self.left / step - sum(self.costs.values())
         if free < 1:
             return int(free + GRACE * self.seconds / step >= 1)

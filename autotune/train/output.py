@@ -119,7 +119,8 @@ def summary_text(summary: TrainSummary) -> str:
         f"in {format_duration(summary.seconds)}"
         + (f" of {format_duration(asked)} asked" if asked else "")
         + (", stopped by --max-time" * (summary.stopped_by == "max_time")),
-        f"loss: training {train}, validation {validation}, best {best} at iteration {summary.best_iteration}",
+        f"loss: training {train}, validation {validation}"
+        + (f", best {best} at iteration {summary.best_iteration}" if summary.best_iteration else ""),
         f"speed: {speed} tokens/s{mfu}, {summary.data_wait_seconds:.1f}s waited for data",
         f"peak memory: {format_bytes(summary.peak_allocated_bytes)} allocated, "
         f"{format_bytes(summary.peak_device_bytes)} on the device",

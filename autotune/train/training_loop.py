@@ -141,7 +141,8 @@ class Training:
         self.eval_iters = self.candidate.evaluation.eval_iters
         self.deadline: Deadline | None = None
         if asked := self.recipe.train_seconds:
-            self.deadline = Deadline(asked, lambda: self.seconds)
+            # until it is measured, the end is expected to take as long as the start did: both load libraries
+            self.deadline = Deadline(asked, lambda: self.seconds, min(self.process_seconds, 0.1 * asked))
             self.eval_iters = min(self.eval_iters, self.state.candidate.evaluation.eval_iters)
             complete = self.state.schedule == 1 and asked <= self.state.candidate.recipe.train_seconds
             if self.first:  # else there is one step at least
