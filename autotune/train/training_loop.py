@@ -239,7 +239,11 @@ class Training:
             if self.deadline:
                 if not self.rehearsed and self.deadline.step_seconds:
                     self._rehearse_end(self.deadline)
-                self.steps_left = max(1, self._steps_left())
+                self.steps_left = self._steps_left()
+                if self.finished:  # what was done between steps took longer than ever before
+                    if self.iteration > self.state.iteration:
+                        self._save()
+                    return self._end
 
     @property
     def finished(self) -> bool:
