@@ -127,7 +127,8 @@ def test_the_training_is_as_long_as_was_asked() -> None:
 
 
 def test_a_training_of_given_time_has_room_for_its_start_and_its_evaluations() -> None:
-    result = TrialResult(status="ok", phase="done", build_seconds=2.0, compile_seconds=15.0, phase_seconds={"start": 3.0})
+    phases = {"start": 3.0, "measure": 9.0}
+    result = TrialResult(status="ok", phase="done", build_seconds=2.0, compile_seconds=15.0, phase_seconds=phases)
     asked, speed = loss_settings(train_time="180s"), 2e5
     planned = plan_training(asked, baseline(asked), speed, result)
     recipe, evaluation = planned.recipe, planned.evaluation
