@@ -480,12 +480,20 @@ def estimate(
 
 @_command(app.command, "Train")
 def train(
+    context: typer.Context,
     candidate: CandidateArgument,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest good checkpoint.")] = False,
     max_tokens: Annotated[
         str | None, typer.Option(metavar="COUNT", help="Stop after this many tokens: 300M. [default: the recipe's]")
     ] = None,
-    max_time: Annotated[str | None, typer.Option(metavar="TIME", help="Stop after this wall-clock time: 24h.")] = None,
+    train_time: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Train for this wall-clock time; the schedule ends with it: 24h."),
+    ] = None,
+    max_time: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Pause after this wall-clock time, wherever the schedule is: 24h."),
+    ] = None,
     init_from: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="Initial weights: nanoGPT's ckpt.pt, a GPT-2 directory, a run."),
@@ -499,6 +507,7 @@ def train(
 
     Examples:
       autotune train results/NAME
+      autotune train results/NAME --train-time 8h
       autotune train results/NAME --resume --max-time 24h
       torchrun --nproc-per-node 2 -m autotune train results/NAME
     """
@@ -514,8 +523,10 @@ def train(
         device=device,
         resume=resume,
         init_from=init_from,
+        train_seconds=None if train_time is None else parse_duration(train_time),
         max_tokens=None if max_tokens is None else parse_count(max_tokens),
         max_seconds=None if max_time is None else parse_duration(max_time),
+        started=context.obj,
     )
     if summary := run_training(asked):
         terminal.write_lines(summary_text(summary))

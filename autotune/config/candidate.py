@@ -139,7 +139,10 @@ class Recipe:
     global_batch_size: int = number(512, at_most=_LARGEST_BATCH)
     """Sequences per optimizer step."""
     max_iters: int = number(1000)
-    """Optimizer steps of the training."""
+    """Optimizer steps of the training; those planned for it, if train_seconds is given."""
+    train_seconds: float = number(0.0, 0)
+    """Wall clock of the training from the start of its process, over all resumptions. Its schedule is stretched or
+    compressed to end then. 0: it ends at max_iters."""
     optimizer: Optimizer = "adamw"
     """`adamw` is torch's fused AdamW; `adamw_8bit` keeps moments in 8 bits (package bitsandbytes); `muon` updates the
     blocks' matrices, and AdamW everything else."""

@@ -306,6 +306,8 @@ def format_nanogpt(candidate: Candidate, heading: str, device: str, *, dataset: 
         notes.append(f"nanoGPT has no {recipe.optimizer}: this trains with its AdamW.")
     if recipe.schedule == "wsd":
         notes.append("nanoGPT has no schedule wsd: this uses its cosine.")
+    if recipe.train_seconds:
+        notes.append(f"nanoGPT has no train_seconds: max_iters is what was planned for {recipe.train_seconds:g} s.")
     if (words := candidate.shape.vocab_size) != _KEYS[_VOCABULARY] and initial not in PRETRAINED:
         values[_VOCABULARY] = words
         if not (Path(recipe.data) / "meta.pkl").exists():

@@ -1,6 +1,7 @@
 """The settings of one training run, and the files in its directory."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from autotune.config.candidate import at_least
@@ -27,20 +28,25 @@ class TrainSettings:
     """Continue from the newest undamaged checkpoint in `out`."""
     init_from: Path | None = None
     """Initial weights; replaces the candidate file's init_from."""
+    train_seconds: float | None = None
+    """Replaces the recipe's train_seconds: the schedule ends with this time."""
     max_tokens: int | None = None
-    """Replaces the recipe's max_iters; rounded up to whole steps."""
+    """Replaces the recipe's max_iters and train_seconds; rounded up to whole steps."""
     max_seconds: float | None = None
-    """Wall clock of this process after which no step starts; --resume continues later."""
+    """Wall clock of this process after which no step starts, wherever the schedule is; --resume continues later."""
+    started: float = field(default_factory=time.monotonic)
+    """Start of the process by `time.monotonic`: its time counts from here."""
 
     def __post_init__(self) -> None:
         if self.resume and self.init_from is not None:
             raise ConfigError("--resume and --init-from exclude each other; a checkpoint has weights of its own")
-        if self.max_tokens is not None and self.max_seconds is not None:
-            raise ConfigError("--max-tokens and --max-time exclude each other; give one of them")
+        for flag, value in (("--max-time", self.max_seconds), ("--train-time", self.train_seconds)):
+            if value is not None and self.max_tokens is not None:
+                raise ConfigError(f"--max-tokens and {flag} exclude each other; give one of them")
+            if value is not None and value <= 0:
+                raise ConfigError(f"{flag} {value:g} leaves no time; give for example 30m or 24h")
         if self.max_tokens is not None:
             at_least("--max-tokens", self.max_tokens, 1)
-        if self.max_seconds is not None and self.max_seconds <= 0:
-            raise ConfigError(f"--max-time {self.max_seconds:g} leaves no time; give for example 30m or 24h")
 
 
 def locate(path: Path) -> tuple[Path, Path]:

@@ -51,6 +51,8 @@ class TrainState:
     candidate: Candidate
     seconds: float = 0.0
     """Wall clock spent so far, over all resumptions."""
+    schedule: float = 0.0
+    """Fraction of the schedule done, for a training of given time; else it follows from the iteration."""
     best_validation_loss: float | None = None
     best_iteration: int | None = None
     data_fingerprint: str = ""

@@ -61,8 +61,8 @@ class CombinedOptimizer(torch.optim.Optimizer):
             part.param_groups, part.state = list(islice(groups, len(part.param_groups))), self.state
 
 
-def learning_rate(recipe: Recipe, iteration: int) -> float:
-    """Learning rate of step `iteration`: linear warm-up, then decay from `learning_rate` to `min_lr` at
+def learning_rate(recipe: Recipe, iteration: float) -> float:
+    """Learning rate at `iteration` steps: linear warm-up, then decay from `learning_rate` to `min_lr` at
     `lr_decay_iters`.
 
     `cosine` is nanoGPT's get_lr; `wsd` stays level and decays linearly over the last `decay_share` (Hu et al., MiniCPM,

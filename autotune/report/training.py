@@ -102,12 +102,14 @@ def _line(run: TrainedRun) -> dict[str, str]:
     measured, figures, recipe = run.file.measured, run.figures, run.file.candidate.recipe
     done = int(figures.get("iteration") or 0)
     # only the allocated bytes of trial and training are comparable on the CPU, where nothing is reserved
+    planned = " planned" if recipe.train_seconds else ""
     view = "peak_device_bytes" if measured.get("peak_reserved_bytes") else "peak_allocated_bytes"
     return {
         "training": str(run.path),
-        "iterations": f"{done:,}" if run.ended else f"{done:,} of {recipe.max_iters:,}, not ended",
+        "iterations": f"{done:,}" if run.ended else f"{done:,} of {recipe.max_iters:,}{planned}, not ended",
         "tokens": format_count(int(figures.get("tokens") or 0)),
-        "time": format_duration(figures.get("seconds")),
+        "time": format_duration(figures.get("seconds"))
+        + (f" of {format_duration(recipe.train_seconds)}" if recipe.train_seconds else ""),
         "tokens/s": _both(measured.get("tokens_per_second"), figures.get("tokens_per_second"), "{:,.0f}".format),
         "peak": _both(measured.get(view), figures.get(view), format_bytes),
         "validation loss": _both(measured.get("predicted_loss"), figures.get("validation_loss"), "{:.3f}".format),
@@ -123,5 +125,6 @@ def _both(before: float | None, after: float | None, shown: Any) -> str:
 def as_json(run: TrainedRun) -> dict[str, Any]:
     """The training in bytes, seconds and tokens; unknown values are null."""
     return {
-        "training": str(run.path), "ended": run.ended, "measured": dict(run.file.measured), "found": dict(run.figures)
+        "training": str(run.path), "ended": run.ended, "measured": dict(run.file.measured), "found": dict(run.figures),
+        "train_seconds": run.file.candidate.recipe.train_seconds or None,
     }  # fmt: skip

@@ -24,7 +24,7 @@ from autotune.files import write_atomically
 from autotune.measure.runner import STANDBY_LOG
 from autotune.measure.scratch import alive
 from autotune.measure.types import PEAK_VIEWS
-from autotune.runs.objective import finish_candidate, loss_at, training_tokens
+from autotune.runs.objective import loss_at, plan_training
 from autotune.runs.records import TrialRecord, write_csv
 from autotune.runs.verdict import Speed, Verdict, write_verdict
 
@@ -71,7 +71,7 @@ def _best(
 ) -> CandidateFile:
     result, candidate = winner.result, settings.completed(winner.candidate)
     if not settings.keep_schedule:
-        candidate = finish_candidate(candidate, training_tokens(settings, speed.tokens_per_second))
+        candidate = plan_training(settings, candidate, speed.tokens_per_second, result)
     measured = {
         "trial": winner.trial,
         "status": verdict.status,

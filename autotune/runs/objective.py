@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 from autotune.config.candidate import Candidate, Shape
 from autotune.config.search_settings import SearchSettings
 from autotune.errors import ConfigError, suggest
+from autotune.measure.types import TrialResult
 from autotune.runs.records import TrialRecord
 
 T = TypeVar("T")
@@ -119,13 +120,33 @@ def _context_loss(block_size: int) -> float:
     return float(_POSITION_SCALE * block_size**-_POSITION_EXPONENT / (1.0 - _POSITION_EXPONENT))
 
 
-def training_tokens(settings: SearchSettings, tokens_per_second: float) -> float:
-    """Length of the training in tokens at this speed."""
+def training_tokens(settings: SearchSettings, tokens_per_second: float, start_seconds: float = 0.0) -> float:
+    """Length of the training in tokens at this speed. start_seconds: part of its time in which nothing is trained."""
     if settings.train_tokens is not None:
         return float(settings.train_tokens)
     if settings.train_seconds is not None:
-        return tokens_per_second * settings.train_seconds
+        return tokens_per_second * max(0.0, settings.train_seconds - start_seconds)
     return float(settings.recipe.max_tokens)
+
+
+def start_seconds(result: TrialResult) -> float:
+    """Time until a training is at full speed, as measured in a trial: its process's start, build and compilation."""
+    known = result.phase_seconds.get("start"), result.build_seconds, result.compile_seconds
+    return sum(seconds for seconds in known if seconds is not None)
+
+
+def plan_training(settings: SearchSettings, candidate: Candidate, speed: float, result: TrialResult) -> Candidate:
+    """Candidate for the training that the settings ask for, at this many tokens/s. One of given time gets the steps
+    that fit beside start and evaluations; a forward pass is a third of a step."""
+    asked = settings.train_seconds
+    tokens = training_tokens(settings, speed, start_seconds(result))
+    planned = finish_candidate(candidate, tokens)
+    if asked is None:
+        return planned
+    one, rows = planned.evaluation, planned.evaluation.eval_batch_size or planned.plan.micro_batch_size
+    share = one.eval_iters * rows / 3 / (one.eval_interval * planned.recipe.global_batch_size)
+    planned = finish_candidate(candidate, tokens / (1 + share))
+    return replace(planned, recipe=replace(planned.recipe, train_seconds=asked))
 
 
 def loss_at(settings: SearchSettings, candidate: Candidate, tokens_per_second: float) -> float | None:

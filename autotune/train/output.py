@@ -35,7 +35,7 @@ _NANOGPT = {"iteration": "iter", "train_loss": "train/loss", "validation_loss": 
 """nanoGPT's names of our columns; `lr` and `mfu` are the same."""
 _WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 
-StoppedBy = Literal["max_iters", "max_time"]
+StoppedBy = Literal["max_iters", "max_time", "train_time"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +93,16 @@ class TrainSummary:
     """Wall clock, over all resumptions."""
     data_wait_seconds: float
     """Time that this process's steps waited for their batches."""
+    train_seconds: float | None = None
+    """Wall clock that was asked for; None: the length was given in steps."""
+    planned_tokens: int | None = None
+    """Tokens expected in that time, from the measured speed."""
+    schedule: float | None = None
+    """Fraction of the schedule that was done in that time."""
     comparison: tuple[str, ...] = ()
     """One line a figure: the search's measurement and the training's."""
     warnings: tuple[str, ...] = ()
-    """Lines of `comparison` whose figures differ by more than promised."""
+    """Lines of `comparison` whose figures differ by more than promised, and what else was not reached."""
 
 
 def summary_text(summary: TrainSummary) -> str:
@@ -107,16 +113,23 @@ def summary_text(summary: TrainSummary) -> str:
         "-" if value is None else f"{value:.4f}"
         for value in (summary.train_loss, summary.validation_loss, summary.best_validation_loss)
     )
+    asked, planned = summary.train_seconds, summary.planned_tokens
     lines = [
         f"trained {summary.iterations:,} iterations, {format_count(summary.tokens)} tokens "
-        f"in {format_duration(summary.seconds)}" + (", stopped by --max-time" * (summary.stopped_by == "max_time")),
-        f"loss: training {train}, validation {validation}, best {best} at iteration {summary.best_iteration}",
+        f"in {format_duration(summary.seconds)}"
+        + (f" of {format_duration(asked)} asked" if asked else "")
+        + (", stopped by --max-time" * (summary.stopped_by == "max_time")),
+        f"loss: training {train}, validation {validation}"
+        + (f", best {best} at iteration {summary.best_iteration}" if summary.best_iteration else ""),
         f"speed: {speed} tokens/s{mfu}, {summary.data_wait_seconds:.1f}s waited for data",
         f"peak memory: {format_bytes(summary.peak_allocated_bytes)} allocated, "
         f"{format_bytes(summary.peak_device_bytes)} on the device",
         *(f"warning: {line}" if line in summary.warnings else line for line in summary.comparison),
         f"checkpoint: {summary.checkpoint}",
     ]
+    if planned and summary.stopped_by == "train_time" and abs(summary.tokens / planned - 1) > SPEED_TOLERANCE:
+        counts = f"planned {format_count(planned)} tokens, trained {format_count(summary.tokens)} in the time asked"
+        lines.insert(1, f"{counts} ({summary.tokens / planned - 1:+.1%})")
     return "\n".join(lines)
 
 
@@ -158,6 +171,11 @@ class TrainProgress(Progress):
     def step(self, iteration: int) -> None:
         """iteration: optimizer steps done."""
         self.update(self._bar, completed=iteration)
+
+    def expect(self, total: int) -> None:
+        """total: iterations, as now expected."""
+        self._total = total
+        self.update(self._bar, total=total)
 
     def row(self, row: LogRow, eta_seconds: float | None) -> None:
         """Show the row that was just logged, and the time that is left."""
@@ -203,7 +221,7 @@ class Output:
         """Sync the log to disk before the checkpoint that follows it; plot the curve once a minute."""
         sync(self.log)
         if monotonic() - self._plotted_at >= CURVE_SECONDS:
-            self._plot()
+            self.plot()
 
     def rewind(self, iteration: int) -> None:
         """Drop the rows after `iteration`."""
@@ -218,13 +236,14 @@ class Output:
         path = self.out / SUMMARY
         if trained or not path.exists():
             write_atomically(path, json.dumps(asdict(summary), indent=1) + "\n")
-            self._plot()
+            self.plot()
         else:
-            self.progress.note("nothing left to do; give --max-tokens or raise training.max_iters to train longer")
+            more = "a longer --train-time" if summary.train_seconds else "--max-tokens or raise training.max_iters"
+            self.progress.note(f"nothing left to do; give {more} to train longer")
         for warning in summary.warnings:
             self.progress.note(f"warning: {warning}")
 
-    def _plot(self) -> None:
+    def plot(self) -> None:
         """Replace loss.png: both losses against tokens. Raises OSError."""
         from matplotlib.figure import Figure
 

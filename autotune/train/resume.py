@@ -76,6 +76,8 @@ def _check_same_training(state: TrainState, recipe: Recipe, data_fingerprint: st
     its last iteration."""
     was = state.candidate.recipe
     now = replace(recipe, max_iters=was.max_iters, data=was.data)  # it may be longer, and its data may have moved
+    if was.train_seconds and now.train_seconds:
+        now = replace(now, train_seconds=was.train_seconds)
     different = [
         f"{table}.{key} = {value!r} (checkpoint: {vars(before)[key]!r})"
         for table, before, after in (("model", was.shape, now.shape), ("training", was, now))
@@ -89,7 +91,7 @@ def _check_same_training(state: TrainState, recipe: Recipe, data_fingerprint: st
         raise CheckpointError(
             f"{out} holds another training: {', '.join(different)}; continue with {out / RECIPE}, or give another --out"
         )
-    if recipe.max_iters < state.iteration:
+    if recipe.max_iters < state.iteration and not recipe.train_seconds:
         raise CheckpointError(
             f"{out} is at iteration {state.iteration} already, beyond training.max_iters = {recipe.max_iters}; "
             "raise it or --max-tokens, or give another --out"

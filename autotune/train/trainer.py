@@ -18,7 +18,7 @@ from autotune.train.output import TrainSummary, check_trackers
 
 
 def train(settings: TrainSettings) -> TrainSummary | None:
-    """Train `settings.file` in `settings.out` until its max_iters, --max-tokens or --max-time.
+    """Train `settings.file` in `settings.out` until its max_iters, or for its train_seconds.
 
     Call it from the main thread: Ctrl-C, SIGTERM and SIGHUP save a checkpoint and raise InterruptedByUser. Progress and
     notes go to stderr. Under torchrun all processes train one model; only rank 0 writes, prints and returns the
@@ -51,16 +51,20 @@ def train(settings: TrainSettings) -> TrainSummary | None:
 
 
 def _resolved(settings: TrainSettings) -> tuple[CandidateFile, tuple[str, ...]]:
-    """The candidate file with --init-from and --max-tokens put into it, and notes for the user."""
+    """The candidate file with --init-from, --train-time and --max-tokens put into it, and notes for the user."""
     candidate = settings.file.candidate
     notes: tuple[str, ...] = ()
     if settings.init_from is not None:
         initial = replace(candidate.checkpointing, init_from=str(settings.init_from.resolve()))
         candidate = replace(candidate, checkpointing=initial)
+    per_step = candidate.recipe.tokens_per_step
+    if (seconds := settings.train_seconds) is not None:
+        speed = settings.file.measured.get("tokens_per_second")
+        steps = max(1, round(speed * seconds / per_step)) if speed else candidate.recipe.max_iters
+        candidate = replace(candidate, recipe=replace(candidate.recipe, train_seconds=seconds, max_iters=steps))
     if (tokens := settings.max_tokens) is not None:
-        per_step = candidate.recipe.tokens_per_step
         steps = -(-tokens // per_step)
-        candidate = replace(candidate, recipe=replace(candidate.recipe, max_iters=steps))
+        candidate = replace(candidate, recipe=replace(candidate.recipe, max_iters=steps, train_seconds=0.0))
         notes = (f"--max-tokens {tokens:,} is {steps:,} whole steps of {per_step:,}: {steps * per_step:,} tokens",)
     return replace(settings.file, candidate=candidate), notes
 

@@ -29,11 +29,14 @@ from autotune.model.checkpoint import TrainState, checkpoints, save_checkpoint
 from autotune.model.compile_cache import compile_cache
 from autotune.model.optim import learning_rate
 from autotune.model.step import COMPILING_STEPS, TrainStep, build
+from autotune.train.deadline import APART, EVALUATION_SHARE, UNKNOWN, Deadline, Work
 from autotune.train.distributed import DistributedContext, process_group
 from autotune.train.exchange import load_initial
 from autotune.train.output import LogRow, Output, StoppedBy, TrainProgress, TrainSummary, compare
-from autotune.train.prefetch import Prefetcher, Work
+from autotune.train.prefetch import Prefetcher
+from autotune.train.prefetch import Work as Forward
 from autotune.train.resume import WINDOW, loss_spike, restore, roll_back
+from autotune.units import format_duration
 
 MAX_ROLLBACKS = 3
 """How often a process returns to a checkpoint before it gives up."""
@@ -124,23 +127,38 @@ class Training:
     """Seconds of all steps up to the last row."""
     readings: list[Callable[[], float]] = field(default_factory=list)
     """Timers of the steps since."""
+    steps_left: int = UNKNOWN
+    """In a training of given time: 1 if the next step is the last."""
+    rehearsed: bool = False
+    """What its end costs was measured."""
+    said_rarer: bool = False
 
     def __post_init__(self) -> None:
         self.candidate, self.recipe = self.step.candidate, self.step.candidate.recipe
         self.checkpoints, self.stopwatch = self.settings.out / CHECKPOINTS, Stopwatch(self.step.device)
-        self.first, self.started, self.seconds_before = self.state.iteration, time.monotonic(), self.state.seconds
+        self.first, self.started, self.seconds_before = self.state.iteration, self.settings.started, self.state.seconds
         self.best_loss, self.best_iteration = self.state.best_validation_loss, self.state.best_iteration
+        self.eval_iters = self.candidate.evaluation.eval_iters
+        self.deadline: Deadline | None = None
+        if asked := self.recipe.train_seconds:
+            # until it is measured, the end is expected to take as long as the start did: both load libraries
+            self.deadline = Deadline(asked, lambda: self.seconds, min(self.process_seconds, 0.1 * asked))
+            self.eval_iters = min(self.eval_iters, self.state.candidate.evaluation.eval_iters)
+            complete = self.state.schedule == 1 and asked <= self.state.candidate.recipe.train_seconds
+            if self.first:  # else there is one step at least
+                self.steps_left = 0 if complete else self._steps_left()
         self.set_state(self.state)
 
     def set_state(self, state: TrainState) -> None:
         """Continue from the checkpoint that holds `state`."""
         self.state, self.iteration, self.skipped = state, state.iteration, state.skipped_batches
+        self.schedule = state.schedule
         self.recent = deque(state.recent_losses, maxlen=WINDOW)
         self.pending: list[tuple[Tensor, Tensor, float]] = []  # loss, gradient norm, lr; on the device, unchecked
 
     @property
     def process_seconds(self) -> float:
-        """Wall clock of this process's part of the training."""
+        """Wall clock of this process's part of the training, its start included."""
         return time.monotonic() - self.started
 
     @property
@@ -150,10 +168,10 @@ class Training:
 
     def run(self) -> TrainSummary | None:
         """Train to the end and write the summary."""
-        stopped_by: StoppedBy = "max_iters"
+        stopped_by: StoppedBy = self._end
         try:
             with self._stop_on_signals():
-                if self.iteration < self.recipe.max_iters:
+                if not self.finished:
                     stopped_by = self._train()
         except KeyboardInterrupt:
             raise self._interrupted() from None
@@ -198,7 +216,7 @@ class Training:
             stage: Stage = "first_step" if compiling else "steady"
             boundary, stop = self._boundary(stage), _CONTINUE
             with self._measured(stage):
-                while self.iteration < boundary and stop == _CONTINUE:
+                while self.iteration < boundary and stop == _CONTINUE and not self.finished:
                     self._step()
                     stop = self._stop()
             compiled = compile_cache() if self.candidate.plan.compile != "off" else None
@@ -209,24 +227,85 @@ class Training:
             losses = self._checked_losses()
             if losses is None:
                 continue
-            finished = self.iteration >= self.recipe.max_iters
-            self._evaluate_log_save(losses[-1], finished or stop == _TIME_OVER)
-            if finished:
-                return "max_iters"
+            self._evaluate_log_save(losses[-1], self.finished or stop == _TIME_OVER)
+            if self.finished:
+                return self._end
             if stop == _TIME_OVER:
                 return "max_time"
             if stop == _INTERRUPTED:
                 if self.iteration > self.state.iteration:
                     self._save()
                 raise self._interrupted()
+            if self.deadline:
+                if not self.rehearsed and self.deadline.step_seconds:
+                    self._rehearse_end(self.deadline)
+                self.steps_left = self._steps_left()
+                if self.finished:  # what was done between steps took longer than ever before
+                    if self.iteration > self.state.iteration:
+                        self._save()
+                    return self._end
+
+    @property
+    def finished(self) -> bool:
+        """The last step is done."""
+        return self.steps_left == 0 if self.deadline else self.iteration >= self.recipe.max_iters
+
+    @property
+    def _end(self) -> StoppedBy:
+        return "train_time" if self.deadline else "max_iters"
+
+    def _steps_left(self) -> int:
+        """Steps in the time asked, the same in all processes: as many as the slowest can make."""
+        assert self.deadline
+        return -self.context.max(-self.deadline.steps_left(self.candidate.evaluation.eval_interval))
+
+    def _rehearse_end(self, deadline: Deadline) -> None:
+        """Measure early what the end of the training costs, and limit the size of evaluations to their share."""
+        together = self.context.world_size
+        self._validation_loss(together)  # compiles
+        started = time.monotonic()
+        self._validation_loss(together)
+        seconds = time.monotonic() - started
+        affordable = together * max(1, int(EVALUATION_SHARE * deadline.seconds / seconds))
+        affordable = -self.context.max(-affordable)
+        if affordable < self.eval_iters:
+            self.progress.note(
+                f"evaluations have {affordable} batches instead of {self.eval_iters}, which would take more than "
+                f"{EVALUATION_SHARE:.0%} of {format_duration(deadline.seconds)}"
+            )
+            self.eval_iters = affordable
+        deadline.took("evaluation", seconds * self.eval_iters / together)
+        self._save()
+        if self.output:
+            with deadline.timed("summary"):
+                self.output.plot()
+        self.rehearsed = True
+
+    def _timed(self, work: Work) -> AbstractContextManager[None]:
+        return self.deadline.timed(work) if self.deadline else nullcontext()
+
+    def _affordable(self, *works: Work) -> bool:
+        """Whether they are worth their time before the end; the same in all processes."""
+        if self.deadline is None:
+            return True
+        soon, late = self.deadline.too_soon(*works), self.deadline.too_late(*works)
+        if soon and not late and self.rehearsed and not self.said_rarer:
+            self.said_rarer = True
+            self.progress.note(
+                f"warning: {works[0]}s take {format_duration(self.deadline.seconds_of(*works))}, so not all of them "
+                f"happen: they are {APART} times that apart"
+            )
+        return self.context.max(int(soon or late or not self.rehearsed)) == 0
 
     def _boundary(self, stage: Stage) -> int:
         """The iteration at which something other than a step is due."""
         if stage == "first_step" or stage not in self.meter.views():
             return self.iteration + 1
-        one = self.candidate
+        if self.deadline and not self.rehearsed:
+            return self.iteration + 1
+        one, end = self.candidate, UNKNOWN if self.deadline else self.recipe.max_iters
         intervals = one.tracking.log_interval, one.evaluation.eval_interval, one.checkpointing.checkpoint_interval
-        return min(self.recipe.max_iters, *((self.iteration // interval + 1) * interval for interval in intervals))
+        return min(end, *((self.iteration // interval + 1) * interval for interval in intervals))
 
     def _measured(self, stage: Stage) -> AbstractContextManager[None]:
         """Records peaks of the stage: on CUDA always, as it costs nothing; on the CPU, by a profiler, once a stage."""
@@ -236,7 +315,7 @@ class Training:
 
     def _step(self) -> None:
         """One optimizer step; the next batch is loaded meanwhile."""
-        lr = learning_rate(self.recipe, self.iteration)
+        lr = self._learning_rate()
 
         def work() -> None:
             number = self.iteration + self.skipped
@@ -247,8 +326,19 @@ class Training:
         self._wait_for_device()
         self.iteration += 1
         self.progress.step(self.iteration)
+        if self.deadline:
+            self.deadline.stepped(warm=self.iteration - self.first > WARM_AFTER)
+            self.steps_left = 0 if self.steps_left == 1 else self._steps_left()
 
-    def _retry_smaller(self, kind: Work, work: Callable[[], Tensor]) -> Tensor:
+    def _learning_rate(self) -> float:
+        """The next step's. In a training of given time, what is left of the schedule is divided among the steps that
+        are left, so that it is complete with the last one however fast they are."""
+        if self.deadline is None:
+            return learning_rate(self.recipe, self.iteration)
+        self.schedule = 1.0 - (1.0 - self.schedule) * (1.0 - 1.0 / self.steps_left)
+        return learning_rate(self.recipe, self.schedule * self.recipe.lr_decay_iters)
+
+    def _retry_smaller(self, kind: Forward, work: Callable[[], Tensor]) -> Tensor:
         """The result of `work`, retried with half as many sequences a forward while it runs out of memory.
         The batch stays the same, and so does what is learned from it."""
         while True:
@@ -312,6 +402,8 @@ class Training:
         self.set_state(roll_back(self.checkpoints, self.step, self.context))
         self.skipped = batches - self.iteration
         self.readings.clear()
+        if self.deadline:
+            self.steps_left = max(1, self._steps_left())
         if self.output:
             self.output.rewind(self.iteration)
         self.progress.note(
@@ -322,8 +414,9 @@ class Training:
     def _evaluate_log_save(self, last: tuple[float, float, float], ending: bool) -> None:
         """Whatever is due. last: loss, gradient norm and lr of the last step."""
         improved, validation = False, None
-        if ending or self.iteration % self.candidate.evaluation.eval_interval == 0:
-            validation = self._evaluate()
+        if self._evaluation_due(ending):
+            with self._timed("evaluation"):
+                validation = self._validation_loss(self.eval_iters)
             improved = self.best_loss is None or validation < self.best_loss
             if improved:
                 self.best_loss, self.best_iteration = validation, self.iteration
@@ -331,11 +424,17 @@ class Training:
             self._log(*last, validation)
         saving = self.candidate.checkpointing
         due = saving.always_save_checkpoint and self.iteration % saving.checkpoint_interval == 0
-        if improved or ending or due:
+        if improved or ending or (due and self._affordable("checkpoint")):
             self._save()
 
-    def _evaluate(self) -> float:
-        """Mean loss over the same eval_iters validation batches each time, divided among the processes."""
+    def _evaluation_due(self, ending: bool) -> bool:
+        if ending:  # one that was never timed may take longer than the training
+            return self.deadline is None or self.rehearsed
+        due = self.iteration % self.candidate.evaluation.eval_interval == 0
+        return due and self._affordable("evaluation", "checkpoint")
+
+    def _validation_loss(self, batches: int) -> float:
+        """Mean loss over the same validation batches each time, divided among the processes."""
 
         def batch_loss(index: int) -> Tensor:
             parts = [self.step.evaluate(x, y) * share for x, y, share in self.batches.validation(index)]
@@ -343,9 +442,9 @@ class Training:
 
         total = torch.zeros((), device=self.step.device)
         with self._measured("evaluation"):
-            for index in range(self.context.rank, self.candidate.evaluation.eval_iters, self.context.world_size):
+            for index in range(self.context.rank, batches, self.context.world_size):
                 total += self._retry_smaller("evaluation", lambda: batch_loss(index))  # noqa: B023 - called at once
-        return float(self.context.sum(total)) / self.candidate.evaluation.eval_iters
+        return float(self.context.sum(total)) / batches
 
     def _log(self, loss: float, norm: float, lr: float, validation_loss: float | None) -> None:
         self.stopwatch.synchronise()
@@ -364,14 +463,16 @@ class Training:
             data_wait_seconds=waited, peak_allocated_bytes=self._peak("allocated_bytes"),
             peak_device_bytes=self._peak("device_bytes"), seconds=self.seconds,
         )  # fmt: skip
+        if self.deadline and self.steps_left < UNKNOWN:
+            self.progress.expect(self.iteration + self.steps_left)
         self.output.row(row, self._eta(mean))
 
     def _eta(self, step_seconds: float | None) -> float | None:
         if step_seconds is None:
             return None
-        left = (self.recipe.max_iters - self.iteration) * step_seconds
+        left = self.deadline.left if self.deadline else (self.recipe.max_iters - self.iteration) * step_seconds
         limit = self.settings.max_seconds
-        return left if limit is None else max(0.0, min(left, limit - self.process_seconds))
+        return max(0.0, left if limit is None else min(left, limit - self.process_seconds))
 
     def _mfu(self, tokens_per_second: float | None) -> float | None:
         if tokens_per_second is None or self.machine.peak_flops is None:
@@ -383,17 +484,20 @@ class Training:
         return largest_peak(self.meter.views(), view)
 
     def _save(self) -> None:
+        evaluation = replace(self.candidate.evaluation, eval_iters=self.eval_iters)
         state = replace(
             self.state, iteration=self.iteration, tokens=self.iteration * self.recipe.tokens_per_step,
-            candidate=self.candidate, seconds=self.seconds, best_validation_loss=self.best_loss,
-            best_iteration=self.best_iteration, skipped_batches=self.skipped, recent_losses=tuple(self.recent),
+            candidate=replace(self.candidate, evaluation=evaluation), seconds=self.seconds, schedule=self.schedule,
+            best_validation_loss=self.best_loss, best_iteration=self.best_iteration, skipped_batches=self.skipped,
+            recent_losses=tuple(self.recent),
         )  # fmt: skip
         self.saving = True
-        if self.output:
-            self.output.flush()
-            with self._measured("checkpoint"):
-                save_checkpoint(self.checkpoints, self.step, state)
-        self.context.barrier()  # torchrun kills all processes when one exits, so none may before it is written
+        with self._timed("checkpoint"):
+            if self.output:
+                self.output.flush()
+                with self._measured("checkpoint"):
+                    save_checkpoint(self.checkpoints, self.step, state)
+            self.context.barrier()  # torchrun kills all processes when one exits, so none may before it is written
         self.state, self.saving = state, False
 
     def _interrupted(self) -> InterruptedByUser:
@@ -414,14 +518,21 @@ class Training:
         # the search measured one process, so several are not comparable
         measured = self.settings.file.measured if self.context.world_size == 1 else {}
         compared = list(compare(measured, figures, self.step.device.type))
-        last = output.last_row()
+        last, asked = output.last_row(), self.recipe.train_seconds
         state = self.state
+        warnings = [text for text, within in compared if not within]
+        if asked and self.schedule < 1 and stopped_by == "train_time":
+            warnings.append(
+                f"{format_duration(asked)} were over at {self.schedule:.0%} of the schedule: start, compilation and "
+                "evaluation took too much of them; give more --train-time"
+            )
         return TrainSummary(
             out=str(self.settings.out), checkpoint=str(checkpoints(self.checkpoints)[-1]), stopped_by=stopped_by,
             iterations=state.iteration, tokens=state.tokens, processes=self.context.world_size,
             train_loss=last.get("train_loss"), validation_loss=last.get("validation_loss"),
             best_validation_loss=state.best_validation_loss, best_iteration=state.best_iteration,
             mfu=self._mfu(speed), seconds=self.seconds, data_wait_seconds=self.batches.waited_seconds,
-            comparison=tuple(text for text, _ in compared),
-            warnings=tuple(text for text, within in compared if not within), **figures,
+            train_seconds=asked or None, schedule=self.schedule if asked else None,
+            planned_tokens=self.recipe.max_tokens if asked and measured.get("tokens_per_second") else None,
+            comparison=tuple(text for text, _ in compared), warnings=tuple(warnings), **figures,
         )  # fmt: skip

@@ -414,10 +414,12 @@ def test_what_is_written_reads_as_the_same_recipe(
 
 
 def test_what_train_py_cannot_do_is_said_in_comments() -> None:
-    recipe = Recipe(global_batch_size=512)
+    recipe = Recipe(global_batch_size=512, max_iters=77, train_seconds=180.0)
     plan = Plan(micro_batch_size=47, loss="chunked", activation_checkpointing="block", compile="block")
     text = format_nanogpt(Candidate(recipe=recipe, plan=plan), "A heading.", "cuda:0")
     assert "batch_size = 32\n" in text
+    assert "nanoGPT has no train_seconds: max_iters is what was planned for 180 s." in text
+    assert "\nmax_iters = 77\n" in text
     assert "47 does not divide the global batch of 512" in text
     assert "nanoGPT has no loss = chunked, activation_checkpointing = block, compile = block: expect" in text
 

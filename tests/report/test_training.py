@@ -61,6 +61,16 @@ def test_a_running_training_alone(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (told["ended"], told["found"]["train_loss"], told["found"]["seconds"]) == (False, 4.5, 120.5)
 
 
+def test_a_training_of_given_time_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = write_training(tmp_path / "mine")
+    timed = replace(candidate(8), recipe=replace(RECIPE, max_iters=30, train_seconds=180.0))
+    (out / "recipe.toml").write_text(format_candidate(CandidateFile(candidate=timed, measured=MEASURED)))
+    assert cli.run(["report", str(out)]) == 0
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "20 of 30 planned, not ended" in line
+    assert "2m00s of 3m00s" in line
+
+
 def test_a_damaged_training_is_one_line(tmp_path: Path) -> None:
     out = write_training(tmp_path / "mine")
     (out / "summary.json").write_text("{")

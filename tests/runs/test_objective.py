@@ -9,6 +9,7 @@ from fake_machine import CPU, CUDA, settings
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.search_settings import SearchSettings
 from autotune.errors import ConfigError
+from autotune.measure.types import TrialResult
 from autotune.runs.objective import (
     LAWS,
     Law,
@@ -16,6 +17,7 @@ from autotune.runs.objective import (
     finish_candidate,
     interval,
     loss_at,
+    plan_training,
     predict_loss,
     score,
     speed_needed,
@@ -121,6 +123,22 @@ def test_the_speed_that_is_needed_reaches_the_objective(words: dict[str, str]) -
 def test_the_training_is_as_long_as_was_asked() -> None:
     assert training_tokens(loss_settings(train_tokens="1B"), 1e5) == 1e9
     assert training_tokens(loss_settings(train_time="1h"), 1e5) == 3.6e8
+    assert training_tokens(loss_settings(train_time="1h"), 1e5, start_seconds=600.0) == 3e8
+
+
+def test_a_training_of_given_time_has_room_for_its_start_and_its_evaluations() -> None:
+    phases = {"start": 3.0, "measure": 9.0}
+    result = TrialResult(status="ok", phase="done", build_seconds=2.0, compile_seconds=15.0, phase_seconds=phases)
+    asked, speed = loss_settings(train_time="180s"), 2e5
+    planned = plan_training(asked, baseline(asked), speed, result)
+    recipe, evaluation = planned.recipe, planned.evaluation
+    assert recipe.train_seconds == 180.0
+    evaluated = evaluation.eval_iters * planned.plan.micro_batch_size * recipe.shape.block_size
+    seconds = (recipe.max_tokens + recipe.max_iters / evaluation.eval_interval * evaluated / 3) / speed
+    assert seconds == pytest.approx(160.0, rel=0.02)
+    by_tokens = loss_settings(train_tokens="20M")
+    given = plan_training(by_tokens, baseline(by_tokens), speed, result).recipe
+    assert (given.train_seconds, given.max_iters) == (0.0, round(20e6 / given.tokens_per_step))
 
 
 @pytest.mark.parametrize("tokens", [1, 5_000, 300_000, 10**7, 10**10])
