@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,6 +82,17 @@ def of_device(device_name: str) -> Card | None:
     """The card of a driver's name, `NVIDIA A100-SXM4-80GB`; None for one that is not in the table, such as a laptop's
     or a slice of a card."""
     return _named(_key(device_name))
+
+
+def nearest(capability: Sequence[int], memory_bytes: int) -> Card:
+    """The card that resembles an unknown one most: in its generation, then in memory."""
+    generation = (*capability, 0)[0]
+
+    def distance(card: Card) -> tuple[float, float, float]:
+        size = abs(math.log(card.memory_bytes / max(memory_bytes, 1)))
+        return abs(card.capability[0] - generation), float(card.capability != tuple(capability)), size
+
+    return min(cards(), key=distance)
 
 
 def _named(asked: frozenset[str]) -> Card | None:
