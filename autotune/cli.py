@@ -198,7 +198,10 @@ def search(
     ] = "",
     model: Annotated[str, typer.Option(metavar="LxHxW", help="Fix the shape: 12x12x768, layers x heads x width.")] = "",
     from_file: Annotated[
-        Path | None, typer.Option("--from", metavar="FILE", help="Start from a nanoGPT config file and keep its shape.")
+        Path | None,
+        typer.Option(
+            "--from", metavar="FILE", help="Start from a nanoGPT config or a candidate's .toml; keep its shape."
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Data directory. [default: synthetic tokens]")
@@ -443,7 +446,9 @@ def profile(
 
 @_command(app.command, "Understand")
 def estimate(
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="A card by name: 4090, A100 80GB. Adds plan and speed.")] = "",
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="Card by name: 4090, A100 80GB. Adds plan and speed.")
+    ] = "",
     memory_limit: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory of the card. [default: that of --gpu, else 24GiB]")
     ] = "",
@@ -474,6 +479,7 @@ def estimate(
       autotune estimate --calibration results/NAME
     """
     from autotune.config import cards
+    from autotune.config.candidate import at_least
     from autotune.memory import estimate as estimates
     from autotune.memory import model as memory_model
     from autotune.report import table
@@ -493,6 +499,8 @@ def estimate(
         terminal.write_lines(certainty)
         return
     card, length = cards.find(gpu), parse_count(tokens) if tokens else None
+    if length is not None:
+        at_least("--tokens", length, 1)
     found, limit = predictions.predict(card, candidates, estimates.fixed(changed), memory_limit, length, known)
     if toml is not None:
         predictions.write_toml(toml, card, found)

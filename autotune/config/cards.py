@@ -74,8 +74,10 @@ def find(words: str) -> Card:
     names = {" ".join(sorted(key)): card for card in cards() for key in _keys(card)}
     similar = difflib.get_close_matches(" ".join(sorted(asked))[:SHOWN], names, n=_LISTED, cutoff=0.5)
     found = list(dict.fromkeys(names[name].name for name in similar))
-    advice = f"did you mean {', '.join(found)}?" if found else f"known are {', '.join(card.name for card in cards())}"
-    raise ConfigError(f"--gpu {shown(words)} is not a known card; {advice} Or give its memory with --memory-limit 24GiB")
+    advice = f"did you mean {', '.join(found)}?" if found else f"known: {', '.join(card.name for card in cards())}."
+    raise ConfigError(
+        f"--gpu {shown(words)} is not a known card; {advice} Or give its memory with --memory-limit 24GiB"
+    )
 
 
 def of_device(device_name: str) -> Card | None:
@@ -105,7 +107,7 @@ def _keys(card: Card) -> Sequence[frozenset[str]]:
 
 
 def _key(name: str) -> frozenset[str]:
-    """The words that tell cards apart: `NVIDIA GeForce RTX-3090Ti` is 3090 and ti, `A100-SXM4-80 GB` a100, sxm, 80gb."""
+    """The words that tell cards apart: `GeForce RTX-3090Ti` is 3090 and ti, `A100-SXM4-80 GB` is a100, sxm and 80gb."""
     text = re.sub(r"[^a-z0-9.]+", " ", name.lower())
     text = re.sub(r"(\d)\s*(gib|gb|g)\b", r"\1gb", text)
     text = re.sub(r"\b(rtx|gtx)(?=[a-z]?\d)", r"\1 ", text)

@@ -14,7 +14,6 @@ from autotune.config.toml import CandidateFile, format_candidate
 from autotune.environment import Environment
 from autotune.errors import ConfigError
 from autotune.files import write_atomically
-from autotune.memory import priors
 from autotune.memory.estimate import largest_micro_batch
 from autotune.memory.model import MemoryModel
 from autotune.memory.model import predict as predict_peak
@@ -94,7 +93,7 @@ def predict(
         plan = replace(asked.baseline, **{name: getattr(candidate.plan, name) for name in fixed})
         asked = replace(asked, recipe=candidate.recipe, baseline=plan, choices=own)
         length = tokens or TOKENS_A_PARAMETER * shape.parameters
-        best = starts(build_space(asked, environment), card, model, limit, count=1)
+        best = starts(build_space(asked, environment), asked, card, model, count=1)
         rows.append(
             Predicted(
                 shape=words, parameters=shape.parameters, tokens=length,
@@ -112,9 +111,7 @@ def _found(card: Card, candidate: Candidate, tokens: int, limit: int, model: Mem
     return Found(
         candidate=candidate,
         largest_micro_batch=largest_micro_batch(model, candidate, limit),
-        peak_device_bytes=Range(
-            value=peak.peak_device_bytes, low=peak.low_device_bytes, high=peak.high_device_bytes
-        ),
+        peak_device_bytes=Range(value=peak.peak_device_bytes, low=peak.low_device_bytes, high=peak.high_device_bytes),
         tokens_per_second=Range(value=speed.tokens_per_second, low=speed.low, high=speed.high),
         mfu=Range(
             value=speed.tokens_per_second * per_token, low=speed.low * per_token, high=min(1.0, speed.high * per_token)
@@ -163,7 +160,7 @@ def _lines(row: Predicted, limit: int) -> list[str]:
 def provenance(model: MemoryModel) -> list[str]:
     """Where the predictions come from, one line each."""
     known = roofline.fitted()
-    memory = f"calibrated by {model.trials} trials" if model.trials else priors.of(model.device).provenance
+    memory = f"calibrated by {model.trials} trials" if model.trials else "priors, not calibrated by trials on a card"
     return [
         "intervals: 95 %; `autotune search` on the card measures instead",
         f"speed: {known.provenance.cuda}",

@@ -11,8 +11,8 @@ from autotune.memory.model import MemoryModel
 from autotune.runs.records import TrialRecord
 from autotune.search import study as studies
 from autotune.search.pool import CandidateProblem, dominated_by_oom
-from autotune.search.start import STARTS, card_of, starts
 from autotune.search.space import Space, baseline, candidate_at, distributions, guide_candidate, parameters_of
+from autotune.search.start import STARTS, card_of, starts
 
 if TYPE_CHECKING:
     import optuna
@@ -28,8 +28,8 @@ class Proposer:
         self, study: "optuna.Study", space: Space, settings: SearchSettings, environment: Environment, priors: bool,
         start: bool = True,
     ) -> None:  # fmt: skip
-        """Gives the study the sampler that the settings name. `start`: the default sampler's first proposals, for a
-        fixed shape, are those of `autotune.search.start`. Raises ConfigError."""
+        """Gives the study the sampler that the settings name. `start`: the default sampler's first proposals are
+        those of `autotune.search.start`. Raises ConfigError."""
         from autotune.search.samplers import GuardedSampler, make_sampler
 
         trials = study.get_trials(deepcopy=False)
@@ -39,7 +39,7 @@ class Proposer:
         self._study, self._space, self._settings, self._kinds = study, space, settings, kinds
         self._problem = CandidateProblem(space, settings, kinds, priors=priors)
         self._repeated, self._card = False, card_of(environment)
-        self._start = start and settings.sampler == "additive" and not settings.search_shape
+        self._start = start and settings.sampler == "additive"
         sampler = make_sampler(settings.sampler, (settings.seed + len(trials)) % 2**32, self._problem)
         self._guard = None if settings.sampler == "additive" else GuardedSampler(sampler, space, settings.seed)
         study.sampler = self._guard or sampler
@@ -78,7 +78,7 @@ class Proposer:
         known = self._problem.known
         if not self._start or len(known) > STARTS:
             return None
-        found = starts(self._space, self._card, model, self._settings.memory_limit_bytes)
+        found = starts(self._space, self._settings, self._card, model)
         left = (c for c in found if c.id not in known and dominated_by_oom(c, known) is None)
         return next(left, None)
 

@@ -17,7 +17,6 @@ from autotune.config.tables import read_json, read_table
 from autotune.kernels import registry
 from autotune.memory.structure import matrix_elements, optimizer_bytes, tokens
 
-
 REFERENCE_RATIO = 16.0
 """Of the A100: FLOP/s of half precision over those of float32. It is 2 where accumulating in float32 halves the rate
 of tensor cores, as on GeForce cards."""
