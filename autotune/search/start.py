@@ -7,7 +7,7 @@ shapes are searched, all starts have the one whose predicted objective is best.
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from autotune.config import cards
@@ -18,15 +18,13 @@ from autotune.environment import Environment
 from autotune.memory.model import MemoryModel, predictions
 from autotune.runs.objective import maximised, score
 from autotune.search.roofline import log_speed
-from autotune.search.space import Space, candidate_at, values_of
+from autotune.search.space import Space, Value, candidate_at, values_of
 
 STARTS = 4
 """With the baseline, the first five trials."""
 _WAYS = ("loss", "compile", "dtype", "activation_checkpointing")
 _AMOUNTS = ("micro_batch_size", "loss_chunk_tokens")
 _SHAPES = ("n_layer", "n_embd", "head_size", "block_size")
-_BLOCK = 64
-"""Peaks that are predicted at once."""
 
 
 def card_of(environment: Environment) -> Card | None:
@@ -46,54 +44,63 @@ def starts(
     Empty where shapes are searched on a CPU, whose speeds are predicted for comparison only."""
     if settings.search_shape and card is None:
         return []
+    ranking = _Ranking(settings, card, model)
     if settings.search_shape:
         plain = {name: (value,) for name, value in vars(space.plan).items() if name in _WAYS and name in space.choices}
-        best = _first(_candidates(replace(space, choices=space.choices | plain), _SHAPES), settings, card, model, 1)
+        best = ranking.best(replace(space, choices={**space.choices, **plain}), _SHAPES, 1)
         if not best:
             return []
         own = {name: (value,) for name, value in values_of(space, best[0]).items() if name in _SHAPES}
-        space = replace(space, choices=space.choices | own)
-    return _first(_candidates(space, _WAYS), settings, card, model, count)
+        space = replace(space, choices={**space.choices, **own})
+    return ranking.best(space, _WAYS, count)
 
 
-def _first(
-    candidates: Iterable[Candidate], settings: SearchSettings, card: Card | None, model: MemoryModel | None, count: int
-) -> list[Candidate]:
-    """The best by their predicted objective, of different ways, that fit."""
-    sign = -1.0 if maximised(settings) else 1.0
-    ranked = sorted(candidates, key=lambda c: sign * score(settings, c, math.exp(log_speed(c, card))))
-    if model is None:
-        return _different(ranked, count)
-    for bound in ("high_device_bytes", "peak_device_bytes"):
-        if found := _different(_fitting(ranked, model, settings.memory_limit_bytes, bound), count):
-            return found
-    return []
+class _Ranking:
+    """Candidates by their predicted objective, and whether they fit."""
 
+    def __init__(self, settings: SearchSettings, card: Card | None, model: MemoryModel | None) -> None:
+        self._settings, self._card, self._model = settings, card, model
 
-def _candidates(space: Space, names: tuple[str, ...]) -> Iterator[Candidate]:
-    """All values of `names` with all amounts; whatever else there is to choose has its first choice."""
-    varied = {name: choices for name, choices in space.choices.items() if name in (*names, *_AMOUNTS)}
-    fixed = {name: choices[0] for name, choices in space.choices.items() if name not in varied}
-    found = (
-        candidate_at(space, {**fixed, **dict(zip(varied, values, strict=True))})
-        for values in itertools.product(*varied.values())
-    )
-    return iter({(candidate.recipe, candidate.plan): candidate for candidate in found}.values())
+    def value(self, candidate: Candidate) -> float:
+        """Larger is better."""
+        found = score(self._settings, candidate, math.exp(log_speed(candidate, self._card)))
+        return found if maximised(self._settings) else -found
 
+    def fitting(self, candidates: Sequence[Candidate], bound: str) -> list[Candidate]:
+        if self._model is None:
+            return list(candidates)
+        pairs = zip(candidates, predictions(self._model, candidates), strict=True)
+        return [c for c, found in pairs if getattr(found, bound) <= self._settings.memory_limit_bytes]
 
-def _fitting(ranked: Sequence[Candidate], model: MemoryModel, limit_bytes: int, bound: str) -> Iterator[Candidate]:
-    for start in range(0, len(ranked), _BLOCK):
-        block = ranked[start : start + _BLOCK]
-        for candidate, found in zip(block, predictions(model, block), strict=True):
-            if getattr(found, bound) <= limit_bytes:
-                yield candidate
+    def best(self, space: Space, names: tuple[str, ...], count: int) -> list[Candidate]:
+        """The best that differ in `names`, each with its best amounts; what else there is to choose is the first."""
+        fixed = {name: choices[0] for name, choices in space.choices.items()}
+        varied = {name: choices for name, choices in space.choices.items() if name in names}
+        amounts = {name: choices for name, choices in space.choices.items() if name in _AMOUNTS}
+        ways = [{**fixed, **dict(zip(varied, values, strict=True))} for values in itertools.product(*varied.values())]
+        most = {name: choices[-1] for name, choices in amounts.items()}
+        # least amounts need least memory, and the largest are about the fastest
+        least = {candidate.id: (candidate, way) for way in ways for candidate in [candidate_at(space, way)]}
+        limits = {name: self.value(candidate_at(space, {**way, **most})) for name, (_, way) in least.items()}
+        for bound in ("high_device_bytes", "peak_device_bytes"):
+            found: list[tuple[float, Candidate]] = []
+            possible = self.fitting([candidate for candidate, _ in least.values()], bound)
+            for candidate in sorted(possible, key=lambda candidate: -limits[candidate.id]):
+                if len(found) == count and limits[candidate.id] <= found[-1][0]:
+                    break
+                best = self._with_amounts(space, least[candidate.id][1], amounts, bound)
+                found = sorted([*found, best], key=lambda pair: -pair[0])[:count]
+            if found:
+                return [candidate for _, candidate in found]
+        return []
 
-
-def _different(ranked: Sequence[Candidate] | Iterator[Candidate], count: int) -> list[Candidate]:
-    """The first of each way."""
-    found: dict[tuple[object, ...], Candidate] = {}
-    for candidate in ranked:
-        if len(found) == count:
-            break
-        found.setdefault(tuple(getattr(candidate.plan, name) for name in _WAYS), candidate)
-    return list(found.values())
+    def _with_amounts(
+        self, space: Space, way: Mapping[str, Value], amounts: Mapping[str, tuple[Value, ...]], bound: str
+    ) -> tuple[float, Candidate]:
+        """The best of one way, whose least amounts fit, and its value."""
+        values = (dict(zip(amounts, chosen, strict=True)) for chosen in itertools.product(*amounts.values()))
+        candidates = {c.plan: c for v in values for c in [candidate_at(space, {**way, **v})]}
+        return max(
+            ((self.value(candidate), candidate) for candidate in self.fitting(list(candidates.values()), bound)),
+            key=lambda pair: pair[0],
+        )
