@@ -92,7 +92,7 @@ def test_a_candidate_file_is_recipe_and_baseline(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--gpu", "9999"], "--gpu '9999' is not a known card; did you mean"),
+        (["--gpu", "4091"], "--gpu '4091' is not a known card; did you mean"),
         (["--gpu", "a100"], "--gpu 'a100' may be A100 40GB PCIe"),
         (["--gpu", "4090", "--memory-limit", "64GiB"], "more than RTX 4090 has (23.65 GiB)"),
         (["--gpu", "4090", "--tokens", "many"], "count 'many' is not understood"),

@@ -4,12 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_machine import CPU, CUDA, OLD_CUDA, Machine, settings
-from proposals import SMALL
+from fake_machine import CPU, CUDA, OLD_CUDA, settings
+from proposals import SMALL, Trials
 
 from autotune.config.cards import find
 from autotune.memory.model import MemoryModel, predict
-from autotune.search.loop import Knowledge, search
 from autotune.search.roofline import log_speed
 from autotune.search.simulation import Trace, limited, peak_of_best, read_tables, replay
 from autotune.search.space import build_space
@@ -75,16 +74,12 @@ def test_the_card_of_a_machine() -> None:
     assert card_of(replace(CUDA, device_name="NVIDIA GeForce RTX 4090 Laptop GPU", capability=(8, 9))) is not None
 
 
-def test_a_search_begins_with_its_starts(tmp_path: Path) -> None:
-    asked, machine = settings(CUDA, choices=SMALL, budget="120s"), Machine()
-    search(asked, tmp_path / "run", CUDA, measure=machine.measure, clock=machine.clock)
-    space = build_space(asked, CUDA)
-    expected = [c.id for c in starts(space, asked, card_of(CUDA), None)]
-    tried = [request.candidate.id for request in machine.requests[1 : 1 + STARTS]]
-    other = Machine()
-    search(asked, tmp_path / "other", CUDA, measure=other.measure, clock=other.clock, knowledge=Knowledge(start=False))
-    assert tried[0] == expected[0]
-    assert tried != [request.candidate.id for request in other.requests[1 : 1 + STARTS]]
+def test_a_search_begins_with_its_starts() -> None:
+    asked = settings(CUDA, choices=SMALL)
+    trials = Trials(asked).run(1)
+    expected = starts(build_space(asked, CUDA), asked, card_of(CUDA), trials.model())
+    trials.run(1 + STARTS)
+    assert [record.candidate for record in trials.records[1:]] == expected
 
 
 @pytest.fixture(scope="module")
