@@ -29,8 +29,10 @@ OPTIONS = {
     "report": ["RUN...", "--html", "--json", "--top", "--rebuild"],
     "trial": ["RUN|TOML", "--set", "--device", "--json"],
     "profile": ["TOML...", "--out", "--set", "--device"],
-    "estimate": ["--memory-limit", "--model", "--vocab-size", "--set", "--calibration"],
     "train": ["RUN|TOML", "--resume", "--max-tokens", "--train-time", "--max-time", "--init-from", "--out", "--device"],
+    "estimate": [
+        "--gpu", "--memory-limit", "--model", "--vocab-size", "--set", "--calibration", "--tokens", "--toml", "--json",
+    ],
     "export": ["RUN|CHECKPOINT", "--to", "--out", "--cut-vocab"],
     "sample": ["CHECKPOINT", "--prompt", "--tokens", "--temperature", "--top-k", "--seed", "--device"],
     "kernels": [],

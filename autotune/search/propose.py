@@ -12,6 +12,7 @@ from autotune.runs.records import TrialRecord
 from autotune.search import study as studies
 from autotune.search.pool import CandidateProblem, dominated_by_oom
 from autotune.search.space import Space, baseline, candidate_at, distributions, guide_candidate, parameters_of
+from autotune.search.start import STARTS, card_of, starts
 
 if TYPE_CHECKING:
     import optuna
@@ -24,9 +25,11 @@ class Proposer:
     """The only one who asks the study for trials: proposed ones, and given ones that it enqueues."""
 
     def __init__(
-        self, study: "optuna.Study", space: Space, settings: SearchSettings, environment: Environment, priors: bool
-    ) -> None:
-        """Gives the study the sampler that the settings name. Raises ConfigError."""
+        self, study: "optuna.Study", space: Space, settings: SearchSettings, environment: Environment, priors: bool,
+        start: bool = True,
+    ) -> None:  # fmt: skip
+        """Gives the study the sampler that the settings name. `start`: the default sampler's first proposals are
+        those of `autotune.search.start`. Raises ConfigError."""
         from autotune.search.samplers import GuardedSampler, make_sampler
 
         trials = study.get_trials(deepcopy=False)
@@ -35,7 +38,9 @@ class Proposer:
         kinds = {name: known.get(name, kind) for name, kind in distributions(space, *others).items()}
         self._study, self._space, self._settings, self._kinds = study, space, settings, kinds
         self._problem = CandidateProblem(space, settings, kinds, priors=priors)
-        self._repeated = False
+        self._repeated, self._card = False, card_of(environment)
+        self._start = start and settings.sampler == "additive"
+        self._starts: list[Candidate] | None = None
         sampler = make_sampler(settings.sampler, (settings.seed + len(trials)) % 2**32, self._problem)
         self._guard = None if settings.sampler == "additive" else GuardedSampler(sampler, space, settings.seed)
         study.sampler = self._guard or sampler
@@ -56,6 +61,8 @@ class Proposer:
         problem.update(records, model)
         if not problem.left.candidates:
             return None
+        if (first := self._first(model)) is not None:
+            return self.enqueue(first, {}), first
         for _ in range(REPEATS):
             trial = self._study.ask(self._kinds)
             candidate = candidate_at(self._space, trial.params)
@@ -66,6 +73,16 @@ class Proposer:
         self._repeated = True
         candidate = random.Random(f"{self._settings.seed} {len(problem.known)}").choice(problem.left.candidates)
         return self.enqueue(candidate, {}), candidate
+
+    def _first(self, model: MemoryModel | None) -> Candidate | None:
+        """The next start whose answer is not known, while there are few answers."""
+        known = self._problem.known
+        if not self._start or len(known) > STARTS:
+            return None
+        if self._starts is None:
+            self._starts = starts(self._space, self._settings, self._card, model)
+        left = (c for c in self._starts if c.id not in known and dominated_by_oom(c, known) is None)
+        return next(left, None)
 
     def enqueue(self, candidate: Candidate, attributes: Mapping[str, object]) -> "optuna.Trial":
         """A running trial with the parameters of a given candidate."""

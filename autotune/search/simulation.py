@@ -27,7 +27,9 @@ from autotune.search.resolve import resolve
 from autotune.search.space import Space, build_space, canonical, every_candidate
 
 VARIANTS = {
+    "additive-no-start": ("additive", Knowledge(start=False)),
     "additive-no-priors": ("additive", Knowledge(priors=False)),
+    "additive-no-start-no-priors": ("additive", Knowledge(start=False, priors=False)),
     "additive-no-memory-model": ("additive", Knowledge(memory_model=False)),
 }
 """Ablations of our own sampler: what it does without a part of what it knows."""
@@ -130,6 +132,14 @@ class Trace:
     def at(self, seconds: float) -> float:
         """Regret at a time; 1 while nothing feasible is known."""
         return next((r for s, r in zip(self.seconds[::-1], self.regret[::-1], strict=True) if s <= seconds), 1.0)
+
+    def within_first(self, trials: int) -> float:
+        """Regret after so many trials."""
+        return self.regret[min(trials, len(self.regret) - 1)]
+
+    def trials_to(self, regret: float) -> float:
+        """Trials until the regret was no larger; infinite where it never was."""
+        return next((i for i, r in enumerate(self.regret) if r <= regret), math.inf)
 
     def reached(self, regret: float) -> float:
         """Seconds until the regret was no larger; infinite where it never was."""
