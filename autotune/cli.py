@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperGroup
 
 import autotune
-from autotune import places, terminal
+from autotune import files, places, terminal
 from autotune.config.storage import scrub, secrets_in
 from autotune.errors import LONGEST, AutotuneError, ConfigError, InterruptedByUser, NoFeasibleError, one_line
 from autotune.units import parse_bytes, parse_count, parse_duration
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from typer._click.formatting import HelpFormatter
 
     from autotune.data.manifest import Format
+    from autotune.environment import Environment
+    from autotune.measure.types import TrialRequest, TrialResult
 
 
 T = TypeVar("T")
@@ -203,6 +205,9 @@ def search(
             "--from", metavar="FILE", help="Start from a nanoGPT config or a candidate's .toml; keep its shape."
         ),
     ] = None,
+    guide: Annotated[
+        str, typer.Option(metavar="ROW", help="Start from a row of the memory guide, with its limit: 24GB.")
+    ] = "",
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Data directory. [default: synthetic tokens]")
     ] = None,
@@ -242,6 +247,7 @@ def search(
     """
     started: float = context.obj  # the budget includes start-up
     _load_numpy()
+    from autotune.config.presets import preset
     from autotune.environment import busy_machine, probe
     from autotune.runs import directory as run_directory
     from autotune.search import loop, resolve
@@ -267,6 +273,7 @@ def search(
         train_tokens=train_tokens,
         model=model,
         from_file=from_file,
+        guide=preset(guide) if guide else None,
         data=data,
         vocab_size=vocab_size,
         choices=choices or (),
@@ -508,6 +515,61 @@ def estimate(
         terminal.write(json_module.dumps(predictions.as_json(card, found, limit, known)))
     else:
         terminal.write_lines(predictions.text(card, found, limit, known))
+
+
+@_command(app.command, "Understand")
+def guide(
+    rows: Annotated[
+        list[str] | None, typer.Argument(metavar="[ROW...]", help="Rows such as 24GB. [default: all]")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure on this card, under each row's memory limit.")
+    ] = False,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the rows as CSV, or a table as Markdown (.md).")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check the memory guide that circulates among nanoGPT users.
+
+    Claimed against true: parameters, memory, speed, length, learning rate and batch of each row. Memory and speed are
+    predicted for the row's card unless they are measured.
+
+    Examples:
+      autotune guide
+      autotune guide 24GB --measure
+      autotune guide --out guide.csv
+    """
+    from autotune.config.presets import PRESETS, preset
+    from autotune.memory.model import MemoryModel
+    from autotune.search import guide as guides
+
+    asked = [preset(name) for name in rows or []] or PRESETS
+    here, run = _this_card(device) if measure else (None, None)
+    checked = [guides.check(row, MemoryModel(device="cuda"), here, run) for row in asked]
+    if out is not None:
+        files.write_atomically(out, guides.as_text(out, checked))
+        terminal.say(f"wrote {out}")
+    if json:
+        terminal.write(json_module.dumps({"rows": guides.as_rows(checked)}, allow_nan=False))
+    else:
+        terminal.write_lines("\n".join([*guides.lines(checked), "", *guides.provenance(measure)]))
+
+
+def _this_card(device: str) -> "tuple[Environment, Callable[[TrialRequest], TrialResult]]":
+    """This machine, and how a candidate is measured on it. Raises ConfigError without a card."""
+    from autotune.environment import probe
+    from autotune.measure.runner import run_trial
+    from autotune.model.compile_cache import compile_cache_dir, make_cache
+
+    here = probe(device)
+    if here.device == "cpu":
+        raise ConfigError("--measure needs a CUDA card, there is none here; leave it out for predictions")
+    make_cache(compile_cache_dir())
+    folder = Path(tempfile.mkdtemp(prefix="autotune-guide-"))
+    terminal.say(f"measuring on {here.device_name}; the workers' output goes to {folder}")
+    return here, lambda request: run_trial(request, folder / f"{request.candidate.id}.log")
 
 
 @_command(app.command, "Train")

@@ -22,9 +22,9 @@ ROOT = Path(autotune.__file__).parent.parent
 OPTIONS = {
     "": ["--version", "--debug", "--install-completion", "--show-completion"],
     "search": [
-        "--budget", "--objective", "--memory-limit", "--train-time", "--train-tokens", "--model", "--from", "--data",
-        "--vocab-size", "--choices", "--device", "--workers", "--storage", "--resume", "--seed", "--sampler", "--name",
-        "--law", "--calibrate-loss", "--dry-run", "--other-machine",
+        "--budget", "--objective", "--memory-limit", "--train-time", "--train-tokens", "--model", "--from", "--guide",
+        "--data", "--vocab-size", "--choices", "--device", "--workers", "--storage", "--resume", "--seed", "--sampler",
+        "--name", "--law", "--calibrate-loss", "--dry-run", "--other-machine",
     ],
     "report": ["RUN...", "--html", "--json", "--top", "--rebuild"],
     "trial": ["RUN|TOML", "--set", "--device", "--json"],
@@ -33,6 +33,7 @@ OPTIONS = {
     "estimate": [
         "--gpu", "--memory-limit", "--model", "--vocab-size", "--set", "--calibration", "--tokens", "--toml", "--json",
     ],
+    "guide": ["[ROW...]", "--measure", "--device", "--out", "--json"],
     "export": ["RUN|CHECKPOINT", "--to", "--out", "--cut-vocab"],
     "sample": ["CHECKPOINT", "--prompt", "--tokens", "--temperature", "--top-k", "--seed", "--device"],
     "kernels": [],

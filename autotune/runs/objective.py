@@ -210,19 +210,34 @@ def pareto_front(points: Iterable[tuple[float, float, T]]) -> list[T]:
     return [item for _, item in front]
 
 
+def best_learning_rate(shape: Shape, tokens: float) -> float:
+    """1.79 N^-0.713 D^0.307 for N non-embedding parameters and D tokens, fitted from 60M parameters up: Step Law,
+    Li et al. 2025, arXiv:2503.04715."""
+    return float(1.79 * shape.parameters_non_embedding**-0.713 * tokens**0.307)
+
+
+def clamp_learning_rate(rate: float) -> float:
+    """The rate within [1e-4, 3e-3], where trainings are known to work; extrapolated rules leave it."""
+    return min(max(rate, 1e-4), 3e-3)
+
+
+def best_batch_tokens(tokens: float) -> float:
+    """Tokens of the best global batch for a training of `tokens`: 0.58 D^0.571, by the same law."""
+    return float(0.58 * tokens**0.571)
+
+
 def finish_candidate(candidate: Candidate, tokens: float) -> Candidate:
     """Candidate with iterations, learning rate, warm-up and intervals for a training over `tokens`.
 
-    Learning rate: 1.79 N^-0.713 D^0.307 (Step Law, Li et al. 2025, arXiv:2503.04715; N non-embedding parameters,
-    D tokens), clamped to [1e-4, 3e-3] because it was fitted from 60M parameters up. Warm-up is a tenth of
-    the iterations, at most llm.c's 700; the final rate is a tenth of it, as in nanoGPT. Evaluations take about a
-    tenth of the time at most: a forward pass costs a third of a step, so each covers at most a quarter of the tokens
-    trained since the last one.
+    Learning rate: `best_learning_rate`, clamped, because the law was fitted from 60M parameters up.
+    Warm-up is a tenth of the iterations, at most llm.c's 700; the final rate is a tenth of it, as in nanoGPT.
+    Evaluations take about a tenth of the time at most: a forward pass costs a third of a step, so each covers at most a
+    quarter of the tokens trained since the last one.
     """
     recipe, evaluation = candidate.recipe, candidate.evaluation
     iterations = max(1, round(tokens / recipe.tokens_per_step))
-    rate = 1.79 * recipe.shape.parameters_non_embedding**-0.713 * (iterations * recipe.tokens_per_step) ** 0.307
-    rate = float(f"{min(max(rate, 1e-4), 3e-3):.2g}")  # the rule is not more precise than that
+    rate = best_learning_rate(recipe.shape, iterations * recipe.tokens_per_step)
+    rate = float(f"{clamp_learning_rate(rate):.2g}")  # the rule is not more precise than that
     interval = max(1, min(250, iterations // 5))
     rows = evaluation.eval_batch_size or candidate.plan.micro_batch_size
     evaluated = round(0.25 * interval * recipe.global_batch_size / rows)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import cast
 
 from autotune.config.candidate import TRAINING_PARTS, Plan, Recipe, Shape, at_least, parse_shape
-from autotune.config.nanogpt import NanoGPTFile, dataset_dir, nanogpt_dtype, read_nanogpt
+from autotune.config.nanogpt import NanoGPTFile, dataset_dir, nanogpt_dtype, parse_nanogpt, read_nanogpt
+from autotune.config.presets import GuideRow
 from autotune.config.search_settings import Objective, SearchSettings
 from autotune.config.toml import read_candidate
 from autotune.data.batches import open_batches
@@ -38,6 +39,7 @@ def resolve(
     train_tokens: str = "",
     model: str = "",
     from_file: Path | None = None,
+    guide: GuideRow | None = None,
     data: Path | None = None,
     workers: int = 1,
     storage: str = "",
@@ -52,15 +54,15 @@ def resolve(
     """The command line's words (empty: not given) as settings for the machine of `environment`.
     Raises ConfigError for a word that is not understood and for flags that contradict each other, DataError for
     a data directory that cannot be trained on."""
-    _refuse_contradictions(objective, model, from_file, workers, environment.device)
-    fixed = bool(model or from_file)
+    _refuse_contradictions(objective, model, from_file, guide, workers, environment.device)
+    fixed = bool(model or from_file or guide)
     chosen = objective or ("throughput" if fixed else "loss")
     if calibrate_loss and (chosen != "loss" or data is None):
         raise ConfigError(
             "--calibrate-loss trains on your data to predict its loss; add --data, and leave out "
             "--model, --from and --objective throughput"
         )
-    recipe, baseline, source, read = _start(environment, model, from_file)
+    recipe, baseline, source, read = _start(environment, model, from_file, guide)
     data, dataset, notes = _dataset(data, from_file, read)
     words = _vocabulary(vocab_size, recipe.shape, read is not None and read.vocab_size_given, data)
     recipe = replace(recipe, shape=replace(recipe.shape, vocab_size=words))
@@ -76,14 +78,14 @@ def resolve(
             f"({recipe.tokens_per_step:,} tokens); did you mean {meant}B?"
         )
     given = seconds is not None or tokens is not None
-    if not given and not from_file:
+    if not given and read is None:
         seconds = _TRAIN_SECONDS[device_kind(environment.device)]
     settings = SearchSettings(
         name=name or time.strftime("%Y%m%d-%H%M%S-") + chosen,
         device=environment.device,
         budget_seconds=parse_duration(budget),
         objective=cast("Objective", chosen),
-        memory_limit_bytes=_memory_limit(environment, memory_limit),
+        memory_limit_bytes=_memory_limit(environment, memory_limit, guide),
         train_seconds=seconds,
         train_tokens=tokens,
         recipe=replace(recipe, data=_data_dir(data, recipe)),
@@ -96,7 +98,7 @@ def resolve(
         out_dir=read.out_dir if read else "",
         notes=notes,
         # A length given on the command line replaces the file's, and the schedule must follow it.
-        keep_schedule=from_file is not None and not given,
+        keep_schedule=read is not None and not given,
         law=find_law(law).name,
         workers=workers,
         storage=storage,
@@ -115,10 +117,15 @@ def _choices(words: str) -> tuple[str, tuple[str, ...]]:
     return name.strip(), tuple(value.strip() for value in values.split(","))
 
 
-def _refuse_contradictions(objective: str, model: str, from_file: Path | None, workers: int, device: str) -> None:
-    fixed = "--model" if model else "--from" if from_file else ""
-    if model and from_file:
-        raise ConfigError(f"--model {model} and --from {from_file} both fix the shape; give one")
+def _refuse_contradictions(
+    objective: str, model: str, from_file: Path | None, row: GuideRow | None, workers: int, device: str
+) -> None:
+    words = {"--model": model, "--from": from_file, "--guide": row and row.name}
+    given = {flag: word for flag, word in words.items() if word}
+    if len(given) > 1:
+        both = " and ".join(f"{flag} {word}" for flag, word in given.items())
+        raise ConfigError(f"{both} both fix the shape; give one")
+    fixed = next(iter(given), "")
     if objective == "throughput" and not fixed:
         raise ConfigError(
             "--objective throughput needs a shape, or the smallest model would always win; "
@@ -134,12 +141,16 @@ def _refuse_contradictions(objective: str, model: str, from_file: Path | None, w
 
 
 def _start(
-    environment: Environment, model: str, from_file: Path | None
+    environment: Environment, model: str, from_file: Path | None, row: GuideRow | None
 ) -> tuple[Recipe, Plan, str, NanoGPTFile | None]:
     """The recipe, trial 0's plan, what that is called, and the file that both come from."""
     if from_file is not None:
         read = _read(from_file, environment)
         return read.candidate.recipe, read.candidate.plan, str(from_file), read
+    if row is not None:
+        source = f"the guide's row {row.name}"
+        read = parse_nanogpt(row.config, source, environment.device, environment.capability)
+        return read.candidate.recipe, read.candidate.plan, source, read
     recipe = _CPU if environment.device == "cpu" else _CUDA
     if model:
         shape = parse_shape(model, recipe.shape)
@@ -182,11 +193,13 @@ def _dataset(
     return folder, read.dataset, (*read.notes, f"{from_file}: dataset {read.dataset!r} {found}")
 
 
-def _memory_limit(environment: Environment, word: str) -> int:
-    """As given; else all of a card but what its driver and desktop need, 80 % of main memory."""
+def _memory_limit(environment: Environment, word: str, row: GuideRow | None) -> int:
+    """As given; else all of a card but what its driver and desktop need, 80 % of main memory. `row`: no more than
+    there would be of the guide's card."""
     whole = environment.device_memory_bytes
     if not word:
-        return int(0.8 * whole) if environment.device == "cpu" else whole - max(512 * MIB, whole // 50)
+        own = int(0.8 * whole) if environment.device == "cpu" else _usable(whole)
+        return min(own, _usable(row.memory_bytes)) if row else own
     limit = parse_bytes(word)
     if limit > whole:
         raise ConfigError(
@@ -194,6 +207,10 @@ def _memory_limit(environment: Environment, word: str) -> int:
             f"({format_bytes(whole)}); give less, or leave it out"
         )
     return limit
+
+
+def _usable(memory_bytes: int) -> int:
+    return memory_bytes - max(512 * MIB, memory_bytes // 50)
 
 
 def _vocabulary(asked: int | None, shape: Shape, given: bool, data: Path | None) -> int:

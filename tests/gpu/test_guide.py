@@ -6,10 +6,9 @@ import pytest
 from gpu.bench import PLANS, Bench
 
 from autotune.config.presets import GUIDE, GuideRow
-from autotune.units import GIB
 
 pytestmark = [pytest.mark.gpu, pytest.mark.seconds(40)]
-ROWS = [pytest.param(row, id=row.card, marks=[pytest.mark.card_only] * (row != GUIDE[0])) for row in GUIDE]
+ROWS = [pytest.param(row, id=row.name, marks=[pytest.mark.card_only] * (row != GUIDE[0])) for row in GUIDE]
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -18,7 +17,7 @@ def test_guide(row: GuideRow, plan: str, bench: Bench) -> None:
     shape = bench.shape(row.shape.n_layer, row.shape.n_head, row.shape.n_embd)
     advised = replace(PLANS[plan], micro_batch_size=row.micro_batch_size)
     result = bench.trial(bench.candidate(shape, advised, row.micro_batch_size * row.gradient_accumulation_steps))
-    peak, memory = result.peak("device_bytes"), row.memory_bytes or 12 * GIB
+    peak, memory = result.peak("device_bytes"), row.memory_bytes
     fits = None if peak is None else result.status == "ok" and peak <= memory
     bench.row.update({"claimed": row.claimed, "parameters": shape.parameters, "card_bytes": memory, "fits": fits})
     if bench.dry:

@@ -11,7 +11,7 @@ from autotune.memory.model import calibrate, predict
 from autotune.units import GIB
 
 pytestmark = [pytest.mark.gpu, pytest.mark.long, pytest.mark.seconds(120)]
-ROWS = [pytest.param(row, id=row.card, marks=[pytest.mark.card_only] * (row != GUIDE[0])) for row in GUIDE]
+ROWS = [pytest.param(row, id=row.name, marks=[pytest.mark.card_only] * (row != GUIDE[0])) for row in GUIDE]
 
 
 @pytest.mark.parametrize("gib", [24, pytest.param(16, marks=pytest.mark.card_only)])

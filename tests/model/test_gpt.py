@@ -66,7 +66,7 @@ def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, targets
 
 
-@pytest.mark.parametrize("row", GUIDE, ids=lambda row: row.card)
+@pytest.mark.parametrize("row", GUIDE, ids=lambda row: row.name)
 def test_parameter_counts_are_those_of_the_true_models(row) -> None:
     true = {12: {768: 124_373_760, 672: 99_537_312}, 10: {640: 82_015_360}, 8: {512: 51_454_464}, 6: {384: 30_331_776}}
     shape = row.shape
