@@ -8,6 +8,7 @@ import inspect
 import json as json_module
 import math
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -275,6 +276,7 @@ def search(
         law=law,
         calibrate_loss=calibrate_loss,
     )
+    asked = replace(asked, command=_command_line(context))
     for note in (*asked.notes, *tracker_notes(asked.tracking)):
         terminal.say(f"note: {note}")
     if dry_run:
@@ -294,6 +296,18 @@ def _load_numpy() -> None:
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
         importlib.import_module("numpy")
         del os.environ["OPENBLAS_NUM_THREADS"]
+
+
+def _command_line(context: typer.Context) -> str:
+    """The options that were given, as a command to copy; passwords are replaced by ***."""
+    words = ["autotune", context.info_name or ""]
+    for option in context.command.params:
+        source, value = context.get_parameter_source(str(option.name)), context.params.get(str(option.name))
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words += [option.opts[0]] if one is True else [option.opts[0], str(one)]
+    return terminal.visible(scrub(shlex.join(words), secrets_in(words)))
 
 
 _OF_RESUME = ("resume", "budget", "device", "other_machine")
@@ -326,7 +340,7 @@ def _watch(directory: Path, go: "Callable[..., object]", remarks: tuple[str, ...
 @_command(app.command, "Search")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
-    html: Annotated[bool, typer.Option("--html", help="Write report.html and plots/ into each run.")] = False,
+    html: Annotated[bool, typer.Option("--html", help="Write report.html into each run; comparison.html of several.")] = False,
     json: Json = False,
     top: Annotated[int, typer.Option(metavar="N", min=1, help="How many of the best trials to show.")] = 10,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="First rebuild the run's files from study.db.")] = False,
@@ -348,25 +362,31 @@ def report(
 
 
 def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
-    from autotune.report import html as page
+    from autotune.report import compare, table, training
     from autotune.report import run as record
-    from autotune.report import table, training
     from autotune.runs import read
 
-    loaded = [read.load_run(path) for path in runs if not training.is_training(path)]
+    loaded = [read.load_run(path) for path in dict.fromkeys(runs) if not training.is_training(path)]
     trained = training.trainings_of(runs)
-    pages = [page.write_html(one) for one in loaded] if html else []
     if json:
         parts = {"runs": [record.as_json(one) for one in loaded], "trainings": [training.as_json(t) for t in trained]}
-        terminal.write(json_module.dumps(parts, allow_nan=False))
+        several = {"comparison": compare.as_json(loaded)} if len(loaded) > 1 else {}
+        terminal.write(json_module.dumps({**parts, **several}, allow_nan=False))
     else:
         if loaded:
-            table.print_text(record.run_report(loaded[0], top) if len(loaded) == 1 else record.comparison(loaded))
+            table.print_text(record.run_report(loaded[0], top) if len(loaded) == 1 else compare.comparison(loaded))
         if trained:
             terminal.write("Training, measured or predicted -> reached:")
             table.print_text(training.training_table(trained))
-    for written in pages:
-        terminal.say(f"wrote {written}")
+    if html:
+        from autotune.report import html as page
+
+        for one in loaded:
+            terminal.say(f"wrote {page.write_html(one)}")
+        if len(loaded) > 1:
+            terminal.say(f"wrote {page.write_comparison(loaded)}")
+    if damaged := [f"{one.path}: {one.damage[0]}; {read.advice(one)}" for one in loaded if one.damage]:
+        raise ConfigError("; ".join(damaged))
 
 
 @_command(app.command, "Understand")
