@@ -340,7 +340,7 @@ def _watch(directory: Path, go: "Callable[..., object]", remarks: tuple[str, ...
 @_command(app.command, "Search")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
-    html: Annotated[bool, typer.Option("--html", help="Write report.html into each run; comparison.html of several.")] = False,
+    html: Annotated[bool, typer.Option("--html", help="Write report.html, or comparison.html.")] = False,
     json: Json = False,
     top: Annotated[int, typer.Option(metavar="N", min=1, help="How many of the best trials to show.")] = 10,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="First rebuild the run's files from study.db.")] = False,

@@ -126,3 +126,28 @@ def write_run(
         cached = {"compile_cache_hits": 4, "compile_cache_misses": 2}
         (path / "best.toml").write_text(format_candidate(CandidateFile(candidate=best, measured=cached)))
     return path
+
+
+TRAIN_HEADER = (
+    "iteration,tokens,train_loss,validation_loss,lr,grad_norm,tokens_per_second,mfu,data_wait_seconds,"
+    "peak_allocated_bytes,peak_device_bytes,seconds\n"
+)
+TRAIN_ROWS = (
+    "10,655360,5.5,5.25,0.1,1.0,980.0,,0.0,1000,2000,60.5\n20,1310720,4.5,,0.1,1.0,990.0,,0.0,1000,2000,120.5\n30,1"
+)
+MEASURED = {"tokens_per_second": 1000.0, "peak_reserved_bytes": 1, "peak_device_bytes": GIB, "predicted_loss": 5.0}
+SUMMARY = {
+    "iterations": 30, "tokens": 1966080, "tokens_per_second": 1010.0, "peak_device_bytes": 2 * GIB,
+    "validation_loss": 4.5, "seconds": 180.0,
+}  # fmt: skip
+
+
+def write_training(path: Path, summary: dict[str, object] | None = None) -> Path:
+    """The directory of a training, ended where a summary is given."""
+    path.mkdir()
+    trained = replace(candidate(8), recipe=replace(RECIPE, max_iters=30))
+    (path / "recipe.toml").write_text(format_candidate(CandidateFile(candidate=trained, measured=MEASURED)))
+    (path / "train_log.csv").write_text(TRAIN_HEADER + TRAIN_ROWS)
+    if summary is not None:
+        (path / "summary.json").write_text(json.dumps(summary))
+    return path

@@ -401,6 +401,7 @@ class TestSearch:
         assert "the compile cache /dev/null/cache cannot be written" in text
         assert "set AUTOTUNE_CACHE_DIR" in text
         assert list(Path().iterdir()) == []
+
     def test_two_searches_of_one_second_have_names_of_their_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("autotune.search.resolve.time.strftime", lambda form: "20250101-120000-")
         made: list[tuple[str, Path]] = []

@@ -1,6 +1,6 @@
 """A predicted peak by category: the terms of the memory model's largest peak point."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 
 from autotune.config.candidate import Candidate
@@ -35,8 +35,8 @@ def predicted_breakdown(model: MemoryModel, candidate: Candidate) -> Mapping[str
         "optimizer state": optimizer_bytes(candidate),
         "batch": 16.0 * tokens(candidate) * min(steps, 4),  # as in `peak_points`
     }
-    found = Counter[str](exact)
+    found: dict[str, float] = defaultdict(float, exact)
     found["gradients"] += top.exact - sum(exact.values())
     for kind, count in [*terms(top).items(), *terms(overhead(candidate, model.device)).items()]:
         found[_CATEGORY.get(kind, "activations")] += count
-    return {name: count for name, count in found.most_common() if count}
+    return {name: found[name] for name in sorted(found, key=lambda name: -found[name]) if found[name]}

@@ -69,21 +69,19 @@ def of_common(run: Run, first: Run) -> tuple[int, Ratio | None]:
 def _speeds(run: Run) -> dict[str, tuple[float, float]]:
     """Tokens/s and its relative interval by candidate; of several measurements the last."""
     measured = (row for row in run.rows.values() if row["status"] == "ok" and row["tokens_per_second"])
-    return {
-        row["candidate_id"]: (row["tokens_per_second"], (row["tokens_per_second_ci95"] or 0.0) / row["tokens_per_second"])
-        for row in measured
-    }
+    speeds = ((row["candidate_id"], row["tokens_per_second"], row["tokens_per_second_ci95"] or 0.0) for row in measured)
+    return {candidate: (speed, half / speed) for candidate, speed, half in speeds}
 
 
 def differences(runs: Sequence[Run]) -> list[Line]:
     """One line per run: its winner, and that relative to the first run's."""
-    first, lines = runs[0], []
+    first, lines = runs[0], list[Line]()
     for name, run in zip(names(runs), runs, strict=True):
         speed, winner, gain = run.verdict.speed, run.verdict.winner, run.verdict.gain
         count, common = of_common(run, first)
-        peak = winner and winner.result.peak_bytes
+        peak = winner.result.peak_bytes if winner else None
         base = first.verdict.winner and first.verdict.winner.result.peak_bytes
-        loss = winner and winner.predicted_loss
+        loss = winner.predicted_loss if winner else None
         lines.append({
             "run": name,
             "winner": str(winner.trial) if winner else "-",
@@ -105,7 +103,7 @@ def changed(runs: Sequence[Run]) -> tuple[list[Line], dict[str, str]]:
     tables = [_facts(run) for run in runs]
     every = dict.fromkeys(name for table in tables for name in table)
     texts = {name: [table.get(name, "-") for table in tables] for name in every}
-    lines = [
+    lines: list[Line] = [
         {"what changed": name, **dict(zip(names(runs), values, strict=True))}
         for name, values in texts.items()
         if len(set(values)) > 1
@@ -130,7 +128,7 @@ def settings(run: Run) -> Mapping[str, str]:
 
 def flat(table: Mapping[str, object]) -> dict[str, object]:
     """A nested table with dotted names."""
-    return dict(pd.json_normalize(dict(table)).to_dict("records")[0]) if table else {}
+    return {str(name): value for name, value in pd.json_normalize(dict(table)).to_dict("records")[0].items()}
 
 
 def comparison(runs: Sequence[Run]) -> Group:
@@ -172,14 +170,16 @@ def notes(runs: Sequence[Run]) -> list[str]:
 
 def sentence(runs: Sequence[Run]) -> str:
     """The fastest winner against that of the first run."""
-    named = dict(zip(names(runs), runs, strict=True))
-    known = {name: run for name, run in named.items() if run.verdict.speed is not None}
+    known = [
+        (run.verdict.speed.tokens_per_second, name, run)
+        for name, run in zip(names(runs), runs, strict=True)
+        if run.verdict.speed is not None
+    ]
     if len(known) < 2:
         return f"Of {len(runs)} runs, {len(known)} found a winner."
-    best = max(known, key=lambda name: known[name].verdict.speed.tokens_per_second)  # type: ignore[union-attr]
-    worst = min(known, key=lambda name: known[name].verdict.speed.tokens_per_second)  # type: ignore[union-attr]
-    ratio = of_winners(known[best], known[worst])
-    assert ratio is not None
-    if best == worst or not ratio.beyond:
+    known.sort(key=lambda one: one[0])
+    (_, worst, slowest), (_, best, fastest) = known[0], known[-1]
+    ratio = of_winners(fastest, slowest)
+    if ratio is None or not ratio.beyond:
         return f"The winners of {len(known)} runs do not differ beyond the noise in tokens/s."
     return f"The winner of {best} runs at {ratio.value:.2f} ± {ratio.half:.2f} times the tokens/s of that of {worst}."

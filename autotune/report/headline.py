@@ -1,4 +1,4 @@
-"""What a reader of a run asks first: the verdict in a sentence and five numbers, why the next one lost, what did not fit."""
+"""What a reader of a run asks first: the verdict and five numbers, why the runner-up lost, what did not fit."""
 
 import math
 from collections.abc import Mapping, Sequence

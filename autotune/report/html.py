@@ -5,10 +5,10 @@ import functools
 import json
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import plotly.offline
@@ -24,10 +24,13 @@ from autotune.memory.breakdown import predicted_breakdown
 from autotune.report import compare, headline, training
 from autotune.report.plots import plots, side_by_side
 from autotune.report.run import heading, next_command, state, verdict_lines
+from autotune.report.training import TrainedRun
 from autotune.report.trials import trial_table
 from autotune.runs.directory import BEST_NANOGPT, COMPARISON_HTML, MEMORY_MODEL_JSON, REPORT_HTML
 from autotune.runs.read import Run, advice
 from autotune.terminal import visible
+
+T = TypeVar("T")
 
 PROFILE = Path("profile", "profile.json")
 """Memory profile of a run's best.toml, written by `autotune profile RUN --out RUN/profile`."""
@@ -53,7 +56,7 @@ def write_comparison(runs: Sequence[Run]) -> Path:
         "plots": side_by_side(runs, compare.names(runs)),
         "commands": [next_command(run) for run in runs],
     }
-    return _write(runs[0].path.resolve().parent / COMPARISON_HTML, "comparison.html", context)
+    return _write(runs[0].path.resolve().parent / COMPARISON_HTML, "several.html", context)
 
 
 def _write(page: Path, template: str, context: Mapping[str, Any]) -> Path:
@@ -93,26 +96,36 @@ def _finalized(value: object) -> object:
 
 
 def _context(run: Run) -> dict[str, Any]:
-    verdict, winner, table = run.verdict, run.verdict.winner, trial_table(run)
-    trainings = training.trainings_of([run.path])
-    trained = winner is not None and not run.training
+    winner, damage = run.verdict.winner, list(run.damage)
+
+    def known(part: Callable[[Run], T], otherwise: T) -> T:
+        """A part of the page; what prevents it is named instead."""
+        try:
+            return part(run)
+        except ConfigError as error:
+            damage.append(str(error))
+            return otherwise
+
+    none: list[TrainedRun] = []
+    trainings = known(lambda run: training.trainings_of([run.path]), none)
+    drawn = plots(run, trainings, known(_at_the_peak, None))
     return {
         "title": f"{run.path.name}: autotune",
         "path": str(run.path),
         "heading": heading(run),
         "sentence": headline.sentence(run),
-        "damage": run.damage,
+        "damage": damage,
         "advice": advice(run),
         "state": state(run),
         "numbers": headline.figures(run),
-        "next_title": "Train the winner" if trained else "Next",
+        "next_title": "Train the winner" if next_command(run).startswith("autotune train") else "Next",
         "next_command": next_command(run),
-        "best_toml": _text(run.path / BEST_TOML),
-        "best_nanogpt": _text(run.path / BEST_NANOGPT),
+        "best_toml": known(lambda run: _text(run.path / BEST_TOML), ""),
+        "best_nanogpt": known(lambda run: _text(run.path / BEST_NANOGPT), ""),
         "in_short": headline.in_short(run),
-        "plots": plots(run, trainings, _at_the_peak(run)),
+        "plots": drawn,
         "trainings": [training.line(one) for one in trainings],
-        "table": table,
+        "table": trial_table(run),
         "statuses": Counter(row["status"] for row in run.rows.values()).most_common(),
         "winner": winner and winner.trial,
         "verdict": verdict_lines(run),

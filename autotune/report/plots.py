@@ -1,6 +1,6 @@
 """Plots of a run by plotly. Points carry a trial's number; the page shows that trial's row beside them.
 
-Colours are Okabe and Ito's, which readers without colour vision can tell apart, and every group has a symbol of its own.
+Colours are Okabe and Ito's, which differ without colour vision too, and every group has a symbol of its own.
 """
 
 import html
@@ -83,7 +83,9 @@ def _figure(x: str, y: str, height: int = 420) -> go.Figure:
     return figure
 
 
-def _trials(rows: Sequence[Row], xs: Sequence[float], ys: Sequence[float], name: str, colour: str, symbol: str) -> go.Scatter:
+def _trials(
+    rows: Sequence[Row], xs: Sequence[float], ys: Sequence[float], name: str, colour: str, symbol: str
+) -> go.Scatter:
     """Points of trials; `meta` tells the page to fill in the rows."""
     return go.Scatter(
         x=xs, y=ys, mode="markers", name=f"{name} ({len(rows)})", customdata=[row["trial"] for row in rows],
@@ -100,8 +102,8 @@ def _bars(halves: Sequence[float | None], colour: str) -> dict[str, object] | No
 
 def speed_memory(run: Run) -> Plot | None:
     """Tokens/s against peak memory."""
-    measured = [row for row in run.rows.values() if row["tokens_per_second"] and peak_bytes(row)]
-    failed = [row for row in run.rows.values() if row not in measured and _memory(row)]
+    measured = [row for row in run.rows.values() if _measured(row)]
+    failed = [row for row in run.rows.values() if not _measured(row) and _memory(row)]
     if not measured and not failed:
         return None
     figure = _figure("peak memory (GiB)", "tokens/s", 480)
@@ -112,7 +114,7 @@ def speed_memory(run: Run) -> Plot | None:
             )
             points.error_y = _bars([row["tokens_per_second_ci95"] for row in same], colour)
             figure.add_trace(points)
-    widest = max((_memory(row) for row in measured), default=max(map(_memory, failed)))
+    widest = max(map(_memory, measured or failed))
     limit = run.settings.memory_limit_bytes / GIB
     shows_limit = limit < 4 * widest  # a distant limit would squeeze the points
     right = 1.06 * max(widest, 1.15 * limit if shows_limit else 0.0)
@@ -125,22 +127,35 @@ def speed_memory(run: Run) -> Plot | None:
         line = {"color": BLUE, "width": 1, "shape": "hv"}
         figure.add_trace(go.Scatter(x=xs, y=ys, mode="lines", name="Pareto front", line=line, hoverinfo="skip"))
     for name, record in (("winner", run.verdict.winner), ("baseline", run.verdict.baseline)):
-        if record is not None and (row := run.rows[record.trial]) in measured:
+        if record is not None and _measured(row := run.rows[record.trial]):
             place = {"x": _memory(row), "y": row["tokens_per_second"], "ax": -30, "ay": 44 if name == "winner" else -30}
             figure.add_annotation(text=f"{name}, trial {record.trial}", **place, xanchor="right", arrowcolor=GREY)
     if shows_limit:
         figure.add_vline(x=limit, line={"dash": "dash", "color": RED, "width": 1.5})
-        figure.add_annotation(x=limit, y=1, yref="paper", text=f"limit {limit:.2f} GiB", textangle=-90, showarrow=False, xanchor="right", yanchor="top")
+        figure.add_annotation(
+            x=limit,
+            y=1,
+            yref="paper",
+            text=f"limit {limit:.2f} GiB",
+            textangle=-90,
+            showarrow=False,
+            xanchor="right",
+            yanchor="top",
+        )
     figure.update_xaxes(range=[0, right])
     figure.update_yaxes(rangemode="tozero")
-    nowhere = sum(row not in measured and not _memory(row) for row in run.rows.values())
+    nowhere = sum(not _measured(row) and not _memory(row) for row in run.rows.values())
     text = (
-        "Each point is a trial: right is more memory, up is faster; bars are 95 % intervals. Trials without a speed lie "
-        "at the bottom, at the memory they had reached or were predicted to need (at the right edge if it is beyond)."
+        "Each point is a trial: right is more memory, up is faster; bars are 95 % intervals. Trials without a speed "
+        "lie at the bottom, at the memory they had reached or were predicted to need, if beyond at the right edge."
         + ("" if shows_limit else f" The limit of {limit:.2f} GiB is far to the right.")
         + (f" {nowhere} trials without either are only in the table." if nowhere else "")
     )
     return Plot(name="speed-memory", title="Speed against memory", text=text, figure=figure)
+
+
+def _measured(row: Row) -> bool:
+    return bool(row["tokens_per_second"] and peak_bytes(row))
 
 
 def _memory(row: Row) -> float:
@@ -151,7 +166,7 @@ def _memory(row: Row) -> float:
 
 def history(run: Run) -> Plot | None:
     """Objective over the wall clock."""
-    timed = {trial: end for trial, end in _ends(run).items()}
+    timed = _ends(run)
     if not timed:
         return None
     what = "predicted loss" if run.lower_is_better else "tokens/s"
@@ -170,7 +185,9 @@ def history(run: Run) -> Plot | None:
     if best:
         line = {"color": BLUE, "width": 1.5, "shape": "hv"}
         xs = [*(timed[t] for t in order), end]
-        figure.add_trace(go.Scatter(x=xs, y=[*best, best[-1]], mode="lines", name="best so far", line=line, hoverinfo="skip"))
+        figure.add_trace(
+            go.Scatter(x=xs, y=[*best, best[-1]], mode="lines", name="best so far", line=line, hoverinfo="skip")
+        )
     low, high = (min(found.values()), max(found.values())) if found else (0.0, 1.0)
     bottom = high + 0.1 * (high - low) if run.lower_is_better else low - 0.1 * (high - low)
     for status, (colour, symbol) in _MARKS.items():
@@ -186,7 +203,9 @@ def history(run: Run) -> Plot | None:
         )
     budget = run.settings.budget_seconds / 60
     figure.add_vline(x=budget, line={"dash": "dash", "color": RED, "width": 1.5})
-    figure.add_annotation(x=budget, y=1, yref="paper", text="budget", textangle=-90, showarrow=False, xanchor="right", yanchor="top")
+    figure.add_annotation(
+        x=budget, y=1, yref="paper", text="budget", textangle=-90, showarrow=False, xanchor="right", yanchor="top"
+    )
     for begin, stop, name in _phases(run, timed):
         figure.add_vrect(
             x0=begin, x1=stop, line_width=0, fillcolor=GREEN if name == "finals" else SKY,
@@ -244,14 +263,20 @@ def time_spent(run: Run) -> Plot | None:
     spent = {name: sum(verdict.seconds.get(phase, 0.0) for phase in phases) for name, phases in SPENT.items()}
     spent["not spent"] = max(0.0, run.settings.budget_seconds - verdict.spent_seconds)
     figure = _figure("minutes", "", 190)
-    shown = zip(spent.items(), (ORANGE, SKY, BLUE, GREY, GREEN, "rgba(136,136,136,0.15)"), ("/", "", "x", ".", "\\", ""), strict=True)
+    shown = zip(
+        spent.items(),
+        (ORANGE, SKY, BLUE, GREY, GREEN, "rgba(136,136,136,0.15)"),
+        ("/", "", "x", ".", "\\", ""),
+        strict=True,
+    )
+    hatched = {"solidity": 0.15, "fgcolor": "#ffffff", "fillmode": "overlay"}
     for (name, seconds), colour, pattern in shown:
         if seconds:
             share = seconds / max(run.settings.budget_seconds, verdict.spent_seconds)
             figure.add_trace(go.Bar(
                 x=[seconds / 60], y=[" "], orientation="h", name=f"{name} {share:.0%}", hoverinfo="text",
                 hovertext=f"{name}: {format_duration(seconds)}",
-                marker={"color": colour, "pattern": {"shape": pattern, "solidity": 0.15, "fgcolor": "#ffffff", "fillmode": "overlay"}},
+                marker={"color": colour, "pattern": {"shape": pattern, **hatched}},
             ))  # fmt: skip
     return Plot(name="time", title="Where the budget went", text="Wall clock by what it was spent on.", figure=figure)
 
@@ -335,7 +360,11 @@ def memory_at_peak(run: Run, heading: str, parts: Mapping[str, float]) -> Plot:
 
 def predicted_measured(run: Run) -> Plot | None:
     """Peaks predicted before the trials against the measured ones."""
-    rows = [row for row in run.rows.values() if row["predicted_peak_bytes"] and peak_bytes(row) and row["status"] in ("ok", "over_limit")]
+    rows = [
+        row
+        for row in run.rows.values()
+        if row["predicted_peak_bytes"] and peak_bytes(row) and row["status"] in ("ok", "over_limit")
+    ]
     if not rows:
         return None
     figure = _figure("predicted peak (GiB)", "measured peak (GiB)")
@@ -387,11 +416,19 @@ def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> list[Plot]:
     """Tokens/s and peak memory of the winners and baselines of several runs."""
     drawn = []
     labels = [plain(name) for name in names]
-    speed, memory = _figure("tokens/s", "", 140 + 60 * len(runs)), _figure("peak memory (GiB)", "", 140 + 60 * len(runs))
+    speed, memory = (
+        _figure("tokens/s", "", 140 + 60 * len(runs)),
+        _figure("peak memory (GiB)", "", 140 + 60 * len(runs)),
+    )
     for which, colour, symbol in (("winner", BLUE, "circle"), ("baseline", ORANGE, "diamond")):
         found = [(getattr(run.verdict, which), _speed_of(run, which)) for run in runs]
         xs = [one.tokens_per_second if one else None for _, one in found]
-        points = {"y": labels, "mode": "markers", "name": which, "marker": {"color": colour, "symbol": symbol, "size": 10}}
+        points = {
+            "y": labels,
+            "mode": "markers",
+            "name": which,
+            "marker": {"color": colour, "symbol": symbol, "size": 10},
+        }
         bars = _bars([one.ci95 if one else None for _, one in found], colour)
         speed.add_trace(go.Scatter(x=xs, error_x=bars, **points))
         peaks = [record.result.peak_bytes if record else None for record, _ in found]
@@ -399,7 +436,9 @@ def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> list[Plot]:
     for figure in (speed, memory):
         figure.update_xaxes(rangemode="tozero")
         figure.update_yaxes(autorange="reversed")
-    drawn.append(Plot(name="speeds", title="Speed", text="Winners and baselines; bars are 95 % intervals.", figure=speed))
+    drawn.append(
+        Plot(name="speeds", title="Speed", text="Winners and baselines; bars are 95 % intervals.", figure=speed)
+    )
     drawn.append(Plot(name="peaks", title="Memory", text="Peak memory of winners and baselines.", figure=memory))
     return drawn
 

@@ -183,9 +183,7 @@ def sections(run: Run) -> dict[str, list[Line]]:
             }
             for neighbour in verdict.neighbours
         ],
-        "What matters": [
-            {"what matters": name, "share": f"{share:.0%}"} for name, share in verdict.importance.items()
-        ],
+        "What matters": [{"what matters": name, "share": f"{share:.0%}"} for name, share in verdict.importance.items()],
         "Not feasible": [
             {
                 "not feasible": failure.status,
@@ -240,7 +238,7 @@ def _model(row: Row) -> str:
 
 
 def plan_text(row: Row, column: str) -> str:
-    """A value of the plan; - for a value that the trial's loss does not use, and for a column that an older file lacks."""
+    """A value of the plan; - where the trial's loss does not use it, and for a column that an older file lacks."""
     whole = {kernel.name for kernel in registry.kernels("loss") if not kernel.chunked}
     unused = column == "loss_chunk_tokens" and row["loss"] in whole
     return "-" if row[column] in (None, "") or unused else str(row[column])

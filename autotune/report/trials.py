@@ -62,7 +62,9 @@ def trial_table(run: Run) -> TrialTable:
     columns = {trial: _cells(row) for trial, row in run.rows.items()}
     headers = list(next(iter(columns.values()), {}))
     values = {header: {cells[header] for cells in columns.values()} for header in headers}
-    fixed = {h for h in headers if len(values[h]) == 1 and h not in ("trial", "status", "tokens/s") and len(columns) > 1}
+    fixed = {
+        h for h in headers if len(values[h]) == 1 and h not in ("trial", "status", "tokens/s") and len(columns) > 1
+    }
     unknown = [header for header in fixed if values[header] == {""}]
     same = [f"{header} {next(iter(values[header]))}" for header in headers if header in fixed and header not in unknown]
     kept = [header for header in headers if header not in fixed]

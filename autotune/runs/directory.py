@@ -133,9 +133,7 @@ def new_directory(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / LOGS).mkdir()  # succeeds for one of two searches that start here at the same time
     except FileExistsError:
-        raise ConfigError(
-            f"{run_dir} is not empty; go on with `--resume {run_dir}` or give another --name"
-        ) from None
+        raise ConfigError(f"{run_dir} is not empty; go on with `--resume {run_dir}` or give another --name") from None
     except OSError as error:
         raise ConfigError(f"{run_dir} cannot be made: {error.strerror}; choose another place") from None
     try:

@@ -19,7 +19,8 @@ from autotune.environment import Environment
 from autotune.errors import ConfigError, one_line
 from autotune.measure.types import PEAK_VIEWS, TrialResult
 from autotune.runs import directory
-from autotune.runs.records import COLUMNS, OPTIONAL_COLUMNS, TrialRecord, read_text, row
+from autotune.runs.records import COLUMNS, OPTIONAL_COLUMNS, TrialRecord, read_text
+from autotune.runs.records import row as values_of
 from autotune.runs.verdict import Verdict, read_verdict
 
 T = TypeVar("T")
@@ -85,12 +86,14 @@ def load_run(path: Path) -> Run:
             return reader(path / name)
         except (ConfigError, OSError, ValueError, TypeError, OverflowError) as error:  # pandas knows many
             why = "it does not exist" if isinstance(error, FileNotFoundError) else one_line(str(error))
+            why = why.removeprefix(f"{path / name} ")
             damage.append(f"{name}: {why} ({lost})")
             return otherwise
 
     # the verdict first: every trial that it names has a row by the time the rows are read
     verdict = known(directory.VERDICT_JSON, read_verdict, Verdict(), "no winner, ranking or gain is shown")
-    rows = known(directory.TRIALS_CSV, _read_trials, {}, "only trials of the verdict are shown")
+    none: dict[int, Row] = {}
+    rows = known(directory.TRIALS_CSV, _read_trials, none, "only trials of the verdict are shown")
     named = [record for record in (verdict.winner, verdict.baseline) if record]
     rows = {record.trial: _plain(record) for record in named if record.trial not in rows} | rows
     if lost := sorted({*verdict.ranking, *verdict.trade_offs} - rows.keys()):
@@ -98,7 +101,7 @@ def load_run(path: Path) -> Run:
             damage.append(f"{directory.VERDICT_JSON}: it names trial {lost[0]}, which has no row (it is left out)")
         ranking, front = ([t for t in trials if t in rows] for trials in (verdict.ranking, verdict.trade_offs))
         verdict = replace(verdict, ranking=tuple(ranking), trade_offs=tuple(front))
-    if not settings.storage:
+    if not settings.storage and (path / directory.STUDY_DB).exists():
         known(directory.STUDY_DB, _probe_study, None, "what other files hold is shown; the search cannot be resumed")
     has_best, summary = (path / BEST_TOML).exists(), f"{TRAINING}/{SUMMARY}"
     return Run(
@@ -123,13 +126,13 @@ def advice(run: Run) -> str:
 
 def _plain(record: TrialRecord) -> Row:
     """The record as a row that was read; texts are never None there."""
-    return {name: "" if value is None and _dtype(name) == "string" else value for name, value in row(record).items()}
+    return {
+        name: "" if value is None and _dtype(name) == "string" else value for name, value in values_of(record).items()
+    }
 
 
 def _probe_study(file: Path) -> None:
     """Raise ValueError for a file that is not the database of a study."""
-    if not file.exists():
-        raise FileNotFoundError(file)
     idle = not file.with_name(f"{file.name}-wal").exists()  # then nothing is created beside it
     try:
         address = f"{file.absolute().as_uri()}?mode=ro{'&immutable=1' * idle}"
