@@ -182,7 +182,9 @@ def latest_good(directory: Path) -> tuple[Checkpoint, tuple[str, ...]]:
         except _DamagedError as error:
             notes.append(str(error))
     if notes:
-        raise CheckpointError(f"all checkpoints in {directory} are damaged: {notes[-1]}; start over with another --out")
+        raise CheckpointError(
+            f"all checkpoints in {directory} are damaged: {notes[-1]}; start over with another --out"
+        )
     raise CheckpointError(f"{directory} holds no checkpoint; give the directory of a training")
 
 

@@ -36,11 +36,18 @@ PROFILE = Path("profile", "profile.json")
 """Memory profile of a run's best.toml, written by `autotune profile RUN --out RUN/profile`."""
 LARGEST = 5_000_000
 """Bytes of a page, to be sent by mail."""
+_SHARES = ((600_000, 300), (200_000, 150), (0, 80))
+"""Most characters of all logs and of each reason; smaller ones where the page would be too large."""
 
 
 def write_html(run: Run) -> Path:
     """Write report.html into the run directory. Raises ConfigError."""
-    return _write(run.path / REPORT_HTML, "run.html", _context(run))
+    context = _context(run)
+    for logs, message in _SHARES:
+        page = _rendered("run.html", {**context, "table": trial_table(run, logs, message)})
+        if len(page) < LARGEST:
+            break
+    return _write(run.path / REPORT_HTML, page)
 
 
 def write_comparison(runs: Sequence[Run]) -> Path:
@@ -56,13 +63,17 @@ def write_comparison(runs: Sequence[Run]) -> Path:
         "plots": side_by_side(runs, compare.names(runs)),
         "commands": [next_command(run) for run in runs],
     }
-    return _write(runs[0].path.resolve().parent / COMPARISON_HTML, "several.html", context)
+    return _write(runs[0].path.resolve().parent / COMPARISON_HTML, _rendered("several.html", context))
 
 
-def _write(page: Path, template: str, context: Mapping[str, Any]) -> Path:
+def _rendered(template: str, context: Mapping[str, Any]) -> bytes:
     common = {"style": _source("style.css"), "script": _source("page.js"), "plotly": _plotly()}
+    return _templates().get_template(template).render({**common, **context}).encode()
+
+
+def _write(page: Path, content: bytes) -> Path:
     try:
-        write_atomically(page, _templates().get_template(template).render({**common, **context}))
+        write_atomically(page, content)
     except OSError as error:
         raise ConfigError(f"{page} cannot be written: {error.strerror}; make {page.parent} writable") from None
     return page
@@ -125,7 +136,6 @@ def _context(run: Run) -> dict[str, Any]:
         "in_short": headline.in_short(run),
         "plots": drawn,
         "trainings": [training.line(one) for one in trainings],
-        "table": trial_table(run),
         "statuses": Counter(row["status"] for row in run.rows.values()).most_common(),
         "winner": winner and winner.trial,
         "verdict": verdict_lines(run),

@@ -11,9 +11,8 @@ from autotune.terminal import visible
 from autotune.units import GIB
 
 LOG_LINES, _LOG_CHARACTERS, _LINE_CHARACTERS = 12, 1500, 300
-_LOGS_CHARACTERS = 600_000
-"""All logs' ends together; the page stays below 5 MB with 5,000 trials."""
-_MESSAGE_CHARACTERS = 300
+MOST_TRIALS = 5000
+"""Rows of a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +39,8 @@ class TrialTable:
     """Columns that are the same in all trials, folded into a line."""
     unknown: str
     """Columns without any value, named in a line."""
+    left_out: int
+    """Trials beyond MOST_TRIALS."""
     logs_left_out: int
     """Failed trials whose log does not fit into the page."""
 
@@ -57,9 +58,12 @@ def _widest(text: str) -> int:
     return max(map(len, text.replace("_", "_ ").split()), default=0)
 
 
-def trial_table(run: Run) -> TrialTable:
-    """Cells of all trials without the columns that are constant."""
-    columns = {trial: _cells(row) for trial, row in run.rows.items()}
+def trial_table(run: Run, logs: int, message: int) -> TrialTable:
+    """Cells of all trials without the columns that are constant. `logs`: most characters of all logs' ends together,
+    `message`: of each reason."""
+    best_first = list(dict.fromkeys([*run.verdict.ranking, *run.rows]))
+    shown = {trial: run.rows[trial] for trial in sorted(best_first[:MOST_TRIALS])}
+    columns = {trial: _cells(row) for trial, row in shown.items()}
     headers = list(next(iter(columns.values()), {}))
     values = {header: {cells[header] for cells in columns.values()} for header in headers}
     fixed = {
@@ -69,20 +73,22 @@ def trial_table(run: Run) -> TrialTable:
     same = [f"{header} {next(iter(values[header]))}" for header in headers if header in fixed and header not in unknown]
     kept = [header for header in headers if header not in fixed]
     rows, used, left_out = [], 0, 0
-    for trial, row in run.rows.items():
+    for trial, row in shown.items():
         log = "" if row["status"] == "ok" else log_end(run.path, trial)
-        if used + len(log) > _LOGS_CHARACTERS:
+        if used + len(log) > logs:
             log, left_out = f"see {trial_log(run.path, trial)}", left_out + 1
         used += len(log)
         cells = [columns[trial][header] for header in kept]
-        message = str(row["message"] or "")[:_MESSAGE_CHARACTERS]
-        rows.append(TrialRow(trial=trial, status=row["status"], cells=cells, message=message, log=log))
+        text = str(row["message"] or "")
+        text = text if len(text) <= message else f"{text[: message - 1]}…"
+        rows.append(TrialRow(trial=trial, status=row["status"], cells=cells, message=text, log=log))
     return TrialTable(
         headers=kept,
         figures=frozenset(kept) & _FIGURES,
         rows=rows,
         same=", ".join(same),
         unknown=", ".join(header for header in headers if header in unknown),
+        left_out=len(run.rows) - len(shown),
         logs_left_out=left_out,
     )
 

@@ -58,10 +58,7 @@ def row(record: TrialRecord) -> dict[str, object]:
     """Values of trials.csv by column; unknown values are None."""
     candidate, result = record.candidate, record.result
     values = {
-        **vars(candidate.shape),
-        **vars(candidate.plan),
-        **vars(result),
-        **vars(record),
+        **vars(candidate.shape), **vars(candidate.plan), **vars(result), **vars(record),
         **{f"peak_{view}": result.peak(view) for view in PEAK_VIEWS},
         "num_alloc_retries": result.num_alloc_retries,
         "parameters": candidate.shape.parameters,

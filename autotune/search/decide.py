@@ -131,7 +131,9 @@ def _scaled(speed: Speed, factor: float) -> Speed:
     return replace(speed, tokens_per_second=speed.tokens_per_second * factor, ci95=speed.ci95 * factor)
 
 
-def _ranked(records: Sequence[TrialRecord], speeds: Mapping[str, Speed], settings: SearchSettings) -> list[TrialRecord]:
+def _ranked(
+    records: Sequence[TrialRecord], speeds: Mapping[str, Speed], settings: SearchSettings
+) -> list[TrialRecord]:
     """Feasible records by estimated objective, best first; equal ones by trial number."""
     sign = -1.0 if maximised(settings) else 1.0
 

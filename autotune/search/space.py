@@ -236,7 +236,9 @@ def distributions(space: Space, *others: Candidate) -> "dict[str, BaseDistributi
     return found
 
 
-def parameters_of(space: Space, candidate: Candidate, kinds: "Mapping[str, BaseDistribution]") -> dict[str, Value]:
+def parameters_of(
+    space: Space, candidate: Candidate, kinds: "Mapping[str, BaseDistribution]"
+) -> dict[str, Value]:
     """Optuna's parameters of a candidate: its own values, or the nearest choice where a distribution lacks one."""
     near, parameters = values_of(space, candidate), dict[str, Value]()
     for name, kind in kinds.items():

@@ -94,12 +94,9 @@ def _prepare_sqlite(engine: "sqlalchemy.Engine") -> None:
     engine.dispose()  # connections that were made before
     if network_file_system(Path(engine.url.database or "")) is None:
         # The mode is the file's own and stays; somebody who reads an old study.db just now keeps it as it is.
-        with (
-            contextlib.suppress(sqlite3.OperationalError),
-            contextlib.closing(
-                sqlite3.connect(engine.url.database or "", timeout=_TRY_SECONDS, uri=False)
-            ) as connection,
-        ):
+        with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(
+            sqlite3.connect(engine.url.database or "", timeout=_TRY_SECONDS, uri=False)
+        ) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
 
 
@@ -120,13 +117,10 @@ def network_file_system(file: Path, mounts: Path = Path("/proc/self/mountinfo"))
 def lock_note(file: Path) -> str:
     """Note on a study.db at this place; empty where there is none to make."""
     kind = network_file_system(file)
-    return (
-        kind
-        and (
-            f"{file} lies on a network file system ({kind}), where a program that reads it holds the search up; "
-            "give a local --storage to avoid that"
-        )
-    ) or ""
+    return (kind and (
+        f"{file} lies on a network file system ({kind}), where a program that reads it holds the search up; "
+        "give a local --storage to avoid that"
+    )) or ""
 
 
 def sync(run_dir: Path) -> None:

@@ -102,7 +102,9 @@ def _experimental() -> Iterator[None]:
         yield
 
 
-def load_study(run_dir: Path, settings: SearchSettings | None, patience: Patience = in_a_minute) -> "optuna.Study":
+def load_study(
+    run_dir: Path, settings: SearchSettings | None, patience: Patience = in_a_minute
+) -> "optuna.Study":
     """The study of an earlier search; where its settings are lost, the only one of the run directory.
     Raises ConfigError for a storage that does not open or is not ours."""
     import optuna

@@ -72,7 +72,9 @@ def test_bounded_spin(benchmark, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
                 speeds.setdefault((processes, spin), []).append(speed)
     medians = {key: statistics.median(values) for key, values in speeds.items()}
     alone, gain = (medians[processes, SPIN] / medians[processes, DEFAULT] for processes in (0, BUSY))
-    print(f"\n6 layers, 64 wide, 16 x 256 tokens, bfloat16, blocks compiled, {BUSY} cores; median tokens/s of {ROUNDS}")
+    print(
+        f"\n6 layers, 64 wide, 16 x 256 tokens, bfloat16, blocks compiled, {BUSY} cores; median tokens/s of {ROUNDS}"
+    )
     print(f"{'':28}{'default':>10}{SPIN + ' turns':>14}{'ratio':>8}")
     for processes, ratio, what in ((0, alone, "alone"), (BUSY, gain, f"beside {BUSY} busy processes")):
         print(f"{what:28}{medians[processes, DEFAULT]:10.0f}{medians[processes, SPIN]:14.0f}{ratio:8.2f}")
