@@ -11,7 +11,7 @@ from autotune.config.toml import CandidateFile, format_candidate
 from autotune.environment import Environment
 from autotune.measure.types import MemoryView, TrialResult
 from autotune.runs.records import TrialRecord, write_csv
-from autotune.runs.verdict import Verdict, write_verdict
+from autotune.runs.verdict import Neighbour, Verdict, write_verdict
 from autotune.search.conclude import conclude
 from autotune.search.space import build_space
 from autotune.units import GIB
@@ -126,6 +126,15 @@ def write_run(
         cached = {"compile_cache_hits": 4, "compile_cache_misses": 2}
         (path / "best.toml").write_text(format_candidate(CandidateFile(candidate=best, measured=cached)))
     return path
+
+
+def complete(verdict: Verdict) -> Verdict:
+    """The verdict of an ended search, with a neighbour, importance and times."""
+    near = Neighbour(knob="micro_batch_size", value="16", winner="24", trial=1, objective=-0.073, peak=0.75)
+    return replace(
+        verdict, ended=True, neighbours=(near,), importance={"dtype": 0.6, "loss": 0.4}, spent_seconds=600.0,
+        seconds={"compile": 400.0, "measure": 150.0, "idle": 50.0},
+    )  # fmt: skip
 
 
 TRAIN_HEADER = (

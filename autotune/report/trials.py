@@ -75,9 +75,10 @@ def trial_table(run: Run, logs: int, message: int) -> TrialTable:
     rows, used, left_out = [], 0, 0
     for trial, row in shown.items():
         log = "" if row["status"] == "ok" else log_end(run.path, trial)
-        if used + len(log) > logs:
-            log, left_out = f"see {trial_log(run.path, trial)}", left_out + 1
-        used += len(log)
+        if used + len(log) <= logs:
+            used += len(log)
+        elif log:
+            log, left_out = f"see logs/{trial_log(run.path, trial).name}", left_out + 1
         cells = [columns[trial][header] for header in kept]
         text = str(row["message"] or "")
         text = text if len(text) <= message else f"{text[: message - 1]}…"

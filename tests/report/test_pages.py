@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from recorded_run import SUMMARY, candidate, failed, measured, records, write_training
+from recorded_run import SUMMARY, candidate, complete, failed, measured, records, write_training
 
 from autotune import cli
 from autotune.errors import ConfigError
@@ -15,7 +15,6 @@ from autotune.report.html import LARGEST, write_comparison, write_html
 from autotune.runs.objective import pareto_front
 from autotune.runs.read import load_run
 from autotune.runs.records import TrialRecord
-from autotune.runs.verdict import Neighbour, Verdict
 from autotune.units import GIB
 
 WriteRun = Callable[..., Path]
@@ -65,20 +64,12 @@ def test_why_the_runner_up_lost(write_run: WriteRun, edit: dict[str, object], sa
 
 
 def test_every_plot_that_has_data_is_there(write_run: WriteRun) -> None:
-    path = write_run(best=candidate(24), verdict=full)
+    path = write_run(best=candidate(24), verdict=complete)
     write_training(path / "train", SUMMARY)
     assert titles(page_of(path)) == [
         "Speed against memory", "History against the budget", "What each choice costs", "What matters",
         "Where the winner&#39;s memory goes", "Where the budget went", "Learning curve",
     ]  # fmt: skip
-
-
-def full(verdict: Verdict) -> Verdict:
-    near = Neighbour(knob="micro_batch_size", value="16", winner="24", trial=1, objective=-0.073, peak=0.75)
-    return replace(
-        verdict, ended=True, neighbours=(near,), importance={"dtype": 0.6, "loss": 0.4}, spent_seconds=600.0,
-        seconds={"compile": 400.0, "measure": 150.0, "idle": 50.0},
-    )  # fmt: skip
 
 
 def test_a_training_shows_what_was_promised_and_what_came(write_run: WriteRun) -> None:
@@ -181,7 +172,9 @@ def test_five_thousand_trials_stay_below_5_mb_and_what_is_left_out_is_said(write
     assert page.stat().st_size < LARGEST
     text = page.read_text()
     assert text.count("<tr id=") == 5000
-    assert re.search(r"the logs of 1,?\d+ failed trials are left out; they are in ", text)
+    (count,) = re.findall(r"the logs of (\d+) failed trials are left out; they are in ", text)
+    assert text.count("see logs/trial-") == int(count) > 1000
+    assert text.count("words and words") > 5000  # reasons, and the logs that are there
 
 
 def test_several_runs_on_one_page(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
