@@ -67,7 +67,7 @@ def figures(run: Run) -> list[Figure]:
 
 def _in_words(changed: Mapping[str, tuple[str, str]]) -> str:
     """`batch 24 x 3, loss chunked`"""
-    return ", ".join(f"{name} {after}" for name, (_, after) in changed.items())
+    return ", ".join(f"{name} {after}" for name, (_, after) in changed.items() if after != "-")
 
 
 def _gain(run: Run) -> Figure:

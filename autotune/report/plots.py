@@ -16,7 +16,6 @@ from autotune.report.run import SPENT
 from autotune.report.training import TrainedRun
 from autotune.runs.objective import pareto_front
 from autotune.runs.read import Row, Run, peak_bytes
-from autotune.runs.verdict import Speed
 from autotune.terminal import visible
 from autotune.units import GIB, MIB, format_duration
 
@@ -102,66 +101,71 @@ def _bars(halves: Sequence[float | None], colour: str) -> dict[str, object] | No
 
 def speed_memory(run: Run) -> Plot | None:
     """Tokens/s against peak memory."""
-    measured = [row for row in run.rows.values() if _measured(row)]
-    failed = [row for row in run.rows.values() if not _measured(row) and _memory(row)]
+    measured = [row for row in run.rows.values() if row["tokens_per_second"] and peak_bytes(row)]
+    failed = [row for row in run.rows.values() if not row["tokens_per_second"] and _needed(row)]
     if not measured and not failed:
         return None
-    figure = _figure("peak memory (GiB)", "tokens/s", 480)
+    widest = max([peak_bytes(row) or 0 for row in measured] or map(_needed, failed))
+    limit, (unit, name) = run.settings.memory_limit_bytes, _unit(widest)
+    shows_limit = limit < 4 * widest  # a distant limit would squeeze the points
+    ends = [min([peak_bytes(row) or 0 for row in measured] or [0]), max(widest, 1.05 * limit if shows_limit else 0)]
+    left = 0.0 if ends[0] < 0.6 * ends[1] else (ends[0] - 0.15 * (ends[1] - ends[0])) / unit
+    right = (ends[1] + 0.06 * (ends[1] - left * unit)) / unit
+    figure = _figure(f"peak memory ({name})", "tokens/s", 480)
     for status, (colour, symbol) in _MARKS.items():
         if same := [row for row in measured if row["status"] == status]:
-            points = _trials(
-                same, [_memory(r) for r in same], [r["tokens_per_second"] for r in same], status, colour, symbol
-            )
+            peaks, speeds = [(peak_bytes(r) or 0) / unit for r in same], [r["tokens_per_second"] for r in same]
+            points = _trials(same, peaks, speeds, status, colour, symbol)
             points.error_y = _bars([row["tokens_per_second_ci95"] for row in same], colour)
             figure.add_trace(points)
-    widest = max(map(_memory, measured or failed))
-    limit = run.settings.memory_limit_bytes / GIB
-    shows_limit = limit < 4 * widest  # a distant limit would squeeze the points
-    right = 1.06 * max(widest, 1.15 * limit if shows_limit else 0.0)
     for status, (colour, symbol) in _MARKS.items():
         if same := [row for row in failed if row["status"] == status]:
-            xs = [min(_memory(row), right * 0.985) for row in same]
-            figure.add_trace(_trials(same, xs, [0.0] * len(same), f"{status}, no speed", colour, symbol))
-    if front := pareto_front((_memory(r), r["tokens_per_second"], r) for r in measured if r["status"] == "ok"):
-        xs, ys = [_memory(row) for row in front], [row["tokens_per_second"] for row in front]
-        line = {"color": BLUE, "width": 1, "shape": "hv"}
-        figure.add_trace(go.Scatter(x=xs, y=ys, mode="lines", name="Pareto front", line=line, hoverinfo="skip"))
-    for name, record in (("winner", run.verdict.winner), ("baseline", run.verdict.baseline)):
-        if record is not None and _measured(row := run.rows[record.trial]):
-            place = {"x": _memory(row), "y": row["tokens_per_second"], "ax": -30, "ay": 44 if name == "winner" else -30}
-            figure.add_annotation(text=f"{name}, trial {record.trial}", **place, xanchor="right", arrowcolor=GREY)
+            edge = right - 0.015 * (right - left)
+            peaks = [min(max(_needed(row) / unit, left), edge) for row in same]
+            figure.add_trace(_trials(same, peaks, [0.0] * len(same), f"{status}, no speed", colour, symbol))
+    if front := pareto_front((peak_bytes(r) or 0, r["tokens_per_second"], r) for r in measured if r["status"] == "ok"):
+        xs, ys = [(peak_bytes(row) or 0) / unit for row in front], [row["tokens_per_second"] for row in front]
+        figure.add_trace(_line(xs, ys, "Pareto front", BLUE, "hv"))
+    for role, record in (("winner", run.verdict.winner), ("baseline", run.verdict.baseline)):
+        if record is not None and record.result.tokens_per_second and (peak := record.result.peak_bytes):
+            place = {"x": peak / unit, "y": record.result.tokens_per_second, "ay": 44 if role == "winner" else -30}
+            figure.add_annotation(
+                text=f"{role}, trial {record.trial}", **place, ax=-30, xanchor="right", arrowcolor=GREY
+            )
     if shows_limit:
-        figure.add_vline(x=limit, line={"dash": "dash", "color": RED, "width": 1.5})
-        figure.add_annotation(
-            x=limit,
-            y=1,
-            yref="paper",
-            text=f"limit {limit:.2f} GiB",
-            textangle=-90,
-            showarrow=False,
-            xanchor="right",
-            yanchor="top",
-        )
-    figure.update_xaxes(range=[0, right])
+        _mark(figure, limit / unit, f"limit {limit / unit:.4g} {name}")
+    figure.update_xaxes(range=[left, right])
     figure.update_yaxes(rangemode="tozero")
-    nowhere = sum(not _measured(row) and not _memory(row) for row in run.rows.values())
+    nowhere = len(run.rows) - len(measured) - len(failed)
     text = (
         "Each point is a trial: right is more memory, up is faster; bars are 95 % intervals. Trials without a speed "
-        "lie at the bottom, at the memory they had reached or were predicted to need, if beyond at the right edge."
-        + ("" if shows_limit else f" The limit of {limit:.2f} GiB is far to the right.")
+        "lie at the bottom, at the memory they had reached or were predicted to need, if beyond at the edge."
+        + ("" if shows_limit else f" The limit of {limit / unit:.4g} {name} is far to the right.")
         + (f" {nowhere} trials without either are only in the table." if nowhere else "")
     )
     return Plot(name="speed-memory", title="Speed against memory", text=text, figure=figure)
 
 
-def _measured(row: Row) -> bool:
-    return bool(row["tokens_per_second"] and peak_bytes(row))
-
-
-def _memory(row: Row) -> float:
-    """Peak in GiB: measured, or for a trial that did not fit at least what was predicted; 0 if unknown."""
+def _needed(row: Row) -> int:
+    """Bytes that a trial without a speed needs: what it had reached, or at least what was predicted; 0 if unknown."""
     predicted = row["predicted_peak_bytes"] if row["status"] in TOO_LARGE or not peak_bytes(row) else None
-    return max(peak_bytes(row) or 0, predicted or 0) / GIB
+    return max(peak_bytes(row) or 0, predicted or 0)
+
+
+def _unit(size: float) -> tuple[int, str]:
+    return (GIB, "GiB") if size >= GIB else (MIB, "MiB")
+
+
+def _line(xs: Sequence[float], ys: Sequence[float], name: str, colour: str, shape: str = "linear") -> go.Scatter:
+    line = {"color": colour, "width": 1.5, "shape": shape}
+    return go.Scatter(x=xs, y=ys, mode="lines", name=name, line=line, hoverinfo="skip")
+
+
+def _mark(figure: go.Figure, x: float, text: str) -> None:
+    """A dashed vertical line with its name."""
+    figure.add_vline(x=x, line={"dash": "dash", "color": RED, "width": 1.5})
+    side = {"textangle": -90, "xanchor": "right", "yanchor": "top"}
+    figure.add_annotation(x=x, y=1, yref="paper", text=text, showarrow=False, **side)
 
 
 def history(run: Run) -> Plot | None:
@@ -169,54 +173,43 @@ def history(run: Run) -> Plot | None:
     timed = _ends(run)
     if not timed:
         return None
-    what = "predicted loss" if run.lower_is_better else "tokens/s"
-    figure = _figure("minutes of search", what)
+    figure = _figure("minutes of search", "predicted loss" if run.lower_is_better else "tokens/s")
     corrected = run.verdict.drift_corrected
     found = {t: corrected.get(str(t), run.rows[t]["objective"]) for t in timed if run.rows[t]["objective"] is not None}
     for role, (colour, symbol) in _ROLES.items():
-        if same := [run.rows[t] for t in found if run.rows[t]["role"] == role]:
+        if same := [run.rows[trial] for trial in found if run.rows[trial]["role"] == role]:
             xs, ys = [timed[row["trial"]] for row in same], [found[row["trial"]] for row in same]
             points = _trials(same, xs, ys, role, colour, symbol)
             points.error_y = _bars([None if run.lower_is_better else r["tokens_per_second_ci95"] for r in same], colour)
             figure.add_trace(points)
-    order = sorted(found, key=timed.__getitem__)
-    best = list(accumulate((found[t] for t in order), min if run.lower_is_better else max))
-    end = max([*timed.values(), (run.searching or run.verdict.spent_seconds) / 60])
-    if best:
-        line = {"color": BLUE, "width": 1.5, "shape": "hv"}
-        xs = [*(timed[t] for t in order), end]
-        figure.add_trace(
-            go.Scatter(x=xs, y=[*best, best[-1]], mode="lines", name="best so far", line=line, hoverinfo="skip")
-        )
+    order, end = sorted(found, key=timed.__getitem__), max([*timed.values(), _spent(run) / 60])
+    if best := list(accumulate((found[trial] for trial in order), min if run.lower_is_better else max)):
+        figure.add_trace(_line([*(timed[t] for t in order), end], [*best, best[-1]], "best so far", BLUE, "hv"))
     low, high = (min(found.values()), max(found.values())) if found else (0.0, 1.0)
-    bottom = high + 0.1 * (high - low) if run.lower_is_better else low - 0.1 * (high - low)
+    worst = high + 0.1 * (high - low) if run.lower_is_better else low - 0.1 * (high - low)
     for status, (colour, symbol) in _MARKS.items():
-        if same := [run.rows[t] for t in timed if t not in found and run.rows[t]["status"] == status]:
-            figure.add_trace(
-                _trials(same, [timed[r["trial"]] for r in same], [bottom] * len(same), status, colour, symbol)
-            )
-    base = run.verdict.baseline
+        if same := [run.rows[trial] for trial in timed.keys() - found.keys() if run.rows[trial]["status"] == status]:
+            xs = [timed[row["trial"]] for row in same]
+            figure.add_trace(_trials(same, xs, [worst] * len(same), status, colour, symbol))
+    base, budget = run.verdict.baseline, run.settings.budget_seconds / 60
     if base is not None and base.objective is not None:
         figure.add_hline(y=base.objective, line={"dash": "dot", "color": ORANGE, "width": 1.5})
-        figure.add_annotation(
-            x=0, xref="paper", y=base.objective, text="baseline", showarrow=False, xanchor="left", yanchor="bottom"
-        )
-    budget = run.settings.budget_seconds / 60
-    figure.add_vline(x=budget, line={"dash": "dash", "color": RED, "width": 1.5})
-    figure.add_annotation(
-        x=budget, y=1, yref="paper", text="budget", textangle=-90, showarrow=False, xanchor="right", yanchor="top"
-    )
-    for begin, stop, name in _phases(run, timed):
-        figure.add_vrect(
-            x0=begin, x1=stop, line_width=0, fillcolor=GREEN if name == "finals" else SKY,
-            opacity=0.12 if name == "finals" else 0.0, layer="below",
-        )  # fmt: skip
+        side = {"xref": "paper", "xanchor": "left", "yanchor": "bottom"}
+        figure.add_annotation(x=0, y=base.objective, text="baseline", showarrow=False, **side)
+    _mark(figure, budget, "budget")
+    for begin, stop in _finals(run, timed):
+        figure.add_vrect(x0=begin, x1=stop, line_width=0, fillcolor=GREEN, opacity=0.12, layer="below")
     figure.update_xaxes(range=[0, 1.03 * max(end, budget)])
     text = (
         f"When each trial ended and what it reached ({'lower' if run.lower_is_better else 'higher'} is better). "
         "Failed trials lie at the edge. Shaded: finalists are measured again."
     )
     return Plot(name="history", title="History against the budget", text=text, figure=figure)
+
+
+def _spent(run: Run) -> float:
+    """Seconds of the search so far."""
+    return run.verdict.spent_seconds if run.searching is None else run.searching
 
 
 def _ends(run: Run) -> dict[int, float]:
@@ -228,10 +221,10 @@ def _ends(run: Run) -> dict[int, float]:
         return {}
     spans = [(starts[row["trial"]], starts[row["trial"]] + row["trial_seconds"]) for row in order]
     gaps = [max(0.0, later[0] - earlier[1]) for earlier, later in pairwise(spans)]
-    idle = spans[-1][1] - spans[0][0] - (run.searching or run.verdict.spent_seconds)
+    idle = spans[-1][1] - spans[0][0] - _spent(run)
     cut = set[int]()
     for place in sorted(range(len(gaps)), key=lambda place: -gaps[place]):
-        if idle <= 0 or gaps[place] < 60 or not run.verdict.spent_seconds:
+        if idle <= 0 or gaps[place] < 60 or not _spent(run):
             break
         cut.add(place)
         idle -= gaps[place]
@@ -242,16 +235,16 @@ def _ends(run: Run) -> dict[int, float]:
     return ends
 
 
-def _phases(run: Run, timed: Mapping[int, float]) -> list[tuple[float, float, str]]:
-    """Spans of consecutive trials of the search and of its finals, in minutes."""
-    spans: list[tuple[float, float, str]] = []
+def _finals(run: Run, timed: Mapping[int, float]) -> list[tuple[float, float]]:
+    """Begin and end of each time in which finalists were measured, in minutes."""
+    spans: list[tuple[float, float]] = []
+    before = ""
     for trial in sorted(timed, key=timed.__getitem__):
-        name = "finals" if run.rows[trial]["role"] == "final" else "search"
-        begin = timed[trial] - run.rows[trial]["trial_seconds"] / 60
-        if spans and spans[-1][2] == name:
-            spans[-1] = (spans[-1][0], timed[trial], name)
-        else:
-            spans.append((begin, timed[trial], name))
+        row = run.rows[trial]
+        if row["role"] == "final":
+            begin = spans.pop()[0] if before == "final" else timed[trial] - row["trial_seconds"] / 60
+            spans.append((begin, timed[trial]))
+        before = row["role"]
     return spans
 
 
@@ -343,7 +336,7 @@ def importance(run: Run) -> Plot | None:
 
 def memory_at_peak(run: Run, heading: str, parts: Mapping[str, float]) -> Plot:
     """The winner's bytes by category."""
-    unit, name = (GIB, "GiB") if sum(parts.values()) >= GIB else (MIB, "MiB")
+    unit, name = _unit(sum(parts.values()))
     order = sorted(parts, key=parts.__getitem__)
     figure = _figure(name, "", 120 + 28 * len(order))
     sizes = [parts[category] / unit for category in order]
@@ -367,17 +360,15 @@ def predicted_measured(run: Run) -> Plot | None:
     ]
     if not rows:
         return None
-    figure = _figure("predicted peak (GiB)", "measured peak (GiB)")
-    before, after = [row["predicted_peak_bytes"] / GIB for row in rows], [(peak_bytes(row) or 0) / GIB for row in rows]
+    unit, name = _unit(max(peak_bytes(row) or 0 for row in rows))
+    figure = _figure(f"predicted peak ({name})", f"measured peak ({name})")
     for status in ("ok", "over_limit"):
-        same = [place for place, row in enumerate(rows) if row["status"] == status]
-        if same:
-            figure.add_trace(_trials(
-                [rows[i] for i in same], [before[i] for i in same], [after[i] for i in same], status, *_MARKS[status]
-            ))  # fmt: skip
+        if same := [row for row in rows if row["status"] == status]:
+            xs, ys = [row["predicted_peak_bytes"] / unit for row in same], [(peak_bytes(r) or 0) / unit for r in same]
+            figure.add_trace(_trials(same, xs, ys, status, *_MARKS[status]))
+    before, after = [row["predicted_peak_bytes"] / unit for row in rows], [(peak_bytes(r) or 0) / unit for r in rows]
     ends = [min(*before, *after), max(*before, *after)]
-    line = {"color": GREY, "dash": "dot", "width": 1.5}
-    figure.add_trace(go.Scatter(x=ends, y=ends, mode="lines", name="equal", line=line, hoverinfo="skip"))
+    figure.add_trace(_line(ends, ends, "equal", GREY))
     errors = sorted(abs(one / other - 1) for one, other in zip(before, after, strict=True))
     text = (
         f"Prediction made before each trial against what was measured; on the line they agree. "
@@ -414,34 +405,22 @@ def learning_curve(training: TrainedRun) -> Plot | None:
 
 def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> list[Plot]:
     """Tokens/s and peak memory of the winners and baselines of several runs."""
-    drawn = []
-    labels = [plain(name) for name in names]
-    speed, memory = (
-        _figure("tokens/s", "", 140 + 60 * len(runs)),
-        _figure("peak memory (GiB)", "", 140 + 60 * len(runs)),
-    )
-    for which, colour, symbol in (("winner", BLUE, "circle"), ("baseline", ORANGE, "diamond")):
-        found = [(getattr(run.verdict, which), _speed_of(run, which)) for run in runs]
-        xs = [one.tokens_per_second if one else None for _, one in found]
-        points = {
-            "y": labels,
-            "mode": "markers",
-            "name": which,
-            "marker": {"color": colour, "symbol": symbol, "size": 10},
-        }
-        bars = _bars([one.ci95 if one else None for _, one in found], colour)
-        speed.add_trace(go.Scatter(x=xs, error_x=bars, **points))
-        peaks = [record.result.peak_bytes if record else None for record, _ in found]
+    labels, height = [plain(name) for name in names], 140 + 60 * len(runs)
+    speed, memory = _figure("tokens/s", "", height), _figure("peak memory (GiB)", "", height)
+    for role, colour, symbol in (("winner", BLUE, "circle"), ("baseline", ORANGE, "diamond")):
+        winner = role == "winner"
+        speeds = [run.verdict.speed if winner else run.verdict.baseline_speed for run in runs]
+        records = [run.verdict.winner if winner else run.verdict.baseline for run in runs]
+        mark = {"color": colour, "symbol": symbol, "size": 10}
+        points = {"y": labels, "mode": "markers", "name": role, "marker": mark}
+        bars = _bars([one.ci95 if one else None for one in speeds], colour)
+        speed.add_trace(go.Scatter(x=[one and one.tokens_per_second for one in speeds], error_x=bars, **points))
+        peaks = [record.result.peak_bytes if record else None for record in records]
         memory.add_trace(go.Scatter(x=[peak and peak / GIB for peak in peaks], **points))
     for figure in (speed, memory):
         figure.update_xaxes(rangemode="tozero")
         figure.update_yaxes(autorange="reversed")
-    drawn.append(
-        Plot(name="speeds", title="Speed", text="Winners and baselines; bars are 95 % intervals.", figure=speed)
-    )
-    drawn.append(Plot(name="peaks", title="Memory", text="Peak memory of winners and baselines.", figure=memory))
-    return drawn
-
-
-def _speed_of(run: Run, which: str) -> Speed | None:
-    return run.verdict.speed if which == "winner" else run.verdict.baseline_speed
+    return [
+        Plot(name="speeds", title="Speed", text="Winners and baselines; bars are 95 % intervals.", figure=speed),
+        Plot(name="peaks", title="Memory", text="Peak memory of winners and baselines.", figure=memory),
+    ]

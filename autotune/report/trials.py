@@ -8,7 +8,7 @@ from autotune.report.run import COUNT_COLUMNS, PLAN_COLUMNS, plan_text
 from autotune.runs.directory import trial_log
 from autotune.runs.read import Row, Run, peak_bytes
 from autotune.terminal import visible
-from autotune.units import GIB
+from autotune.units import GIB, MIB
 
 LOG_LINES, _LOG_CHARACTERS, _LINE_CHARACTERS = 12, 1500, 300
 MOST_TRIALS = 5000
@@ -63,7 +63,9 @@ def trial_table(run: Run, logs: int, message: int) -> TrialTable:
     `message`: of each reason."""
     best_first = list(dict.fromkeys([*run.verdict.ranking, *run.rows]))
     shown = {trial: run.rows[trial] for trial in sorted(best_first[:MOST_TRIALS])}
-    columns = {trial: _cells(row) for trial, row in shown.items()}
+    largest = max((peak_bytes(row) or 0 for row in shown.values()), default=0)
+    unit = "GiB" if largest >= GIB else "MiB"
+    columns = {trial: _cells(row, unit) for trial, row in shown.items()}
     headers = list(next(iter(columns.values()), {}))
     values = {header: {cells[header] for cells in columns.values()} for header in headers}
     fixed = {
@@ -85,7 +87,7 @@ def trial_table(run: Run, logs: int, message: int) -> TrialTable:
         rows.append(TrialRow(trial=trial, status=row["status"], cells=cells, message=text, log=log))
     return TrialTable(
         headers=kept,
-        figures=frozenset(kept) & _FIGURES,
+        figures=frozenset(h for h in kept if h.removesuffix(f" {unit}") in _FIGURES),
         rows=rows,
         same=", ".join(same),
         unknown=", ".join(header for header in headers if header in unknown),
@@ -95,13 +97,13 @@ def trial_table(run: Run, logs: int, message: int) -> TrialTable:
 
 
 _FIGURES = frozenset({
-    "trial", "predicted loss", "tokens/s", "± 95 %", "MFU %", "step s", "peak GiB", "allocated GiB", "reserved GiB",
-    "predicted GiB", "retries", "micro batch", "accumulation", "global batch", "layers", "heads", "width", "block",
+    "trial", "predicted loss", "tokens/s", "± 95 %", "MFU %", "step s", "peak", "allocated", "reserved",
+    "predicted", "retries", "micro batch", "accumulation", "global batch", "layers", "heads", "width", "block",
     "vocabulary", "parameters M", "chunk tokens", "compile s", "trial s", "first loss",
 })  # fmt: skip
 
 
-def _cells(row: Row) -> dict[str, str]:
+def _cells(row: Row, unit: str) -> dict[str, str]:
     """Texts by header; empty where unknown."""
     return {
         "trial": str(row["trial"]),
@@ -112,10 +114,10 @@ def _cells(row: Row) -> dict[str, str]:
         "± 95 %": _number(row["tokens_per_second_ci95"], ",.0f"),
         "MFU %": _number(row["mfu"] and 100 * row["mfu"], ".1f"),
         "step s": _number(row["step_seconds_p50"], ".4g"),
-        "peak GiB": _gib(peak_bytes(row)),
-        "allocated GiB": _gib(row["peak_allocated_bytes"]),
-        "reserved GiB": _gib(row["peak_reserved_bytes"]),
-        "predicted GiB": _gib(row["predicted_peak_bytes"]),
+        f"peak {unit}": _size(peak_bytes(row), unit),
+        f"allocated {unit}": _size(row["peak_allocated_bytes"], unit),
+        f"reserved {unit}": _size(row["peak_reserved_bytes"], unit),
+        f"predicted {unit}": _size(row["predicted_peak_bytes"], unit),
         "retries": _number(row["num_alloc_retries"], "d"),
         **{header: _number(row[name], "d") for header, name in COUNT_COLUMNS.items()},
         "parameters M": _number(row["parameters"] and row["parameters"] / 1e6, ".1f"),
@@ -131,8 +133,8 @@ def _number(value: float | None, spec: str) -> str:
     return "" if value is None else format(value, spec)
 
 
-def _gib(count: float | None) -> str:
-    return "" if count is None else f"{count / GIB:.3f}"
+def _size(count: float | None, unit: str) -> str:
+    return "" if count is None else f"{count / GIB:.3f}" if unit == "GiB" else f"{count / MIB:.1f}"
 
 
 def log_end(run_dir: Path, trial: int) -> str:
