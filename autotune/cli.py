@@ -8,12 +8,13 @@ import inspect
 import json as json_module
 import math
 import os
+import shlex
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -29,7 +30,7 @@ from autotune.errors import LONGEST, AutotuneError, ConfigError, InterruptedByUs
 from autotune.units import parse_bytes, parse_count, parse_duration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from typer._click.core import Context
     from typer._click.formatting import HelpFormatter
@@ -234,6 +235,7 @@ def search(
     other_machine: Annotated[
         bool, typer.Option("--other-machine", help="Resume on another machine or version of torch.")
     ] = False,
+    json: Json = False,
 ) -> None:
     """Measure candidates on this device within a time budget.
 
@@ -259,7 +261,7 @@ def search(
         seconds = parse_duration(budget) if budget else None
         here = partial(probe, device)  # probed later, when its seconds are recorded
         go_on = partial(loop.resume, resume, here, budget_seconds=seconds, same_machine=not other_machine)
-        _watch(resume, partial(go_on, started=started, remarks=remarks), remarks)
+        _watch(resume, partial(go_on, started=started, remarks=remarks), remarks, json)
         return
     if other_machine:
         raise ConfigError("--other-machine is for a search that goes on; give --resume RUN with it")
@@ -285,6 +287,7 @@ def search(
         law=law,
         calibrate_loss=calibrate_loss,
     )
+    asked = replace(asked, command=_command_line(context))
     for note in (*asked.notes, *tracker_notes(asked.tracking)):
         terminal.say(f"note: {note}")
     if dry_run:
@@ -294,7 +297,7 @@ def search(
         asked = replace(asked, name=run_directory.claim_name(Path("results"), asked.name))
     directory = Path("results", asked.name)
     begin = partial(loop.search, asked, directory, found, started=started, calibrate_loss=calibrate_loss)
-    _watch(directory, partial(begin, storage_url=storage, remarks=remarks), remarks)
+    _watch(directory, partial(begin, storage_url=storage, remarks=remarks), remarks, json)
 
 
 def _load_numpy() -> None:
@@ -306,7 +309,19 @@ def _load_numpy() -> None:
         del os.environ["OPENBLAS_NUM_THREADS"]
 
 
-_OF_RESUME = ("resume", "budget", "device", "other_machine")
+def _command_line(context: typer.Context) -> str:
+    """The options that were given, as a command to copy; passwords are replaced by ***."""
+    words = ["autotune", context.info_name or ""]
+    for option in context.command.params:
+        source, value = context.get_parameter_source(str(option.name)), context.params.get(str(option.name))
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words += [option.opts[0]] if one is True else [option.opts[0], str(one)]
+    return terminal.visible(scrub(shlex.join(words), secrets_in(words)))
+
+
+_OF_RESUME = ("resume", "budget", "device", "other_machine", "json")
 
 
 def _refuse_beside_resume(context: typer.Context) -> None:
@@ -316,14 +331,14 @@ def _refuse_beside_resume(context: typer.Context) -> None:
         raise ConfigError(f"--resume goes on with the run's own settings; leave out {', '.join(given)}")
 
 
-def _watch(directory: Path, go: "Callable[..., object]", remarks: tuple[str, ...]) -> None:
+def _watch(directory: Path, go: "Callable[..., object]", remarks: tuple[str, ...], json: bool) -> None:
     """Run a search with live progress, then print its report, even if no candidate was feasible."""
     from autotune.measure.runner import trials_in_a_row
     from autotune.model.compile_cache import compile_cache_dir, make_cache
     from autotune.search import progress
 
     make_cache(compile_cache_dir())
-    show = partial(_report, [directory], html=True, json=False, top=10)
+    show = partial(_report, [directory], html=True, json=json, top=10)
     try:
         with progress.show_progress(remarks) as notify, trials_in_a_row() as measure:
             go(notify=notify, measure=measure)
@@ -336,7 +351,7 @@ def _watch(directory: Path, go: "Callable[..., object]", remarks: tuple[str, ...
 @_command(app.command, "Search")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
-    html: Annotated[bool, typer.Option("--html", help="Write report.html and plots/ into each run.")] = False,
+    html: Annotated[bool, typer.Option("--html", help="Write report.html, or comparison.html.")] = False,
     json: Json = False,
     top: Annotated[int, typer.Option(metavar="N", min=1, help="How many of the best trials to show.")] = 10,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="First rebuild the run's files from study.db.")] = False,
@@ -357,26 +372,37 @@ def report(
     _report(runs, html, json, top)
 
 
+def _write_json(content: "Mapping[str, object]") -> None:
+    """Write one JSON object to stdout."""
+    terminal.write(json_module.dumps(content, allow_nan=False))
+
+
 def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
-    from autotune.report import html as page
+    from autotune.report import compare, table, training
     from autotune.report import run as record
-    from autotune.report import table, training
     from autotune.runs import read
 
-    loaded = [read.load_run(path) for path in runs if not training.is_training(path)]
+    loaded = [read.load_run(path) for path in dict.fromkeys(runs) if not training.is_training(path)]
     trained = training.trainings_of(runs)
-    pages = [page.write_html(one) for one in loaded] if html else []
     if json:
         parts = {"runs": [record.as_json(one) for one in loaded], "trainings": [training.as_json(t) for t in trained]}
-        terminal.write(json_module.dumps(parts, allow_nan=False))
+        several = {"comparison": compare.as_json(loaded)} if len(loaded) > 1 else {}
+        _write_json({**parts, **several})
     else:
         if loaded:
-            table.print_text(record.run_report(loaded[0], top) if len(loaded) == 1 else record.comparison(loaded))
+            table.print_text(record.run_report(loaded[0], top) if len(loaded) == 1 else compare.comparison(loaded))
         if trained:
             terminal.write("Training, measured or predicted -> reached:")
             table.print_text(training.training_table(trained))
-    for written in pages:
-        terminal.say(f"wrote {written}")
+    if html:
+        from autotune.report import html as page
+
+        for one in loaded:
+            terminal.say(f"wrote {page.write_html(one)}")
+        if len(loaded) > 1:
+            terminal.say(f"wrote {page.write_comparison(loaded)}")
+    if damaged := [f"{one.path}: {one.damage[0]}; {read.advice(one)}" for one in loaded if one.damage]:
+        raise ConfigError("; ".join(damaged))
 
 
 @_command(app.command, "Understand")
@@ -423,6 +449,7 @@ def profile(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory.")] = Path("results/profile"),
     assignments: Assignments = None,
     device: Device = "auto",
+    json: Json = False,
 ) -> None:
     """Show where the memory of one step goes.
 
@@ -445,6 +472,9 @@ def profile(
     where = probe(device).device
     terminal.say(f"recording one step on {where}; everything goes to {out}")
     profiled = pages.profile_candidates(named, out=out, device=where)
+    if json:
+        _write_json({"profiles": [pages.as_json(one) for one in profiled]})
+        return
     for one in profiled:
         table.print_text(pages.profile_report(one))
     if len(profiled) == 2:
@@ -473,7 +503,7 @@ def estimate(
     toml: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --gpu: write the plan, for `search --from FILE`.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="With --gpu: print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Predict peak memory, and on a named card plan and speed; needs no device.
 
@@ -499,9 +529,13 @@ def estimate(
     changed = tuple(assignments or ())
     candidates = estimates.candidates(model or [], changed, vocab_size)
     if not gpu:
-        if tokens or toml or json:
-            raise ConfigError("--tokens, --toml and --json belong to --gpu; add for example --gpu 4090")
-        rows, certainty = estimates.estimate(known, candidates, parse_bytes(memory_limit or "24GiB"))
+        if tokens or toml:
+            raise ConfigError("--tokens and --toml belong to --gpu; add for example --gpu 4090")
+        limit = parse_bytes(memory_limit or "24GiB")
+        if json:
+            _write_json(estimates.as_json(known, candidates, limit))
+            return
+        rows, certainty = estimates.estimate(known, candidates, limit)
         table.print_text(table.make_table(rows))
         terminal.write_lines(certainty)
         return
@@ -512,7 +546,7 @@ def estimate(
     if toml is not None:
         predictions.write_toml(toml, card, found)
     if json:
-        terminal.write(json_module.dumps(predictions.as_json(card, found, limit, known)))
+        _write_json(predictions.as_json(card, found, limit, known))
     else:
         terminal.write_lines(predictions.text(card, found, limit, known))
 
@@ -552,7 +586,7 @@ def guide(
         files.write_atomically(out, guides.as_text(out, checked))
         terminal.say(f"wrote {out}")
     if json:
-        terminal.write(json_module.dumps({"rows": guides.as_rows(checked)}, allow_nan=False))
+        _write_json({"rows": guides.as_rows(checked)})
     else:
         terminal.write_lines("\n".join([*guides.lines(checked), "", *guides.provenance(measure)]))
 
@@ -594,6 +628,7 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Output directory. [default: RUN/train]")] = None,
     device: Device = "auto",
+    json: Json = False,
 ) -> None:
     """Train a candidate to completion with the step that was measured.
 
@@ -623,7 +658,7 @@ def train(
         started=context.obj,
     )
     if summary := run_training(asked):
-        terminal.write_lines(summary_text(summary))
+        _write_json(asdict(summary)) if json else terminal.write_lines(summary_text(summary))
 
 
 @_command(app.command, "Train")
@@ -636,6 +671,7 @@ def export(
     cut_vocab: Annotated[
         bool, typer.Option("--cut-vocab", help="hf: drop the padding of the vocabulary beyond GPT-2's 50257.")
     ] = False,
+    json: Json = False,
 ) -> None:
     """Write a trained model for other tools.
 
@@ -649,7 +685,7 @@ def export(
 
     if note := exchange.export(checkpoint, to, out, cut_vocab=cut_vocab):
         terminal.say(f"note: {note}")
-    terminal.write(str(out))
+    _write_json({"out": str(out), "note": note}) if json else terminal.write(str(out))
 
 
 @_command(app.command, "Train")
@@ -661,6 +697,7 @@ def sample(
     top_k: Annotated[int, typer.Option(metavar="N", help="Sample among this many likeliest tokens; 0: all.")] = 200,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed; equal seeds give equal text.")] = 1337,
     device: Device = "auto",
+    json: Json = False,
 ) -> None:
     """Generate text with a trained model.
 
@@ -673,6 +710,9 @@ def sample(
 
     place = describe(device).device
     text = draw(checkpoint, prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, device=place)
+    if json:
+        _write_json({"text": text, "seed": seed})
+        return
     terminal.write(terminal.visible(text, keep="\n\t") if sys.stdout.isatty() else text)
 
 
@@ -696,6 +736,7 @@ def prepare(
         str, typer.Option("--format", metavar="shards|nanogpt", help="nanogpt: train.bin and val.bin, without headers.")
     ] = "shards",
     workers: Annotated[int | None, typer.Option(metavar="N", help="Threads. [default: one per core]")] = None,
+    json: Json = False,
 ) -> None:
     """Convert text to shards of GPT-2 tokens.
 
@@ -721,37 +762,43 @@ def prepare(
         workers=workers,
     )
     terminal.say(f"{out}: {data_prepare.prepare(settings).outcome}")
-    table.print_text(facts.facts_table(data_info.info(out)))
+    found = data_info.info(out)
+    _write_json(found) if json else table.print_text(facts.facts_table(found))
 
 
 @data.command()
-def info(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Data directory.")]) -> None:
+def info(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Data directory.")], json: Json = False) -> None:
     """Describe a data directory."""
     from autotune.data import info as data_info
     from autotune.report import facts, table
 
-    table.print_text(facts.facts_table(data_info.info(directory)))
+    found = data_info.info(directory)
+    _write_json(found) if json else table.print_text(facts.facts_table(found))
 
 
 app.add_typer(data, name="data", rich_help_panel="Data")
 
 
 @app.command(rich_help_panel="This machine")
-def kernels() -> None:
+def kernels(json: Json = False) -> None:
     """List the kernels, and why some cannot run here."""
     from autotune.environment import probe
     from autotune.report import doctor, table
 
-    table.print_text(doctor.kernel_table(probe()))
+    found = doctor.kernel_table(probe())
+    _write_json({"kernels": [dict(line) for line in found.lines]}) if json else table.print_text(found)
 
 
 @app.command(name="doctor", rich_help_panel="This machine")
-def doctor_command() -> None:
+def doctor_command(json: Json = False) -> None:
     """Check the installation and the device.
 
     The exit code is 1 where no search is possible."""
     from autotune.report import doctor, table
 
     checks = doctor.examine()
-    table.print_text(doctor.check_table(checks))
+    if json:
+        _write_json({"can_search": doctor.can_search(checks), "checks": [vars(check) for check in checks]})
+    else:
+        table.print_text(doctor.check_table(checks))
     raise typer.Exit(0 if doctor.can_search(checks) else 1)

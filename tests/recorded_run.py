@@ -11,7 +11,7 @@ from autotune.config.toml import CandidateFile, format_candidate
 from autotune.environment import Environment
 from autotune.measure.types import MemoryView, TrialResult
 from autotune.runs.records import TrialRecord, write_csv
-from autotune.runs.verdict import Verdict, write_verdict
+from autotune.runs.verdict import Neighbour, Verdict, write_verdict
 from autotune.search.conclude import conclude
 from autotune.search.space import build_space
 from autotune.units import GIB
@@ -125,4 +125,38 @@ def write_run(
     if best is not None:
         cached = {"compile_cache_hits": 4, "compile_cache_misses": 2}
         (path / "best.toml").write_text(format_candidate(CandidateFile(candidate=best, measured=cached)))
+    return path
+
+
+def complete(verdict: Verdict) -> Verdict:
+    """The verdict of an ended search, with a neighbour, importance and times."""
+    near = Neighbour(knob="micro_batch_size", value="16", winner="24", trial=1, objective=-0.073, peak=0.75)
+    return replace(
+        verdict, ended=True, neighbours=(near,), importance={"dtype": 0.6, "loss": 0.4}, spent_seconds=600.0,
+        seconds={"compile": 400.0, "measure": 150.0, "idle": 50.0},
+    )  # fmt: skip
+
+
+TRAIN_HEADER = (
+    "iteration,tokens,train_loss,validation_loss,lr,grad_norm,tokens_per_second,mfu,data_wait_seconds,"
+    "peak_allocated_bytes,peak_device_bytes,seconds\n"
+)
+TRAIN_ROWS = (
+    "10,655360,5.5,5.25,0.1,1.0,980.0,,0.0,1000,2000,60.5\n20,1310720,4.5,,0.1,1.0,990.0,,0.0,1000,2000,120.5\n30,1"
+)
+MEASURED = {"tokens_per_second": 1000.0, "peak_reserved_bytes": 1, "peak_device_bytes": GIB, "predicted_loss": 5.0}
+SUMMARY = {
+    "iterations": 30, "tokens": 1966080, "tokens_per_second": 1010.0, "peak_device_bytes": 2 * GIB,
+    "validation_loss": 4.5, "seconds": 180.0,
+}  # fmt: skip
+
+
+def write_training(path: Path, summary: dict[str, object] | None = None) -> Path:
+    """The directory of a training, ended where a summary is given."""
+    path.mkdir()
+    trained = replace(candidate(8), recipe=replace(RECIPE, max_iters=30))
+    (path / "recipe.toml").write_text(format_candidate(CandidateFile(candidate=trained, measured=MEASURED)))
+    (path / "train_log.csv").write_text(TRAIN_HEADER + TRAIN_ROWS)
+    if summary is not None:
+        (path / "summary.json").write_text(json.dumps(summary))
     return path

@@ -24,22 +24,25 @@ OPTIONS = {
     "search": [
         "--budget", "--objective", "--memory-limit", "--train-time", "--train-tokens", "--model", "--from", "--guide",
         "--data", "--vocab-size", "--choices", "--device", "--workers", "--storage", "--resume", "--seed", "--sampler",
-        "--name", "--law", "--calibrate-loss", "--dry-run", "--other-machine",
+        "--name", "--law", "--calibrate-loss", "--dry-run", "--other-machine", "--json",
     ],
     "report": ["RUN...", "--html", "--json", "--top", "--rebuild"],
     "trial": ["RUN|TOML", "--set", "--device", "--json"],
-    "profile": ["TOML...", "--out", "--set", "--device"],
-    "train": ["RUN|TOML", "--resume", "--max-tokens", "--train-time", "--max-time", "--init-from", "--out", "--device"],
+    "profile": ["TOML...", "--out", "--set", "--device", "--json"],
     "estimate": [
         "--gpu", "--memory-limit", "--model", "--vocab-size", "--set", "--calibration", "--tokens", "--toml", "--json",
     ],
     "guide": ["[ROW...]", "--measure", "--device", "--out", "--json"],
-    "export": ["RUN|CHECKPOINT", "--to", "--out", "--cut-vocab"],
-    "sample": ["CHECKPOINT", "--prompt", "--tokens", "--temperature", "--top-k", "--seed", "--device"],
-    "kernels": [],
-    "doctor": [],
-    "data prepare": ["SOURCE", "--out", "--name", "--max-tokens", "--shard-tokens", "--format", "--workers"],
-    "data info": ["DIR"],
+    "train": [
+        "RUN|TOML", "--resume", "--max-tokens", "--train-time", "--max-time", "--init-from", "--out", "--device",
+        "--json",
+    ],
+    "export": ["RUN|CHECKPOINT", "--to", "--out", "--cut-vocab", "--json"],
+    "sample": ["CHECKPOINT", "--prompt", "--tokens", "--temperature", "--top-k", "--seed", "--device", "--json"],
+    "kernels": ["--json"],
+    "doctor": ["--json"],
+    "data prepare": ["SOURCE", "--out", "--name", "--max-tokens", "--shard-tokens", "--format", "--workers", "--json"],
+    "data info": ["DIR", "--json"],
 }  # fmt: skip
 
 
@@ -223,9 +226,35 @@ def test_report_on_stdout_json_as_one_object_and_files_named_on_stderr(
 
 def test_an_unwritable_run_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = write_run(tmp_path, best=candidate(24))
-    (run / "plots").write_text("")
+    (run / "report.html").mkdir()
     code, text = told_by(capsys, "report", str(run), "--html")
-    assert (code, "plots cannot be written" in text) == (1, True)
+    assert (code, "report.html cannot be written" in text) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["estimate", "--model", "2x2x64"], "models"),
+        (["doctor"], "checks"),
+        (["kernels"], "kernels"),
+        (["data", "prepare", "text.txt", "--out", "made"], "training"),
+        (["data", "info", "made"], "vocabulary"),
+    ],
+)
+def test_json_is_one_object(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("words and words\n\n" * 2000)
+    if "info" in arguments:
+        assert cli.run(["data", "prepare", "text.txt", "--out", "made"]) == 0
+        capsys.readouterr()
+    cli.run([*arguments, "--json"])
+    assert json.loads(capsys.readouterr().out)[key]
+
+
+def test_every_command_has_json() -> None:
+    assert not [name for name, options in OPTIONS.items() if name and "--json" not in options]
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
@@ -405,6 +434,7 @@ class TestSearch:
         assert "the compile cache /dev/null/cache cannot be written" in text
         assert "set AUTOTUNE_CACHE_DIR" in text
         assert list(Path().iterdir()) == []
+
     def test_two_searches_of_one_second_have_names_of_their_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("autotune.search.resolve.time.strftime", lambda form: "20250101-120000-")
         made: list[tuple[str, Path]] = []

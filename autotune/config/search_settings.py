@@ -84,6 +84,8 @@ class SearchSettings:
     seed: int = 0
     sampler: str = "additive"
     """One of SAMPLERS, or `package.module:Class`."""
+    command: str = ""
+    """Command that began the search, without passwords; empty if it was none."""
 
     @property
     def device_kind(self) -> str:

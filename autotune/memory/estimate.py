@@ -2,7 +2,8 @@
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from autotune.config.candidate import Candidate, Plan, Recipe, at_least, parse_shape
 from autotune.config.presets import GUIDE
@@ -54,6 +55,23 @@ def estimate(model: MemoryModel, candidates: Sequence[Candidate], limit_bytes: i
     span = f"95 % interval ±{format_bytes(min(spans))} to ±{format_bytes(max(spans))}"
     meaning = "19 of 20 measured peaks should lie within it"
     return rows, f"{source}; {span}: {meaning}\npriors ({model.device}): {priors.of(model.device).provenance}"
+
+
+def as_json(model: MemoryModel, candidates: Sequence[Candidate], limit_bytes: int) -> dict[str, Any]:
+    """The same in bytes: predictions by micro batch, and the largest that fits with its whole interval."""
+    return {
+        "limit_bytes": limit_bytes,
+        "calibrated_by_trials": model.trials,
+        "models": [
+            {
+                **asdict(candidate.shape),
+                "parameters": candidate.shape.parameters,
+                "peaks": {size: vars(predict(model, with_micro_batch(candidate, size))) for size in MICRO_BATCHES},
+                "largest_micro_batch": largest_micro_batch(model, candidate, limit_bytes),
+            }
+            for candidate in candidates
+        ],
+    }
 
 
 def with_micro_batch(candidate: Candidate, size: int) -> Candidate:

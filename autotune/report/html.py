@@ -1,77 +1,175 @@
-"""A run as one self-contained HTML page: no external resources, all text escaped."""
+"""A run, or several side by side, as one self-contained page: no external resources, all text escaped."""
 
 import base64
-from collections.abc import Sequence
-from html import escape as _escape
+import functools
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
+from typing import Any, TypeVar
 
-import pandas as pd
+import jinja2
+import plotly.offline
+from markupsafe import Markup, escape
 
+from autotune.config.tables import read_json, read_table
+from autotune.config.toml import BEST_TOML
 from autotune.errors import ConfigError
-from autotune.files import write_atomically
-from autotune.report.plots import write_plots
-from autotune.report.run import cells, heading, next_command, sections, verdict_lines
-from autotune.report.table import Line
-from autotune.runs.directory import REPORT_HTML
-from autotune.runs.read import Run
+from autotune.files import read_text, write_atomically
+from autotune.measure.types import MemoryProfile
+from autotune.memory import model as memory_model
+from autotune.memory.breakdown import predicted_breakdown
+from autotune.report import compare, headline, training
+from autotune.report.plots import plots, side_by_side
+from autotune.report.run import heading, next_command, state, verdict_lines
+from autotune.report.training import TrainedRun
+from autotune.report.trials import trial_table
+from autotune.runs.directory import BEST_NANOGPT, COMPARISON_HTML, MEMORY_MODEL_JSON, REPORT_HTML
+from autotune.runs.read import Run, advice
 from autotune.terminal import visible
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; margin: 1rem 0 }}
-th, td {{ padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }}
-td:last-child {{ white-space: normal }}
-tr.best {{ background: #e6f4e6; font-weight: 600 }}
-img {{ max-width: 100% }}
-code {{ background: #f2f2f2; padding: .1rem .3rem }}
-</style>
-<h1>{title}</h1>
-<p>{verdict}</p>
-<p>Next: <code>{command}</code></p>
-{plots}
-{tables}
-</html>
-"""
+T = TypeVar("T")
 
-
-def escape(text: str) -> str:
-    """The text with markup escaped, and with it characters that change how others are displayed."""
-    return _escape(visible(text))
+PROFILE = Path("profile", "profile.json")
+"""Memory profile of a run's best.toml, written by `autotune profile RUN --out RUN/profile`."""
+LARGEST = 5_000_000
+"""Bytes of a page, to be sent by mail."""
+_SHARES = ((600_000, 300), (200_000, 150), (0, 80))
+"""Most characters of all logs and of each reason; smaller ones where the page would be too large."""
 
 
 def write_html(run: Run) -> Path:
-    """Write report.html, and the plots that it embeds, into the run directory. Raises ConfigError."""
-    page, plots = run.path / REPORT_HTML, write_plots(run)
+    """Write report.html into the run directory. Raises ConfigError."""
+    context = _context(run)
+    for logs, message in _SHARES:
+        page = _rendered("run.html", {**context, "table": trial_table(run, logs, message)})
+        if len(page) < LARGEST:
+            break
+    return _write(run.path / REPORT_HTML, page)
+
+
+def write_comparison(runs: Sequence[Run]) -> Path:
+    """Write comparison.html of several runs into the folder that holds the first. Raises ConfigError."""
+    lines, same = compare.changed(runs)
+    context = {
+        "title": f"{', '.join(compare.names(runs))}: autotune",
+        "sentence": compare.sentence(runs),
+        "notes": compare.notes(runs),
+        "differences": compare.differences(runs),
+        "changed": lines,
+        "same": ", ".join(f"{name} {text}" for name, text in same.items()),
+        "plots": side_by_side(runs, compare.names(runs)),
+        "commands": [next_command(run) for run in runs],
+    }
+    return _write(runs[0].path.resolve().parent / COMPARISON_HTML, _rendered("several.html", context))
+
+
+def _rendered(template: str, context: Mapping[str, Any]) -> bytes:
+    common = {"style": _source("style.css"), "script": _source("page.js"), "plotly": _plotly()}
+    return _templates().get_template(template).render({**common, **context}).encode()
+
+
+def _write(page: Path, content: bytes) -> Path:
     try:
-        write_atomically(page, _page(run, plots))
+        write_atomically(page, content)
     except OSError as error:
-        raise ConfigError(f"{page} cannot be written: {error.strerror}; make {run.path} writable") from None
+        raise ConfigError(f"{page} cannot be written: {error.strerror}; make {page.parent} writable") from None
     return page
 
 
-def _page(run: Run, plots: Sequence[Path]) -> str:
-    machine = [{"name": name, "value": str(value)} for name, value in vars(run.environment).items() if value]
-    ranked = [cells(run, row) for row in run.select(run.verdict.ranking)]
-    tables: dict[str, Sequence[Line]] = {"Feasible trials": ranked, **sections(run), "Machine": machine}
-    return _PAGE.format(
-        title=escape(heading(run)),
-        verdict="<br>".join(map(escape, verdict_lines(run))),
-        command=escape(next_command(run)),
-        plots="\n".join(map(_image, plots)),
-        tables="\n".join(f"<h2>{title}</h2>\n{_table(lines)}" for title, lines in tables.items() if lines),
-    )
+def _source(name: str) -> Markup:
+    return Markup((resources.files("autotune.report") / "page" / name).read_text(encoding="utf-8"))
 
 
-def _table(lines: Sequence[Line]) -> str:
-    """HTML table, in which the best trial has the class `best`."""
-    frame = pd.DataFrame(lines).map(visible)
-    with pd.option_context("display.max_colwidth", None):
-        table = frame.to_html(index=False, border=0, justify="left")
-    return table.replace("<tr>\n      <td>*</td>", '<tr class="best">\n      <td>*</td>')
+@functools.cache
+def _plotly() -> str:
+    """plotly.js, compressed: a third of its size, which the browser unpacks."""
+    packer = zlib.compressobj(9, wbits=31)  # with gzip's header, but without a time
+    return base64.b64encode(packer.compress(plotly.offline.get_plotlyjs().encode()) + packer.flush()).decode()
 
 
-def _image(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
+@functools.cache
+def _templates() -> jinja2.Environment:
+    """Every text is escaped, and with it characters that change how others are displayed."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("autotune.report", "page"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, finalize=_finalized,
+    )  # fmt: skip
+    environment.filters["figure_json"] = lambda figure: json.loads(figure.to_json())
+    environment.filters["breakable"] = lambda text: escape(visible(text)).replace("_", Markup("_<wbr>"))
+    return environment
+
+
+def _finalized(value: object) -> object:
+    return visible(value, keep="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _context(run: Run) -> dict[str, Any]:
+    winner, damage = run.verdict.winner, list(run.damage)
+
+    def known(part: Callable[[Run], T], otherwise: T) -> T:
+        """A part of the page; what prevents it is named instead."""
+        try:
+            return part(run)
+        except ConfigError as error:
+            damage.append(str(error))
+            return otherwise
+
+    none: list[TrainedRun] = []
+    trainings = known(lambda run: training.trainings_of([run.path]), none)
+    drawn = plots(run, trainings, known(_at_the_peak, None))
+    return {
+        "title": f"{run.path.name}: autotune",
+        "path": str(run.path),
+        "heading": heading(run),
+        "sentence": headline.sentence(run),
+        "damage": damage,
+        "advice": advice(run),
+        "state": state(run),
+        "numbers": headline.figures(run),
+        "next_title": "Train the winner" if next_command(run).startswith("autotune train") else "Next",
+        "next_command": next_command(run),
+        "best_toml": known(lambda run: _text(run.path / BEST_TOML), ""),
+        "best_nanogpt": known(lambda run: _text(run.path / BEST_NANOGPT), ""),
+        "in_short": headline.in_short(run),
+        "plots": drawn,
+        "trainings": [training.line(one) for one in trainings],
+        "statuses": Counter(row["status"] for row in run.rows.values()).most_common(),
+        "winner": winner and winner.trial,
+        "verdict": verdict_lines(run),
+        "made": _made(run),
+        "machine": {name: str(value) for name, value in vars(run.environment).items() if value},
+        "settings": compare.settings(run),
+    }
+
+
+def _text(file: Path) -> str:
+    return read_text(file) if file.exists() else ""
+
+
+def _at_the_peak(run: Run) -> tuple[str, Mapping[str, float]] | None:
+    """The winner's memory by category: from a profile in the run, else predicted."""
+    winner, profile = run.verdict.winner, run.path / PROFILE
+    if winner is None:
+        return None
+    if profile.exists():
+        found = read_table(MemoryProfile, read_json(profile), PROFILE.name).peak_bytes
+        return "Recorded by autotune profile.", {name: count for name, count in found.items() if count}
+    file = run.path / MEMORY_MODEL_JSON
+    known = memory_model.load(file) if file.exists() else memory_model.MemoryModel(device=run.settings.device_kind)
+    how = f"calibrated by {known.trials} trials" if known.trials else "not calibrated by trials yet"
+    command = f"autotune profile {run.path} --out {run.path / PROFILE.parent} records it"
+    return f"Predicted by the memory model, {how}; {command}.", predicted_breakdown(known, winner.candidate)
+
+
+def _made(run: Run) -> dict[str, str]:
+    return {
+        "command": run.settings.command or "not recorded",
+        "seed": str(run.settings.seed),
+        "sampler": run.settings.sampler,
+        "autotune": run.environment.autotune,
+        "torch": run.environment.torch,
+        "reproduce a row": f"autotune trial {run.path}, with --set for what differs from the winner",
+    }

@@ -2,8 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -100,6 +101,18 @@ def profile_report(profiled: Profiled, top: int = 20) -> Group:
         make_table(live, figures=("count", "each")),
         Prose(f"in {profiled.directory}: timeline.png, timeline.csv, profile.json{snapshot}"),
     )
+
+
+def as_json(profiled: Profiled) -> dict[str, Any]:
+    """The profile in bytes and seconds, without the timeline, which timeline.csv holds."""
+    profile = asdict(replace(profiled.profile, seconds=(), timeline={}))
+    del profile["seconds"], profile["timeline"]
+    return {
+        "name": profiled.name,
+        "directory": str(profiled.directory),
+        "candidate": asdict(profiled.candidate),
+        **profile,
+    }
 
 
 def comparison(first: Profiled, second: Profiled) -> Group:

@@ -11,13 +11,13 @@ from autotune.config.toml import BEST_TOML
 from autotune.kernels import registry
 from autotune.measure.types import cache_text
 from autotune.report.table import Line, Prose, cell, command, fmt, make_table
-from autotune.runs.directory import TRIALS_CSV
-from autotune.runs.read import Row, Run, peak_bytes
+from autotune.runs.directory import TRIALS_CSV, VERDICT_JSON, trial_in_flight
+from autotune.runs.read import Row, Run, advice, peak_bytes
 from autotune.runs.records import COLUMNS, PLAN_FIELDS, TrialRecord
 from autotune.runs.verdict import IDLE, Speed, Verdict
 from autotune.units import format_bytes, format_count, format_duration
 
-_SPENT = {
+SPENT = {
     "compiling": ("compile",),
     "warming up": ("warmup",),
     "measuring": ("measure",),
@@ -27,12 +27,18 @@ _SPENT = {
 """Phases of trials by their name in the report."""
 _HEADERS = {"activation_checkpointing": "recompute", "loss_chunk_tokens": "chunk tokens"}
 """Shorter headers of some columns."""
-_PLAN = {
+PLAN_COLUMNS = {
     _HEADERS.get(name, name): name for name in COLUMNS if name in (*PLAN_FIELDS, "optimizer")
     and name != "micro_batch_size"  # shown under `batch`
 }  # fmt: skip
 """Columns of trials.csv that say how a step is executed, by header."""
-_SHARED = ("model", *_PLAN)
+COUNT_COLUMNS = {
+    "layers": "n_layer", "heads": "n_head", "width": "n_embd", "block": "block_size", "vocabulary": "vocab_size",
+    "micro batch": "micro_batch_size", "accumulation": "gradient_accumulation_steps",
+    "global batch": "global_batch_size",
+}  # fmt: skip
+"""Columns of trials.csv that say what is executed, by header."""
+_SHARED = ("model", *PLAN_COLUMNS)
 """Headers that are shown once below the table if all trials have the same text."""
 
 
@@ -51,17 +57,6 @@ def run_report(run: Run, top: int) -> Group:
     return Group(*parts, "", command(cell(f"next: {next_command(run)}").plain, "bold"))
 
 
-def comparison(runs: Sequence[Run]) -> Group:
-    """Several runs side by side, one line each."""
-    notes = []
-    if len({run.environment.fingerprint for run in runs}) > 1:
-        notes.append("These runs are of different machines or versions: their numbers do not compare plans alone.")
-    if len({run.settings.objective for run in runs}) > 1:
-        notes.append("These runs have different objectives.")
-    commands = [command(cell(f"next: {next_command(run)}").plain) for run in runs]
-    return Group(make_table([_summary(run) for run in runs]), *map(Prose, notes), *commands)
-
-
 def heading(run: Run) -> str:
     """Objective, limits and machine of the search."""
     settings, machine = run.settings, run.environment
@@ -76,9 +71,9 @@ def heading(run: Run) -> str:
 def verdict_lines(run: Run) -> list[str]:
     """The verdict in a few lines, without markup."""
     verdict, winner, baseline = run.verdict, run.verdict.winner, run.verdict.baseline
-    lines = [f"trials: {len(run.rows)}, of which {_ok(run)} ran to their end"]
-    if not verdict.ended:
-        lines.append("the search has not ended; this is its state so far")
+    lines = [f"damaged: {line}" for line in run.damage]
+    lines.append(f"trials: {len(run.rows)}, of which {_ok(run)} ran to their end")
+    lines += [line] if (line := state(run)) else []
     if winner is None:
         what = verdict.remedy or "give more memory, a longer budget or a smaller model."
         lines.append(f"No candidate is feasible: {what}")
@@ -110,6 +105,18 @@ def verdict_lines(run: Run) -> list[str]:
     return lines + [f"note: {note}" for note in verdict.notes]
 
 
+def state(run: Run) -> str:
+    """What the search is doing, in one line; empty if it has ended."""
+    if run.searching is not None:
+        budget = format_duration(run.settings.budget_seconds)
+        trial = trial_in_flight(run.path, run.rows.keys())
+        flying = "" if trial is None else f", trial {trial} is being measured"
+        return f"the search is running: {format_duration(run.searching)} of {budget}{flying}; this is its state so far"
+    if run.verdict.ended or any(line.startswith(VERDICT_JSON) for line in run.damage):
+        return ""
+    return "the search has not ended; this is its state so far"
+
+
 def _status(verdict: Verdict) -> str:
     """`confirmed in 2 processes`"""
     if not verdict.confirmed or verdict.winner is None or verdict.speed is None:
@@ -126,7 +133,7 @@ def _figures(record: TrialRecord, speed: Speed | None) -> str:
         return f"{record.result.status}: {record.result.message or '-'}"
     loss = "" if record.predicted_loss is None else f"predicted loss {record.predicted_loss:.3f}, "
     peak = format_bytes(record.result.peak_bytes)
-    return f"{loss}{_rate(speed.tokens_per_second, speed.ci95)} tokens/s, peak {peak}"
+    return f"{loss}{rate(speed.tokens_per_second, speed.ci95)} tokens/s, peak {peak}"
 
 
 def _gain(verdict: Verdict) -> list[str]:
@@ -146,7 +153,7 @@ def _time(verdict: Verdict) -> list[str]:
     """Where the budget went."""
     if verdict.overhead is None:
         return []
-    spent = {name: sum(verdict.seconds.get(phase, 0.0) for phase in phases) for name, phases in _SPENT.items()}
+    spent = {name: sum(verdict.seconds.get(phase, 0.0) for phase in phases) for name, phases in SPENT.items()}
     shares = ", ".join(f"{name} {seconds / verdict.spent_seconds:.0%}" for name, seconds in spent.items())
     return [
         f"time: {format_duration(verdict.spent_seconds)}: {shares}; harness overhead {verdict.overhead:.0%}, "
@@ -176,9 +183,7 @@ def sections(run: Run) -> dict[str, list[Line]]:
             }
             for neighbour in verdict.neighbours
         ],
-        "What matters": [
-            {"what matters": name, "share": f"{share:.0%}"} for name, share in verdict.importance.items()
-        ],
+        "What matters": [{"what matters": name, "share": f"{share:.0%}"} for name, share in verdict.importance.items()],
         "Not feasible": [
             {
                 "not feasible": failure.status,
@@ -200,7 +205,7 @@ def cells(run: Run, row: Row) -> dict[str, str]:
         "trial": str(row["trial"]),
         "role": row["role"],
         **({"predicted loss": fmt(row["predicted_loss"], ".3f")} if run.lower_is_better else {}),
-        "tokens/s": _rate(row["tokens_per_second"], row["tokens_per_second_ci95"]),
+        "tokens/s": rate(row["tokens_per_second"], row["tokens_per_second_ci95"]),
         **({"without drift": fmt(objective, ".3f" if run.lower_is_better else ",.0f")} if corrected else {}),
         "MFU": fmt(row["mfu"], ".1%"),
         "peak": format_bytes(peak_bytes(row)),
@@ -208,8 +213,21 @@ def cells(run: Run, row: Row) -> dict[str, str]:
         "predicted": format_bytes(row["predicted_peak_bytes"]),
         "batch": f"{row['micro_batch_size']} x {row['gradient_accumulation_steps']}",
         "model": _model(row),
-        **{header: _plan_text(row, name) for header, name in _PLAN.items()},
+        **{header: plan_text(row, name) for header, name in PLAN_COLUMNS.items()},
     }
+
+
+def changes(run: Run, row: Row, other: Row) -> dict[str, tuple[str, str]]:
+    """Choices in which two trials differ, by header: text of `row`, text of `other`; model and batch first."""
+    before, after = cells(run, row), cells(run, other)
+    names = ("model", "batch", *PLAN_COLUMNS)
+    return {name: (before[name], after[name]) for name in names if before[name] != after[name]}
+
+
+def memory_left(run: Run, peak: int | None) -> str:
+    """`3.00 GiB of 24.00 GiB left`; empty for an unknown peak."""
+    limit = run.settings.memory_limit_bytes
+    return "" if peak is None else f"{format_bytes(limit - peak)} of {format_bytes(limit)} left"
 
 
 def _model(row: Row) -> str:
@@ -219,14 +237,15 @@ def _model(row: Row) -> str:
     return f"{shape}, {vocabulary}{format_count(row['parameters'])}"
 
 
-def _plan_text(row: Row, column: str) -> str:
-    """- for a value that the trial's loss does not use, and for a column that an older file lacks."""
+def plan_text(row: Row, column: str) -> str:
+    """A value of the plan; - where the trial's loss does not use it, and for a column that an older file lacks."""
     whole = {kernel.name for kernel in registry.kernels("loss") if not kernel.chunked}
     unused = column == "loss_chunk_tokens" and row["loss"] in whole
     return "-" if row[column] in (None, "") or unused else str(row[column])
 
 
-def _rate(speed: float | None, half: float | None) -> str:
+def rate(speed: float | None, half: float | None) -> str:
+    """`8,302 ± 310`"""
     return fmt(speed, ",.0f") + ("" if half is None else f" ± {half:,.0f}")
 
 
@@ -243,20 +262,6 @@ def _ok(run: Run) -> int:
     return sum(row["status"] == "ok" for row in run.rows.values())
 
 
-def _summary(run: Run) -> Line:
-    gain, winner = run.verdict.gain, run.verdict.winner
-    shown = cells(run, run.rows[winner.trial]) if winner else {}
-    return {
-        "run": str(run.path),
-        "machine": run.environment.device_name,
-        "ok/trials": f"{_ok(run)}/{len(run.rows)}",
-        "objective": run.settings.objective,
-        "best": shown.get("trial", "-"),
-        "gain": fmt(gain.speed if gain else None, ".2f", "x"),
-        **{header: shown.get(header, "-") for header in ("predicted loss", "tokens/s", "peak", "batch", *_SHARED)},
-    }
-
-
 def as_json(run: Run) -> dict[str, Any]:
     """The whole report in bytes, seconds and tokens; unknown values are null."""
     verdict = run.verdict
@@ -271,13 +276,19 @@ def as_json(run: Run) -> dict[str, Any]:
         "training": dict(run.training) or None,
         "trials": list(run.rows.values()),
         "next_command": next_command(run),
+        "damage": list(run.damage),
+        "searching_seconds": run.searching,
     }
 
 
 def next_command(run: Run) -> str:
     """Command to continue with; never one that has just failed."""
     verdict = run.verdict
+    if run.damage and (verdict.winner is None or run.best is None):
+        return advice(run)
     if verdict.winner is not None:
         return f"autotune {'sample' if run.training else 'train'} {run.path}"
+    if run.searching is not None:
+        return f"autotune report {run.path}"
     longer = f" --budget {verdict.budget_wanted}" if verdict.budget_wanted else ""
     return verdict.remedy or f"autotune search --resume {run.path}{longer}"

@@ -31,6 +31,8 @@ class TrainedRun:
     ended: bool
     figures: Mapping[str, float | None]
     """Figures of the ended training, else those of the last row of its log. None: unknown."""
+    rows: Sequence[Mapping[str, float | None]]
+    """The log."""
 
 
 def is_training(path: Path) -> bool:
@@ -48,7 +50,8 @@ def load_training(path: Path) -> TrainedRun:
     """Read the directory of a training. Raises ConfigError if one of its files is damaged."""
     log, summary, ended = path / LOG, path / SUMMARY, False
     try:
-        figures = _last_row(log) if log.exists() else {}
+        rows = _rows(log) if log.exists() else []
+        figures = _last(rows)
         if summary.exists():
             final = _figures(read_json(summary))
             ended = (final["iteration"] or 0) >= (figures.get("iteration") or 0)  # else it is older than a --resume
@@ -57,22 +60,27 @@ def load_training(path: Path) -> TrainedRun:
     except (ConfigError, OSError, ValueError, csv.Error) as error:
         why = one_line(str(error))
         raise ConfigError(f"{path} is not a readable training: {why}; go on with `autotune train --resume`") from None
-    return TrainedRun(path=path, file=read_candidate(path / RECIPE), ended=ended, figures=figures)
+    return TrainedRun(path=path, file=read_candidate(path / RECIPE), ended=ended, figures=figures, rows=rows)
 
 
-def _last_row(log: Path) -> dict[str, float | None]:
-    """Last complete row, with the last validation loss of any row. Raises ValueError for a malformed line."""
+def _rows(log: Path) -> list[dict[str, float | None]]:
+    """All complete rows. Raises ValueError for a malformed line."""
     lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its line break is still being written
-    rows, last = list(csv.DictReader(lines)), dict[str, float | None]()
-    for number, row in enumerate(rows, 2):
+    rows = []
+    for number, row in enumerate(csv.DictReader(lines), 2):
         try:
             if None in row or None in row.values() or not row["iteration"]:  # too many cells, too few, or an empty one
                 raise ValueError
-            here = {name: _finite(row[name]) if row[name] else None for name in _FIGURES}
+            rows.append({name: _finite(row[name]) if row[name] else None for name in _FIGURES})
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{log.name}, line {number} is not a row of it") from None
-        last = here | {"validation_loss": here["validation_loss"] or last.get("validation_loss")}
-    return last
+    return rows
+
+
+def _last(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """The last row, with the last validation loss of any row."""
+    seen = [loss for row in rows if (loss := row["validation_loss"]) is not None]
+    return {**rows[-1], "validation_loss": seen[-1] if seen else None} if rows else {}
 
 
 def _finite(text: str) -> float:
@@ -95,10 +103,11 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
 def training_table(trainings: Sequence[TrainedRun]) -> Listing:
     """One line per training: predicted or measured value, arrow, value of the training."""
-    return make_table(list(map(_line, trainings)))
+    return make_table(list(map(line, trainings)))
 
 
-def _line(run: TrainedRun) -> dict[str, str]:
+def line(run: TrainedRun) -> dict[str, str]:
+    """Texts of a training by column header."""
     measured, figures, recipe = run.file.measured, run.figures, run.file.candidate.recipe
     done = int(figures.get("iteration") or 0)
     # only the allocated bytes of trial and training are comparable on the CPU, where nothing is reserved

@@ -8,7 +8,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,15 @@ STUDY_DB, LOGS = "study.db", "logs"
 TRIALS_CSV, VERDICT_JSON, MEMORY_MODEL_JSON = "trials.csv", "verdict.json", "memory_model.json"
 BEST_NANOGPT = "best_nanogpt.py"
 """Beside BEST_TOML: the same as a configuration file of nanoGPT."""
-REPORT_HTML, PLOTS = "report.html", "plots"
+REPORT_HTML, COMPARISON_HTML = "report.html", "comparison.html"
+"""Page of a run, and of several, beside the first of them."""
 _LOCK = ".lock"
+SPENT = ".spent."
+"""Prefix of the files in which each process of a search writes, twice a second, how long it has lasted."""
+UNKNOWN_SPENT = "-"
+"""In such a file: the process has not yet read how long earlier ones lasted."""
+_BEAT_MISSED = 5.0
+"""Age in seconds of such a file from which on its process no longer counts as running."""
 
 ABANDONED_SECONDS = 5.0
 
@@ -126,9 +133,7 @@ def new_directory(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / LOGS).mkdir()  # succeeds for one of two searches that start here at the same time
     except FileExistsError:
-        raise ConfigError(
-            f"{run_dir} is not empty; go on with `--resume {run_dir}` or give another --name"
-        ) from None
+        raise ConfigError(f"{run_dir} is not empty; go on with `--resume {run_dir}` or give another --name") from None
     except OSError as error:
         raise ConfigError(f"{run_dir} cannot be made: {error.strerror}; choose another place") from None
     try:
@@ -173,12 +178,40 @@ def claim_name(parent: Path, name: str) -> str:
 def remove_leftovers(run_dir: Path) -> None:
     """Remove temporary files of a killed search; the caller holds the run's lock. Their names contain the process
     id: those of live processes, a report or a training, stay."""
-    for folder in (run_dir, run_dir / LOGS, run_dir / PLOTS):
+    for folder in (run_dir, run_dir / LOGS):
         for file in folder.glob(".*.tmp"):
             number = file.name.split(".")[-2]
             if not (number.isdecimal() and alive(int(number))):
                 file.unlink(missing_ok=True)
     (run_dir / LOGS / STANDBY_LOG).unlink(missing_ok=True)
+
+
+def read_spent(file: Path) -> tuple[float | None, float] | None:
+    """Seconds of the parts before it, as far as it knew, and of its own; None where it had not yet written that."""
+    try:
+        before, lasted = file.read_text().split()
+        return None if before == UNKNOWN_SPENT else float(before), float(lasted)
+    except (OSError, ValueError):
+        return None
+
+
+def searching_seconds(run_dir: Path) -> float | None:
+    """Seconds of the search that runs at this moment, earlier parts included; None: none runs."""
+    with contextlib.suppress(OSError):  # it may end just now
+        running = [file for file in run_dir.glob(f"{SPENT}*") if time.time() - file.stat().st_mtime < _BEAT_MISSED]
+        return max((sum(filter(None, spent)) for file in running if (spent := read_spent(file))), default=None)
+    return None
+
+
+def trial_log(run_dir: Path, trial: int) -> Path:
+    """Output of a trial's process."""
+    return run_dir / LOGS / f"trial-{trial:04d}.log"
+
+
+def trial_in_flight(run_dir: Path, rows: Collection[int]) -> int | None:
+    """The trial whose log is there, but whose row is not; None if there is none."""
+    numbers = [int(log.stem[6:]) for log in (run_dir / LOGS).glob("trial-*.log") if log.stem[6:].isdecimal()]
+    return max((number for number in numbers if number not in rows), default=None)
 
 
 def locked(run_dir: Path) -> contextlib.AbstractContextManager[None]:

@@ -1,8 +1,10 @@
 """A run directory, read back."""
 
+import contextlib
 import math
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -18,6 +20,7 @@ from autotune.errors import ConfigError, one_line
 from autotune.measure.types import PEAK_VIEWS, TrialResult
 from autotune.runs import directory
 from autotune.runs.records import COLUMNS, OPTIONAL_COLUMNS, TrialRecord, read_text
+from autotune.runs.records import row as values_of
 from autotune.runs.verdict import Verdict, read_verdict
 
 T = TypeVar("T")
@@ -51,6 +54,10 @@ class Run:
     """best.toml; None while no trial is feasible."""
     training: Mapping[str, Any]
     """summary.json of the training in this run; empty if there is none."""
+    damage: tuple[str, ...] = ()
+    """Files that could not be read, each with the reason and what is missing for it."""
+    searching: float | None = None
+    """Seconds of the search that runs at this moment; None: none does."""
 
     @property
     def lower_is_better(self) -> bool:
@@ -61,41 +68,79 @@ class Run:
         return [self.rows[trial] for trial in trials]
 
 
+UNKNOWN = Environment(
+    device="-", device_name="an unknown machine", device_memory_bytes=0, torch="-", python="-", autotune="-",
+    cpu_count=0, platform="-",
+)  # fmt: skip
+"""Machine of a run whose environment.json is damaged."""
+
+
 def load_run(path: Path) -> Run:
-    """Read a run directory. Raises ConfigError if it is none, or if one of its files is damaged."""
+    """Read a run directory. What is damaged is left out and named in `damage`. Raises ConfigError if it is no run."""
     if not path.is_dir():
         raise ConfigError(f"{path} is not a directory; give a run, for example results/<run>")
-    summary = path / TRAINING / SUMMARY
-    settings = read_settings(path / directory.SEARCH_TOML)
-    verdict = _read(path / directory.VERDICT_JSON, read_verdict)  # first: every trial it names has a row by now
-    run = Run(
+    settings, damage = read_settings(path / directory.SEARCH_TOML), list[str]()
+
+    def known(name: str, reader: Callable[[Path], T], otherwise: T, lost: str) -> T:
+        try:
+            return reader(path / name)
+        except (ConfigError, OSError, ValueError, TypeError, OverflowError) as error:  # pandas knows many
+            why = "it does not exist" if isinstance(error, FileNotFoundError) else one_line(str(error))
+            why = why.removeprefix(f"{path / name} ")
+            damage.append(f"{name}: {why} ({lost})")
+            return otherwise
+
+    # the verdict first: every trial that it names has a row by the time the rows are read
+    verdict = known(directory.VERDICT_JSON, read_verdict, Verdict(), "no winner, ranking or gain is shown")
+    none: dict[int, Row] = {}
+    rows = known(directory.TRIALS_CSV, _read_trials, none, "only trials of the verdict are shown")
+    named = [record for record in (verdict.winner, verdict.baseline) if record]
+    rows = {record.trial: _plain(record) for record in named if record.trial not in rows} | rows
+    if lost := sorted({*verdict.ranking, *verdict.trade_offs} - rows.keys()):
+        if directory.TRIALS_CSV not in " ".join(damage):
+            damage.append(f"{directory.VERDICT_JSON}: it names trial {lost[0]}, which has no row (it is left out)")
+        ranking, front = ([t for t in trials if t in rows] for trials in (verdict.ranking, verdict.trade_offs))
+        verdict = replace(verdict, ranking=tuple(ranking), trade_offs=tuple(front))
+    if not settings.storage and (path / directory.STUDY_DB).exists():
+        known(directory.STUDY_DB, _probe_study, None, "what other files hold is shown; the search cannot be resumed")
+    has_best, summary = (path / BEST_TOML).exists(), f"{TRAINING}/{SUMMARY}"
+    return Run(
         path=path,
         settings=settings,
-        environment=_read(path / directory.ENVIRONMENT_JSON, _read_environment),
+        environment=known(directory.ENVIRONMENT_JSON, _read_environment, UNKNOWN, "the machine is not known"),
         verdict=verdict,
-        rows=_read(path / directory.TRIALS_CSV, _read_trials),
-        best=read_candidate(path) if (path / BEST_TOML).exists() else None,
-        training=_read(summary, read_json) if summary.exists() else {},
+        rows=rows,
+        best=known(BEST_TOML, read_candidate, None, "it cannot be trained") if has_best else None,
+        training=known(summary, read_json, {}, "no training is shown") if (path / summary).exists() else {},
+        damage=tuple(damage),
+        searching=directory.searching_seconds(path),
     )
-    measured = [record.trial for record in (verdict.winner, verdict.baseline) if record]
-    if missing := {*measured, *verdict.ranking, *verdict.trade_offs} - run.rows.keys():
-        raise _unreadable(path / directory.VERDICT_JSON, f"it names trial {min(missing)}, which has no row")
-    return run
 
 
-def _read(file: Path, reader: Callable[[Path], T]) -> T:
+def advice(run: Run) -> str:
+    """What to do about a damaged run."""
+    if any(line.startswith(directory.STUDY_DB) for line in run.damage):
+        return "keep a copy of the directory; search again with another --name"
+    return f"repair it with `autotune report --rebuild {run.path}`"
+
+
+def _plain(record: TrialRecord) -> Row:
+    """The record as a row that was read; texts are never None there."""
+    return {
+        name: "" if value is None and _dtype(name) == "string" else value for name, value in values_of(record).items()
+    }
+
+
+def _probe_study(file: Path) -> None:
+    """Raise ValueError for a file that is not the database of a study."""
+    idle = not file.with_name(f"{file.name}-wal").exists()  # then nothing is created beside it
     try:
-        return reader(file)
-    except (ConfigError, OSError, ValueError, TypeError, OverflowError) as error:  # pandas knows many for a damaged CSV
-        why = "it does not exist" if isinstance(error, FileNotFoundError) else one_line(str(error))
-        raise _unreadable(file, why) from None
-
-
-def _unreadable(file: Path, why: str) -> ConfigError:
-    return ConfigError(
-        f"{file.parent} is not a readable run: {file.name}: {why}; "
-        "give the directory of a search, or repair it with `autotune report --rebuild`"
-    )
+        address = f"{file.absolute().as_uri()}?mode=ro{'&immutable=1' * idle}"
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
+            database.execute("SELECT COUNT(*) FROM trials").fetchone()
+    except sqlite3.DatabaseError as error:
+        if "locked" not in str(error):  # by a search that writes
+            raise ValueError(str(error)) from None
 
 
 def _read_environment(file: Path) -> Environment:

@@ -13,11 +13,10 @@ from pathlib import Path
 from types import TracebackType
 
 from autotune.errors import AutotuneError
+from autotune.runs.directory import SPENT, UNKNOWN_SPENT, read_spent
 
 BEAT_SECONDS = 0.5
-_PREFIX = ".spent."
 _WIDTH = 48
-_UNKNOWN = "-"
 
 
 class Part:
@@ -26,8 +25,8 @@ class Part:
 
     def __init__(self, run_dir: Path, started: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.started = started
-        self._clock, self._before = clock, _UNKNOWN
-        self._file = run_dir / f"{_PREFIX}{os.getpid()}.{time.time_ns()}"
+        self._clock, self._before = clock, UNKNOWN_SPENT
+        self._file = run_dir / f"{SPENT}{os.getpid()}.{time.time_ns()}"
         self._ended = threading.Event()
         self._beats = threading.Thread(target=self._beat, daemon=True, name="autotune-time-spent")
 
@@ -50,8 +49,8 @@ class Part:
     def follows(self, run_dir: Path, recorded: float) -> float:
         """Seconds that all earlier parts took: what the study has `recorded` of them, and what their files add. Only
         for the holder of the run's lock."""
-        earlier = [file for file in run_dir.glob(f"{_PREFIX}*") if file != self._file]
-        parts = [part for file in earlier if (part := _read(file)) is not None]
+        earlier = [file for file in run_dir.glob(f"{SPENT}*") if file != self._file]
+        parts = [part for file in earlier if (part := read_spent(file)) is not None]
         known = [before + lasted for before, lasted in parts if before is not None]
         # Those that ended before they had read the study come on top: nothing of them is recorded.
         seconds = max([recorded, *known]) + sum(lasted for before, lasted in parts if before is None)
@@ -73,16 +72,6 @@ class Part:
                 os.pwrite(handle, text.encode(), 0)
             finally:
                 os.close(handle)
-
-
-def _read(file: Path) -> tuple[float | None, float] | None:
-    """What the parts before it took, as far as it knew, and how long it lasted itself; None where it had not yet
-    written that."""
-    try:
-        before, lasted = file.read_text().split()
-        return None if before == _UNKNOWN else float(before), float(lasted)
-    except (OSError, ValueError):
-        return None
 
 
 def process_started() -> float:

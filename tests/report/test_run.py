@@ -2,13 +2,16 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import recorded_run
 from recorded_run import candidate, records
 
+from autotune import cli
 from autotune.errors import ConfigError
 from autotune.report.run import as_json, cells, next_command, verdict_lines
 from autotune.runs.read import load_run
@@ -76,15 +79,69 @@ def test_the_verdict_is_rendered_and_not_computed_again(write_run: WriteRun) -> 
 def test_a_verdict_of_the_last_version_names_the_command_that_rewrites_it(write_run: WriteRun) -> None:
     path = write_run(best=candidate(24))
     (path / "verdict.json").write_text('{"confirmed": true, "at_first_speed": {}, "steps": []}')
-    with pytest.raises(ConfigError, match=r"verdict\.json: .*`autotune report --rebuild`") as caught:
-        load_run(path)
-    assert "\n" not in str(caught.value)
+    run = load_run(path)
+    assert len(run.rows) == len(records())
+    assert next_command(run) == f"repair it with `autotune report --rebuild {path}`"
 
 
 def test_a_verdict_names_only_trials_that_have_a_row(write_run: WriteRun) -> None:
-    path = write_run(verdict=lambda verdict: replace(verdict, ranking=(99,)))
-    with pytest.raises(ConfigError, match="names trial 99, which has no row"):
-        load_run(path)
+    path = write_run(verdict=lambda verdict: replace(verdict, ranking=(99, 6)))
+    run = load_run(path)
+    assert run.verdict.ranking == (6,)
+    assert run.damage == ("verdict.json: it names trial 99, which has no row (it is left out)",)
+
+
+def test_the_winner_is_shown_without_its_row(write_run: WriteRun) -> None:
+    path = write_run(best=candidate(24))
+    (path / "trials.csv").write_text("")
+    run = load_run(path)
+    assert sorted(run.rows) == [0, 6]
+    assert run.rows[6]["tokens_per_second"] == 15_000.0
+    lines = verdict_lines(run)
+    assert lines[0].startswith("damaged: trials.csv: No columns")
+    assert any(line.startswith("best: trial 6, confirmed") for line in lines)
+    json.dumps(as_json(run), allow_nan=False)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database", b"SQLite format 3\0" + bytes(4096)])
+def test_a_damaged_study_is_said_and_the_rest_is_shown(tmp_path: Path, content: bytes) -> None:
+    path = local_run(tmp_path)
+    assert load_run(path).damage == ()
+    (path / "study.db").write_bytes(content)
+    run = load_run(path)
+    assert len(run.rows) == len(records())
+    assert run.damage[0].startswith("study.db: ")
+    assert "the search cannot be resumed" in run.damage[0]
+
+
+def local_run(parent: Path) -> Path:
+    """A run whose study would be in study.db."""
+    path = recorded_run.write_run(parent, best=candidate(24))
+    settings = (path / "search.toml").read_text().splitlines()
+    (path / "search.toml").write_text("\n".join(line for line in settings if not line.startswith("storage")))
+    return path
+
+
+def test_a_search_that_runs_shows_its_state(write_run: WriteRun) -> None:
+    path = write_run(best=candidate(24))
+    (path / "logs").mkdir()
+    (path / "logs" / "trial-0006.log").touch()
+    (path / "logs" / "trial-0007.log").touch()
+    (path / ".spent.1.1").write_text("100.0 85.0")
+    run = load_run(path)
+    assert run.searching == 185.0
+    state = "the search is running: 3m05s of 10m00s, trial 7 is being measured; this is its state so far"
+    assert state in verdict_lines(run)
+    os.utime(path / ".spent.1.1", (0, 0))  # its process was killed
+    run = load_run(path)
+    assert run.searching is None
+    assert "the search has not ended; this is its state so far" in verdict_lines(run)
+
+
+def test_nothing_measured_yet_and_running_names_no_second_search(write_run: WriteRun) -> None:
+    path = write_run([])
+    (path / ".spent.1.1").write_text("- 5.0")
+    assert next_command(load_run(path)) == f"autotune report {path}"
 
 
 def test_the_next_command(write_run: WriteRun) -> None:
@@ -123,31 +180,51 @@ def damage(path: Path, name: str, content: bytes | None) -> None:
         (path / name).write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("search.toml", None, "search.toml does not exist; give the directory of a run"),
-        ("search.toml", b"[", "search.toml is not valid TOML"),
-        ("search.toml", b"\xff\xfe", "search.toml cannot be read"),
-        ("trials.csv", None, "trials.csv: it does not exist"),
-        ("trials.csv", b"", "trials.csv: No columns"),
-        ("trials.csv", b"a,b\n1,2\n", "trials.csv: it has no column 'trial'"),
-        ("trials.csv", ",".join(COLUMNS).encode() + b"\nzero,\n", "trials.csv: "),
-        ("trials.csv", b"\xff\xfe\x00", "trials.csv: "),
-        ("trials.csv", b'trial,"role\n1,2', "trials.csv: "),
-        ("environment.json", None, "environment.json does not exist"),
-        ("environment.json", b"{", "environment.json: "),
-        ("environment.json", b"[]", "environment.json is damaged: it holds [], not an object"),
-        ("environment.json", b'{"dveice": "cpu"}', "environment.dveice is not a known key"),
-        ("verdict.json", None, "verdict.json: "),
-        ("verdict.json", b"[]", "verdict.json is damaged"),
-        ("verdict.json", b'{"winner": 3}', "verdict.winner = 3 is not a table"),
-        ("best.toml", b"[modle]", "[modle] is not a known table"),
-    ],
-)
-def test_a_damaged_run_is_refused_in_one_line(write_run: WriteRun, name: str, content: bytes | None, said: str) -> None:
+DAMAGED = [
+    ("trials.csv", None, "trials.csv: it does not exist"),
+    ("trials.csv", b"", "trials.csv: No columns"),
+    ("trials.csv", b"a,b\n1,2\n", "trials.csv: it has no column 'trial'"),
+    ("trials.csv", ",".join(COLUMNS).encode() + b"\nzero,\n", "trials.csv: "),
+    ("trials.csv", b"\xff\xfe\x00", "trials.csv: "),
+    ("trials.csv", b'trial,"role\n1,2', "trials.csv: "),
+    ("environment.json", None, "environment.json: does not exist"),
+    ("environment.json", b"{", "environment.json: cannot be read: it is not JSON"),
+    ("environment.json", b"[]", "environment.json: is damaged: it holds [], not an object"),
+    ("environment.json", b'{"dveice": "cpu"}', "environment.json: environment.dveice is not a known key"),
+    ("verdict.json", None, "verdict.json: "),
+    ("verdict.json", b"[]", "verdict.json: is damaged"),
+    ("verdict.json", b'{"winner": 3}', "verdict.winner = 3 is not a table"),
+    ("best.toml", b"[modle]", "[modle] is not a known table"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), DAMAGED)
+def test_what_is_left_of_a_damaged_run_is_shown(
+    write_run: WriteRun, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None, said: str
+) -> None:
     path = write_run(best=candidate(24))
     damage(path, name, content)
+    (line,) = load_run(path).damage
+    assert said in line
+    assert cli.run(["report", str(path), "--html"]) == 1
+    out, err = capsys.readouterr()
+    assert ("15,049" in out) == (name != "verdict.json")  # of the winner
+    assert said in err.splitlines()[-1]
+    assert err.splitlines()[-1].endswith(f"repair it with `autotune report --rebuild {path}`")
+    assert "Damaged:" in (path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "search.toml does not exist; give the directory of a run"),
+        (b"[", "search.toml is not valid TOML"),
+        (b"\xff\xfe", "search.toml cannot be read"),
+    ],
+)
+def test_without_its_settings_it_is_no_run(write_run: WriteRun, content: bytes | None, said: str) -> None:
+    path = write_run(best=candidate(24))
+    damage(path, "search.toml", content)
     with pytest.raises(ConfigError) as caught:
         load_run(path)
     assert said in str(caught.value)

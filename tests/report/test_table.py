@@ -12,9 +12,10 @@ from recorded_run import RECIPE, candidate, measured, records
 
 from autotune.config.candidate import Plan, Shape
 from autotune.measure.types import MemoryView, TrialResult
+from autotune.report.compare import comparison
 from autotune.report.facts import trial_facts
 from autotune.report.html import write_html
-from autotune.report.run import comparison, run_report
+from autotune.report.run import run_report
 from autotune.report.table import print_text
 from autotune.runs.read import load_run
 from autotune.runs.verdict import Neighbour, Verdict
@@ -103,9 +104,7 @@ def test_a_baseline_that_is_the_best_is_no_gain(write_run: WriteRun, capsys: pyt
     assert "gain: none, the baseline is the best candidate found" in text
 
 
-def test_a_best_toml_of_another_candidate_is_reported(
-    write_run: WriteRun, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_best_toml_of_another_candidate_is_reported(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, run_report(load_run(write_run(best=candidate(4))), top=10))
     assert "warning: best.toml is not the best trial: repair it with `autotune report --rebuild`" in text
 
@@ -142,9 +141,7 @@ def concluded(verdict: Verdict) -> Verdict:
         spent_seconds=600.0,
         trials=10,
         seconds={"start": 30.0, "build": 12.0, "compile": 300.0, "measure": 240.0, "idle": 18.0},
-        neighbours=(
-            Neighbour(knob="micro_batch_size", value="16", winner="24", trial=1, objective=-0.073, peak=0.75),
-        ),
+        neighbours=(Neighbour(knob="micro_batch_size", value="16", winner="24", trial=1, objective=-0.073, peak=0.75),),
         importance={"compile": 0.62, "dtype": 0.38},
     )
 
@@ -166,7 +163,7 @@ def test_another_vocabulary_size_is_shown_with_the_shape(
     shape = "model 6x6x384, T 1024, vocab 65, 11.0M"
     assert shape in shown(capsys, run_report(run, top=10))
     assert shape.removeprefix("model ") in shown(capsys, comparison([run, run]))
-    assert shape.removeprefix("model ") in write_html(run).read_text()
+    assert "<td class=n>65" in write_html(run).read_text()
     assert in_words(small).startswith("6x6x384 block 1024 vocab 65,")
     assert "vocab" not in in_words(candidate(8))
 
@@ -206,7 +203,8 @@ home.Candidate.__annotations__["plan"] = home.Plan
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from recorded_run import candidate, records, write_run
 from autotune.report.html import write_html
-from autotune.report.run import comparison, run_report
+from autotune.report.compare import comparison
+from autotune.report.run import run_report
 from autotune.report.table import print_text
 from autotune.runs.read import load_run
 from autotune.search.space import in_words
@@ -215,15 +213,20 @@ trials = [dataclasses.replace(record, candidate=one) for record in records()[:1]
 run = load_run(write_run(Path({str(tmp_path)!r}), trials, best=one))
 assert run.rows[0]["knob"] == 0.125
 print_text(run_report(run, 10))
+print("next place")
 print_text(comparison([run, run]))
-print(write_html(run).read_text())
+print("next place")
+print(write_html(run).read_text().partition("<tbody>")[2])
+print("next place")
 print(in_words(one))
 """
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
-    assert "knob 0.125." in told.stdout  # below the table of a run
-    assert told.stdout.count("0.125") == 5  # two runs side by side, the page, and in words
-    assert told.stdout.rstrip().endswith("knob 0.125")
+    report, several, page, words = told.stdout.split("next place")
+    assert "knob 0.125." in report  # below the table of a run
+    assert "winner's knob 0.125" in several
+    assert "<td>0.125" in page
+    assert words.rstrip().endswith("knob 0.125")
 
 
 def test_a_narrow_terminal_gets_every_number(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:

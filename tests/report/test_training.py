@@ -1,40 +1,14 @@
 """What was measured against what came of it."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from recorded_run import RECIPE, candidate, write_run
+from recorded_run import SUMMARY, TRAIN_HEADER, TRAIN_ROWS, candidate, write_run, write_training
 
 from autotune import cli
-from autotune.config.toml import CandidateFile, format_candidate
 from autotune.errors import ConfigError
 from autotune.report.training import load_training
-from autotune.units import GIB
-
-HEADER = (
-    "iteration,tokens,train_loss,validation_loss,lr,grad_norm,tokens_per_second,mfu,data_wait_seconds,"
-    "peak_allocated_bytes,peak_device_bytes,seconds\n"
-)
-ROWS = "10,655360,5.5,5.25,0.1,1.0,980.0,,0.0,1000,2000,60.5\n20,1310720,4.5,,0.1,1.0,990.0,,0.0,1000,2000,120.5\n30,1"
-MEASURED = {"tokens_per_second": 1000.0, "peak_reserved_bytes": 1, "peak_device_bytes": GIB, "predicted_loss": 5.0}
-
-
-def write_training(path: Path, summary: dict[str, object] | None = None) -> Path:
-    path.mkdir()
-    trained = replace(candidate(8), recipe=replace(RECIPE, max_iters=30))
-    (path / "recipe.toml").write_text(format_candidate(CandidateFile(candidate=trained, measured=MEASURED)))
-    (path / "train_log.csv").write_text(HEADER + ROWS)
-    if summary is not None:
-        (path / "summary.json").write_text(json.dumps(summary))
-    return path
-
-
-SUMMARY = {
-    "iterations": 30, "tokens": 1966080, "tokens_per_second": 1010.0, "peak_device_bytes": 2 * GIB,
-    "validation_loss": 4.5, "seconds": 180.0,
-}  # fmt: skip
 
 
 def test_an_ended_training_beside_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +57,7 @@ def test_a_damaged_training_is_one_line(tmp_path: Path) -> None:
 )
 def test_a_line_of_garbage_in_the_log_is_named(line: str, tmp_path: Path) -> None:
     out = write_training(tmp_path / "mine")
-    (out / "train_log.csv").write_text(HEADER + ROWS.replace("\n20,", f"\n{line}\n20,"))
+    (out / "train_log.csv").write_text(TRAIN_HEADER + TRAIN_ROWS.replace("\n20,", f"\n{line}\n20,"))
     with pytest.raises(ConfigError, match=r"train_log\.csv, line 3 is not a row of it"):
         load_training(out)
 
