@@ -116,7 +116,7 @@ def peak_points(candidate: Candidate, device: str) -> tuple[PeakPoint, ...]:
         points.append((state, body | {key("head gradient twice"): head}))
     if plan.recomputed_every == 1:  # the head's gradient waits for the token embedding's, which is the same tensor
         points.append((state + 4.0 * head, body | _blocks(candidate, 1, "none")))
-    points.append((kept + 4.0 * shape.parameters + update_bytes(candidate), {}))
+    points.append((kept + 4.0 * shape.parameters + update_bytes(candidate, device), {}))
     # memory of cuBLAS, counted as allocated: up to 32 MiB for each thread that multiplies
     shared = {key("workspaces"): 1e6} if device == "cuda" else {}
     return tuple(PeakPoint(exact=exact, sizes=sizes | shared) for exact, sizes in points)
@@ -124,11 +124,16 @@ def peak_points(candidate: Candidate, device: str) -> tuple[PeakPoint, ...]:
 
 def overhead(candidate: Candidate, device: str) -> PeakPoint:
     """What the device shows beyond the allocated bytes: the process and its libraries; on CUDA also what the allocator
-    cannot use, since smaller tensors lie in the blocks that the largest ones, logits, have left."""
+    has reserved and cannot use, a share of the allocated bytes: its size here is 1, see `shares`."""
     if device == "cpu":
         return PeakPoint(exact=0.0, sizes={_key(candidate, "process"): 1e6})
-    sizes = {_key(candidate, "context"): 1e6, _key(candidate, "unused"): half_logits_bytes(candidate)}
-    return PeakPoint(exact=0.0, sizes=sizes)
+    return PeakPoint(exact=0.0, sizes={_key(candidate, "context"): 1e6, _key(candidate, "unused"): 1.0})
+
+
+@functools.cache
+def shares(device: str) -> NDArray[np.bool_]:
+    """(keys,): coefficients that are shares of the allocated bytes."""
+    return np.array([key.kind == "unused" for key in keys(device)])
 
 
 def arrays(points: Sequence[PeakPoint], device: str) -> Arrays:
@@ -169,12 +174,13 @@ def optimizer_bytes(candidate: Candidate) -> float:
     return 8.0 * parameters
 
 
-def update_bytes(candidate: Candidate) -> float:
+def update_bytes(candidate: Candidate, device: str) -> float:
     """Bytes that the optimizer allocates for the update of one weight and frees again. Fused AdamW and the 8-bit one
     write in place. Muon orthogonalises the largest matrix, (4 n_embd, n_embd): its update in float32, two copies of it
-    and two products (n_embd, n_embd) in bfloat16."""
-    width = candidate.shape.n_embd
-    return 4.0 * (4 + 2 + 2) * width**2 + 2.0 * 2 * width**2 if candidate.recipe.optimizer == "muon" else 0.0
+    and two products (n_embd, n_embd) in bfloat16; the CPU's matrix product packs some of them once more."""
+    if candidate.recipe.optimizer != "muon":
+        return 0.0
+    return (4 * 4 + 2 * 4 * 2 + 2 * 2 + (4 if device == "cpu" else 0)) * float(candidate.shape.n_embd) ** 2
 
 
 def matrix_elements(candidate: Candidate) -> int:
