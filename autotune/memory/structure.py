@@ -98,7 +98,7 @@ class PeakPoint:
 
 
 def peak_points(candidate: Candidate, device: str) -> tuple[PeakPoint, ...]:
-    """Allocated bytes at the peak points of a step of `candidate` on a `device` (`cpu` or `cuda`), the optimizer's last."""
+    """Allocated bytes at the peak points of a step on a `device` (`cpu` or `cuda`); the optimizer's is the last."""
     shape, plan, steps = candidate.shape, candidate.plan, candidate.gradient_accumulation_steps
     key, head, count = functools.partial(_key, candidate), shape.vocab_size * shape.n_embd, tokens(candidate)
     # weights, and the gradients that later micro steps add to; int64 tokens and targets
