@@ -127,12 +127,14 @@ def _scatter(device: str, measured: Sequence[Measured]) -> float:
     """Scatter of the overhead within one machine, whose own overhead the same trials tell: residuals over their
     standard deviations, less what fitting takes from them. The prior, 1, counts for _SCATTER_WEIGHT trials."""
     scatter = 1.0
-    for _ in range(_SCATTER_ROUNDS if measured else 0):
-        found = _fitted(device, [(rows, overhead, scatter * sd) for rows, overhead, sd in measured])
-        exact, sizes, seen, sd = found.columns
-        expected, unsure = regression.largest(found.normal, exact, sizes)
-        free = len(measured) - float(((unsure / sd) ** 2).sum())
-        squares = float(((scatter * (seen - expected) / sd) ** 2).sum())
+    if not measured:
+        return scatter
+    held, exact, sizes, seen, sd = _columns(measured)
+    for _ in range(_SCATTER_ROUNDS):
+        found = regression.fit(priors.normal(device).part(held), exact, sizes, seen, scatter * sd)
+        expected, unsure = regression.largest(found, exact, sizes)
+        free = len(seen) - float(((unsure / (scatter * sd)) ** 2).sum())
+        squares = float((((seen - expected) / sd) ** 2).sum())
         scatter = math.sqrt((_SCATTER_WEIGHT + squares) / (_SCATTER_WEIGHT + free))
     return scatter
 
@@ -146,35 +148,25 @@ def _bounded(every: list[T]) -> list[T]:
     return [before[i * len(before) // wanted] for i in range(wanted)] + latest
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Fitted:
-    """A fit to n measurements."""
-
-    held: NDArray[np.intp]
-    """The coefficients that they involve."""
-    normal: Normal
-    """Those coefficients."""
-    columns: tuple[Array, Array, Array, Array]
-    """exact (n, points), sizes (n, points, held), measured (n,) and its standard deviation (n,)."""
-
-
-def _fitted(device: str, measured: Sequence[Measured]) -> _Fitted:
+def _columns(measured: Sequence[Measured]) -> tuple[NDArray[np.intp], Array, Array, Array, Array]:
+    """The coefficients that n measurements involve; exact bytes (n, points), sizes (n, points, held), measured bytes
+    (n,) and their standard deviations (n,)."""
     exact, sizes = (np.array([rows[i] for rows, _, _ in measured]) for i in (0, 1))  # (n, points), (n, points, keys)
     held = np.flatnonzero(sizes.any((0, 1)))
-    peaks, noise = np.array([(peak, sd) for _, peak, sd in measured]).T
-    columns = exact, sizes[:, :, held], peaks, noise
-    return _Fitted(held=held, normal=regression.fit(priors.normal(device).part(held), *columns), columns=columns)
+    seen, sd = np.array([(peak, sd) for _, peak, sd in measured]).T
+    return held, exact, sizes[:, :, held], seen, sd
 
 
 def _moved(device: str, measured: Sequence[Measured]) -> Coefficients:
     """The coefficients that these measurements involve."""
     if not measured:
         return Coefficients()
-    found, known = _fitted(device, measured), list(priors.of(device).coefficients)
+    held, *columns = _columns(measured)
+    found, known = regression.fit(priors.normal(device).part(held), *columns), list(priors.of(device).coefficients)
     return Coefficients(
-        names=tuple(known[i] for i in found.held),
-        means=tuple(found.normal.means.tolist()),
-        covariance=tuple(found.normal.covariance.ravel().tolist()),
+        names=tuple(known[i] for i in held),
+        means=tuple(found.means.tolist()),
+        covariance=tuple(found.covariance.ravel().tolist()),
     )
 
 
