@@ -25,18 +25,20 @@ from autotune.files import write_atomically
 from autotune.measure.types import Z95, TrialResult
 from autotune.memory import priors, regression
 from autotune.memory.regression import Normal
-from autotune.memory.structure import Arrays, arrays, half_logits_bytes, keys, overhead, peak_points
+from autotune.memory.structure import Arrays, arrays, keys, overhead, peak_points, shares
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
+Measured = tuple[Arrays, float, float]
+"""Sizes, the bytes of the largest sum, and their standard deviation."""
 
 CALIBRATED = 256
 """Measured trials that move the coefficients: the latest half of them, and as many from all before."""
 _REMEMBERED = 4096
 """Candidates whose sizes are kept: those of all trials are needed after each trial."""
 _MEASURED = ("ok", "over_limit")
-_SCATTER_WEIGHT = 1.0
-"""Trials that the priors' scatter of the overhead counts for."""
+_SCATTER_WEIGHT, _SCATTER_ROUNDS = 0.1, 4
+"""Trials that the priors' scatter of the overhead counts for, since most of it is between machines; and iterations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class Prediction:
     """2.5 % bound of it."""
     high_device_bytes: int
     """97.5 % bound of it."""
+    half_width_allocated_bytes: int
+    """Half of the 95 % interval of the allocated peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +93,14 @@ class MemoryModel:
 
     @functools.cached_property
     def normal(self) -> Normal:
-        """All coefficients: priors, with those that trials have moved in their place."""
-        known, moved = priors.of(self.device).coefficients, self.coefficients
-        place = {name: i for i, name in enumerate(known)}
-        means = np.array([c.mean for c in known.values()])
-        covariance = np.diag([c.sd**2 for c in known.values()])
-        at = np.array([place[name] for name in moved.names], dtype=np.intp)
-        means[at] = moved.means
-        covariance[np.ix_(at, at)] = np.reshape(moved.covariance, (len(at), len(at)))
-        return Normal(means=means, covariance=covariance)
+        """All coefficients: those that trials have moved, and the others, which follow by their correlation."""
+        known, moved = priors.normal(self.device), self.coefficients
+        if not moved.names:
+            return known
+        place = {name: i for i, name in enumerate(priors.of(self.device).coefficients)}
+        held, count = np.array([place[name] for name in moved.names], dtype=np.intp), len(moved.names)
+        new = Normal(means=np.array(moved.means), covariance=np.reshape(moved.covariance, (count, count)))
+        return known.moved(held, new)
 
 
 def calibrate(
@@ -108,26 +111,32 @@ def calibrate(
     data = _bounded(every)
     wholes = [(c, peak, whole) for c, r, peak in data if (whole := r.peak("device_bytes")) is not None]
     known = [(_sizes(c, device)[0], peak, _noise(c, device, peak)) for c, _, peak in data]
-    beyond = [(_sizes(c, device)[1], whole - peak, _overhead_noise(c, device, peak)) for c, peak, whole in wholes]
-    model = MemoryModel(
+    beyond = [(_beyond(c, device, peak), whole - peak, _overhead_noise(device, peak)) for c, peak, whole in wholes]
+    scatter = _scatter(device, beyond)
+    return MemoryModel(
         device=device,
         fingerprint=environment.fingerprint if environment else "",
-        coefficients=_moved(priors.of(device).coefficients, [*known, *beyond]),
+        coefficients=_moved(device, [*known, *((rows, bytes_, scatter * sd) for rows, bytes_, sd in beyond)]),
+        overhead_scatter=scatter,
         trials=len(every),
         measured={f"{family(c)}@{c.plan.micro_batch_size}": peak for c, _, peak in every},
     )
-    return replace(model, overhead_scatter=_scatter(model.normal, beyond))
 
 
-def _scatter(known: Normal, measured: Sequence[tuple[Arrays, float, float]]) -> float:
-    """Root mean square of residuals over their standard deviations; the prior, 1, counts for _SCATTER_WEIGHT trials."""
-    squares = _SCATTER_WEIGHT
-    if measured:
-        exact, sizes = (np.array([rows[i] for rows, _, _ in measured]) for i in (0, 1))
-        seen, sd = np.array([(overhead, sd) for _, overhead, sd in measured]).T
-        expected, _ = regression.largest(known, exact, sizes)
-        squares += float((((seen - expected) / sd) ** 2).sum())
-    return math.sqrt(squares / (_SCATTER_WEIGHT + len(measured)))
+def _scatter(device: str, measured: Sequence[Measured]) -> float:
+    """Scatter of the overhead within one machine, whose own overhead the same trials tell: residuals over their
+    standard deviations, less what fitting takes from them. The prior, 1, counts for _SCATTER_WEIGHT trials."""
+    scatter = 1.0
+    if not measured:
+        return scatter
+    held, exact, sizes, seen, sd = _columns(measured)
+    for _ in range(_SCATTER_ROUNDS):
+        found = regression.fit(priors.normal(device).part(held), exact, sizes, seen, scatter * sd)
+        expected, unsure = regression.largest(found, exact, sizes)
+        free = len(seen) - float(((unsure / (scatter * sd)) ** 2).sum())
+        squares = float((((seen - expected) / sd) ** 2).sum())
+        scatter = math.sqrt((_SCATTER_WEIGHT + squares) / (_SCATTER_WEIGHT + free))
+    return scatter
 
 
 def _bounded(every: list[T]) -> list[T]:
@@ -139,18 +148,26 @@ def _bounded(every: list[T]) -> list[T]:
     return [before[i * len(before) // wanted] for i in range(wanted)] + latest
 
 
-def _moved(known: Mapping[str, priors.Coefficient], measured: Sequence[tuple[Arrays, float, float]]) -> Coefficients:
-    """The coefficients of candidates whose largest sum was measured: (their sizes, bytes, standard deviation)."""
-    if not measured:
-        return Coefficients()
+def _columns(measured: Sequence[Measured]) -> tuple[NDArray[np.intp], Array, Array, Array, Array]:
+    """The coefficients that n measurements involve; exact bytes (n, points), sizes (n, points, held), measured bytes
+    (n,) and their standard deviations (n,)."""
     exact, sizes = (np.array([rows[i] for rows, _, _ in measured]) for i in (0, 1))  # (n, points), (n, points, keys)
     held = np.flatnonzero(sizes.any((0, 1)))
-    names = [list(known)[i] for i in held]
-    means, sds = np.array([(known[name].mean, known[name].sd) for name in names]).T
-    peaks, noise = np.array([(peak, sd) for _, peak, sd in measured]).T
-    found = regression.fit(means, sds, exact, sizes[:, :, held], peaks, noise)
-    covariance = tuple(found.covariance.ravel().tolist())
-    return Coefficients(names=tuple(names), means=tuple(found.means.tolist()), covariance=covariance)
+    seen, sd = np.array([(peak, sd) for _, peak, sd in measured]).T
+    return held, exact, sizes[:, :, held], seen, sd
+
+
+def _moved(device: str, measured: Sequence[Measured]) -> Coefficients:
+    """The coefficients that these measurements involve."""
+    if not measured:
+        return Coefficients()
+    held, *columns = _columns(measured)
+    found, known = regression.fit(priors.normal(device).part(held), *columns), list(priors.of(device).coefficients)
+    return Coefficients(
+        names=tuple(known[i] for i in held),
+        means=tuple(found.means.tolist()),
+        covariance=tuple(found.covariance.ravel().tolist()),
+    )
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)
@@ -165,11 +182,16 @@ def _noise(candidate: Candidate, device: str, peak: float) -> float:
     return peak * (noise.peak if candidate.plan.memory_budget is None else noise.budget)
 
 
-def _overhead_noise(candidate: Candidate, device: str, allocated: float) -> float:
+def _beyond(candidate: Candidate, device: str, allocated: float) -> Arrays:
+    """Sizes of the overhead of a candidate that allocates so much."""
+    exact, sizes = _sizes(candidate, device)[1]
+    return exact, np.where(shares(device), allocated * sizes, sizes)
+
+
+def _overhead_noise(device: str, allocated: float) -> float:
     """Standard deviation of the overhead in bytes: fragmentation is not modelled."""
     noise = priors.of(device).noise
-    base = allocated if device == "cpu" else half_logits_bytes(candidate)
-    return math.hypot(noise.overhead_bytes, noise.overhead_share * base)
+    return math.hypot(noise.overhead_bytes, noise.overhead_share * allocated)
 
 
 def predict(model: MemoryModel, candidate: Candidate) -> Prediction:
@@ -184,9 +206,13 @@ def predictions(model: MemoryModel, candidates: Sequence[Candidate]) -> list[Pre
     two nearest (memory is affine in the micro batch); otherwise it comes from the structure.
     """
     rows = [_sizes(candidate, model.device) for candidate in candidates]
-    exact, sizes = (np.array([row[which][i] for which in (0, 1) for row in rows]) for i in (0, 1))
-    totals, sds = (part.reshape(2, -1).tolist() for part in regression.largest(model.normal, exact, sizes))
-    numbers = zip(candidates, totals[0], sds[0], totals[1], sds[1], strict=True)
+    (exact, sizes), (nothing, beyond) = (
+        [np.array([row[which][i] for row in rows]) for i in (0, 1)] for which in (0, 1)
+    )
+    totals, sds = regression.largest(model.normal, exact, sizes)
+    beyond = np.where(shares(model.device), totals[:, None, None] * beyond, beyond)
+    overheads, scatters = regression.largest(model.normal, nothing, beyond)
+    numbers = zip(candidates, *(part.tolist() for part in (totals, sds, overheads, scatters)), strict=True)
     return [_prediction(model, *each) for each in numbers]
 
 
@@ -196,13 +222,14 @@ def _prediction(
     """From the structure's bytes and the overhead, each with its standard deviation."""
     structure = total, math.hypot(unsure, _noise(candidate, model.device, total))
     allocated, sd = _from_neighbours(model, candidate) or structure
-    device, noise = allocated + beyond, model.overhead_scatter * _overhead_noise(candidate, model.device, allocated)
+    device, noise = allocated + beyond, model.overhead_scatter * _overhead_noise(model.device, allocated)
     spread = Z95 * math.hypot(sd, scatter, noise)
     return Prediction(
         peak_allocated_bytes=round(allocated),
         peak_device_bytes=round(device),
         low_device_bytes=round(device - spread),
         high_device_bytes=round(device + spread),
+        half_width_allocated_bytes=round(Z95 * sd),
     )
 
 

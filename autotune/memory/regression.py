@@ -24,20 +24,34 @@ class Normal:
     covariance: Array
     """(k, k)."""
 
+    def part(self, held: NDArray[np.intp]) -> "Normal":
+        """The distribution of the coefficients `held`."""
+        return Normal(means=self.means[held], covariance=self.covariance[np.ix_(held, held)])
 
-def fit(means: Array, prior_sd: Array, exact: Array, sizes: Array, measured: Array, sd: Array) -> Normal:
-    """The posterior of coefficients that are independent before, with `means` (k,) and `prior_sd` (k,).
+    def moved(self, held: NDArray[np.intp], new: "Normal") -> "Normal":
+        """This distribution after measurements that involve the coefficients `held` only, which are `new` since; the
+        others follow by their covariance."""
+        old = self.part(held)
+        gain = np.linalg.solve(old.covariance, self.covariance[held]).T  # (k, held)
+        return Normal(
+            means=self.means + gain @ (new.means - old.means),
+            covariance=self.covariance + gain @ (new.covariance - old.covariance) @ gain.T,
+        )
+
+
+def fit(before: Normal, exact: Array, sizes: Array, measured: Array, sd: Array) -> Normal:
+    """The coefficients after measurements.
 
     exact: (n, p) bytes. sizes: (n, p, k). measured: (n,) bytes, the largest sums. sd: (n,) standard deviations of them.
     """
-    precision, start, rows = np.diag(prior_sd**-2), means / prior_sd**2, np.arange(len(measured))
-    chosen = (exact + sizes @ means).argmax(1)  # (n,)
+    precision, means, rows = np.linalg.inv(before.covariance), before.means, np.arange(len(measured))
+    start, chosen = precision @ means, (exact + sizes @ means).argmax(1)  # (k,), (n,)
     for _ in range(ROUNDS):
         scaled = sizes[rows, chosen] / sd[:, None]  # (n, k)
         known = precision + scaled.T @ scaled
         update = np.linalg.solve(known, start + scaled.T @ ((measured - exact[rows, chosen]) / sd))
-        before, chosen = chosen, (exact + sizes @ update).argmax(1)
-        if np.array_equal(before, chosen):
+        last, chosen = chosen, (exact + sizes @ update).argmax(1)
+        if np.array_equal(last, chosen):
             means = update
             break
         means = 0.5 * (means + update)  # damped: two points of equal size would otherwise alternate

@@ -1,9 +1,9 @@
 """What a training step holds when its memory use is largest: sizes from shape and plan, no measured numbers.
 
-A step has up to four peak points: while the loss is computed, while the head's gradient exists twice, while a block is
-computed again, and at the end of the backward. Each holds exact bytes (weights, optimizer state, accumulated gradients,
-batches) plus `coefficient x size` for everything else, such as bytes per element of (tokens, n_layer, n_embd)
-activations. Coefficients come from `autotune.memory.priors` and from trials.
+A step has up to five peak points: while the loss is computed, while the head's gradient exists twice, while a block is
+computed again, at the end of the backward, and while the optimizer updates weights. Each holds exact bytes (weights,
+optimizer state, accumulated gradients, batches) plus `coefficient x size` for everything else, such as bytes per
+element of (tokens, n_layer, n_embd) activations. Coefficients come from `autotune.memory.priors` and from trials.
 """
 
 import functools
@@ -83,7 +83,7 @@ def keys(device: str) -> Mapping[Key, int]:
     return {key: place for place, key in enumerate(found)}
 
 
-POINTS = 4
+POINTS = 5
 """Most peak points of a step."""
 
 
@@ -98,11 +98,12 @@ class PeakPoint:
 
 
 def peak_points(candidate: Candidate, device: str) -> tuple[PeakPoint, ...]:
-    """Allocated bytes at the peak points of a step of `candidate` on a `device` (`cpu` or `cuda`)."""
+    """Allocated bytes at the peak points of a step on a `device` (`cpu` or `cuda`); the optimizer's is the last."""
     shape, plan, steps = candidate.shape, candidate.plan, candidate.gradient_accumulation_steps
     key, head, count = functools.partial(_key, candidate), shape.vocab_size * shape.n_embd, tokens(candidate)
     # weights, and the gradients that later micro steps add to; int64 tokens and targets
-    state = 4.0 * shape.parameters * (2 if steps > 1 else 1) + optimizer_bytes(candidate) + 16.0 * count * min(steps, 4)
+    kept = 4.0 * shape.parameters + optimizer_bytes(candidate) + 16.0 * count * min(steps, 4)
+    state = kept + (4.0 * shape.parameters if steps > 1 else 0.0)
     body = _activations(candidate)
     end: dict[Key, float] = {key("embedding gradient"): head, key("matrix gradients"): matrix_elements(candidate)}
     end[key("backward end")] = count * shape.n_embd
@@ -115,6 +116,7 @@ def peak_points(candidate: Candidate, device: str) -> tuple[PeakPoint, ...]:
         points.append((state, body | {key("head gradient twice"): head}))
     if plan.recomputed_every == 1:  # the head's gradient waits for the token embedding's, which is the same tensor
         points.append((state + 4.0 * head, body | _blocks(candidate, 1, "none")))
+    points.append((kept + 4.0 * shape.parameters + update_bytes(candidate, device), {}))
     # memory of cuBLAS, counted as allocated: up to 32 MiB for each thread that multiplies
     shared = {key("workspaces"): 1e6} if device == "cuda" else {}
     return tuple(PeakPoint(exact=exact, sizes=sizes | shared) for exact, sizes in points)
@@ -122,11 +124,16 @@ def peak_points(candidate: Candidate, device: str) -> tuple[PeakPoint, ...]:
 
 def overhead(candidate: Candidate, device: str) -> PeakPoint:
     """What the device shows beyond the allocated bytes: the process and its libraries; on CUDA also what the allocator
-    cannot use, since smaller tensors lie in the blocks that the largest ones, logits, have left."""
+    has reserved and cannot use, a share of the allocated bytes: its size here is 1, see `shares`."""
     if device == "cpu":
         return PeakPoint(exact=0.0, sizes={_key(candidate, "process"): 1e6})
-    sizes = {_key(candidate, "context"): 1e6, _key(candidate, "unused"): half_logits_bytes(candidate)}
-    return PeakPoint(exact=0.0, sizes=sizes)
+    return PeakPoint(exact=0.0, sizes={_key(candidate, "context"): 1e6, _key(candidate, "unused"): 1.0})
+
+
+@functools.cache
+def shares(device: str) -> NDArray[np.bool_]:
+    """(keys,): coefficients that are shares of the allocated bytes."""
+    return np.array([key.kind == "unused" for key in keys(device)])
 
 
 def arrays(points: Sequence[PeakPoint], device: str) -> Arrays:
@@ -167,6 +174,15 @@ def optimizer_bytes(candidate: Candidate) -> float:
     return 8.0 * parameters
 
 
+def update_bytes(candidate: Candidate, device: str) -> float:
+    """Bytes that the optimizer allocates for the update of one weight and frees again. Fused AdamW and the 8-bit one
+    write in place. Muon orthogonalises the largest matrix, (4 n_embd, n_embd): its update in float32, two copies of it
+    and two products (n_embd, n_embd) in bfloat16; the CPU's matrix product packs some of them once more."""
+    if candidate.recipe.optimizer != "muon":
+        return 0.0
+    return (4 * 4 + 2 * 4 * 2 + 2 * 2 + (4 if device == "cpu" else 0)) * float(candidate.shape.n_embd) ** 2
+
+
 def matrix_elements(candidate: Candidate) -> int:
     """Elements of the blocks' matrices."""
     return 12 * candidate.shape.n_layer * candidate.shape.n_embd**2
@@ -203,8 +219,9 @@ def _activations(candidate: Candidate) -> dict[Key, float]:
         sizes[_key(candidate, "budget floor")] = residual * kept
     if again:
         sizes[_key(candidate, "block inputs")] = residual * again
-    if plan.matrix_dtype in AUTOCAST:  # matrices in the dtype of their products
-        sizes[_key(candidate, "casts")] = matrix_elements(candidate)
+    if plan.matrix_dtype in AUTOCAST:  # matrices in the dtype of their products; compiled blocks cast again, too
+        cast = 1.0 if plan.compile == "off" else kept / shape.n_layer
+        sizes[_key(candidate, "casts")] = matrix_elements(candidate) * cast
     return sizes
 
 

@@ -2,22 +2,27 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.presets import GUIDE
 from autotune.errors import ConfigError
+from autotune.measure.memory import MemoryMeter
 from autotune.measure.types import MemoryView, TrialResult
+from autotune.measure.worker import live_bytes, resident_batches
 from autotune.memory import estimate as estimates
 from autotune.memory import model as memory_model
 from autotune.memory import priors
 from autotune.memory.estimate import estimate, largest_micro_batch, with_micro_batch
 from autotune.memory.model import MemoryModel, calibrate, load, predict, save
 from autotune.memory.structure import peak_points
+from autotune.model.step import build
 from autotune.units import GIB
 
 PRIOR = MemoryModel(device="cpu")
@@ -96,6 +101,31 @@ def test_the_interval_narrows_with_trials_and_covers_the_truth() -> None:
     assert covered >= 0.9
     assert PRIOR.trials == 0
     assert model.trials == 60
+
+
+def test_a_few_trials_show_how_far_processes_of_this_machine_differ() -> None:
+    """Between machines they differ much; here, all of them hold the same beyond their allocated bytes."""
+    known = [(c, truth(c, 1.0)) for c in candidates(8)]
+    found = [predict(calibrate("cpu", known[:n]), known[-1][0]) for n in (0, 8)]
+    wide, narrow = ((p.high_device_bytes - p.low_device_bytes) / 2 - p.half_width_allocated_bytes for p in found)
+    assert wide > 100e6
+    assert narrow < 15e6
+
+
+@pytest.mark.parametrize(("optimizer", "width"), [("muon", 384), ("adamw", 256)])
+def test_the_optimizers_update_is_a_peak_point_where_tokens_are_few(optimizer: Any, width: int) -> None:
+    """Its bytes are known without any coefficient."""
+    shape = Shape(n_layer=2, n_head=4, n_embd=width, vocab_size=64, block_size=16)
+    recipe = Recipe(shape=shape, global_batch_size=1, optimizer=optimizer)
+    candidate = Candidate(recipe=recipe, plan=Plan(micro_batch_size=1, compile="off", dtype="float32"))
+    step = build(candidate, torch.device("cpu"))
+    batches = resident_batches(candidate, torch.device("cpu"), whole_step=False)
+    step.step(batches[:1], 0.0)
+    meter = MemoryMeter(torch.device("cpu"), lambda: live_bytes(step, batches))
+    with meter.stage("steady"):
+        step.step(batches[:1], 1e-4)
+    measured = meter.views()["steady"].allocated_bytes
+    assert peak_points(candidate, "cpu")[-1].exact == pytest.approx(measured, rel=0.02)  # oneDNN's buffers differ
 
 
 def test_two_measured_micro_batches_give_the_third() -> None:

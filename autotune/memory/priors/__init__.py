@@ -5,10 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from autotune.config.candidate import one_of
 from autotune.config.tables import read_json, read_table
 from autotune.errors import ConfigError, shown, suggest
-from autotune.memory.structure import keys
+from autotune.memory.regression import Normal
+from autotune.memory.structure import Array, keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,9 @@ class Coefficient:
     mean: float
     """Bytes per element, or a ratio."""
     sd: float
-    """Standard deviation on another machine or version of torch."""
+    """Standard deviation on another machine or version of torch; wide where `trials` is 0."""
     trials: int
-    """Records with the coefficient at a peak point; 0: the mean is that of related coefficients."""
+    """Records with the coefficient at a peak; 0: the mean is that of related coefficients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class Noise:
     overhead_bytes: float
     """Noise of the device memory beyond the allocated bytes."""
     overhead_share: float
-    """Additional part: of the allocated bytes on the CPU, of half precision logits on CUDA."""
+    """Additional part, as a fraction of the allocated bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,8 @@ class Priors:
     noise: Noise
     coefficients: Mapping[str, Coefficient]
     """By `str(key)`, in the order of `keys`."""
+    correlations: tuple[tuple[float, ...], ...]
+    """Of each coefficient with those before it: a peak tells a sum, not its parts."""
 
 
 def read(path: Path) -> Priors:
@@ -75,7 +80,20 @@ def read(path: Path) -> Priors:
     for name, coefficient in found.items():
         if not coefficient.sd > 0:
             raise ConfigError(f"{path.name}.coefficients.{name}.sd = {coefficient.sd} must be above 0; {advice}")
-    return replace(priors, coefficients={name: found[name] for name in names})
+    if [len(row) for row in priors.correlations] != list(range(len(names))):
+        raise ConfigError(f"{path.name}.correlations needs {len(names)} rows of 0, 1, 2, ... numbers; {advice}")
+    priors = replace(priors, coefficients={name: found[name] for name in names})
+    if np.linalg.eigvalsh(_correlation(priors))[0] <= 0:
+        raise ConfigError(f"{path.name}.correlations is not positive definite; {advice}")
+    return priors
+
+
+def _correlation(known: Priors) -> Array:
+    """(k, k)."""
+    lower = np.eye(len(known.correlations))
+    for i, row in enumerate(known.correlations):
+        lower[i, :i] = row
+    return np.tril(lower) + np.tril(lower, -1).T
 
 
 def check_names(where: str, found: Iterable[str], known: Sequence[str]) -> None:
@@ -89,3 +107,11 @@ def check_names(where: str, found: Iterable[str], known: Sequence[str]) -> None:
 def of(device: str) -> Priors:
     """The priors that the package brings for `cpu` or `cuda`."""
     return read(Path(__file__).with_name(f"{device}.json"))
+
+
+@functools.cache
+def normal(device: str) -> Normal:
+    """The coefficients of those priors, in the order of `keys`."""
+    known = of(device)
+    means, sds = np.array([(c.mean, c.sd) for c in known.coefficients.values()]).T
+    return Normal(means=means, covariance=_correlation(known) * np.outer(sds, sds))
