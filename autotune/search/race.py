@@ -53,7 +53,7 @@ def candidates_for_race(records: Sequence[TrialRecord], settings: SearchSettings
     fastest = {record.candidate.shape: record for record in reversed(ranked)}
     shapes = [fastest[shape] for shape in dict.fromkeys(record.candidate.shape for record in ranked)]
     own = [record for record in shapes if record.candidate.shape == settings.recipe.shape]
-    shapes = list(dict.fromkeys((*shapes[:SHAPES], *own)))
+    shapes = shapes[:SHAPES] + [record for record in own if record not in shapes[:SHAPES]]
     optimizers: tuple[Optimizer, ...] = ("adamw",) if settings.target == "nanogpt" else ("muon", "adamw")
     found: dict[tuple[object, ...], tuple[int, Candidate, float, float]] = {}
     for place, record in enumerate(shapes):
@@ -124,9 +124,7 @@ def _batches(candidate: Candidate, tokens: float, settings: SearchSettings) -> l
 def make_lineup(rivals: Sequence[Rival], data: Path, speed: float, overhead_seconds: float) -> Lineup:
     """The rivals with the validation tokens on which all are evaluated. `speed`: tokens/s of a typical rival."""
     blocks = math.lcm(*(rival.candidate.shape.block_size for rival in rivals))
-    forward = max(
-        _CHUNK_TOKENS, *(r.candidate.plan.micro_batch_size * r.candidate.shape.block_size for r in rivals)
-    )
+    forward = max(_CHUNK_TOKENS, *(r.candidate.plan.micro_batch_size * r.candidate.shape.block_size for r in rivals))
     there = (len(open_split(data, "val")[0]) - 1) // blocks  # windows of another file would not be the same for all
     size = max(1, min(-(-forward // blocks), there // _CHUNKS[0]))
     wanted = _FORWARD_SPEED * speed * max(1.0, _EVALUATED_SHARE * overhead_seconds)
