@@ -137,7 +137,7 @@ class Change:
     before: str
     after: str
     rivals: tuple[int, ...]
-    """The rival with `before`, and the one with `after`, which are otherwise alike; empty: no such pair was raced."""
+    """One with `before` and one with `after`, which are otherwise alike; empty: no such pair was raced."""
     nats: float | None = None
     """Difference of the loss; negative is a gain. None: not raced."""
     ci95: float | None = None
