@@ -289,6 +289,8 @@ def search(
     if not name:
         asked = replace(asked, name=run_directory.claim_name(Path("results"), asked.name))
     directory = Path("results", asked.name)
+    if asked.objective == "loss" and not (asked.recipe.data or race):
+        remarks = (*remarks, resolve.NO_TEXT)
     begin = partial(loop.search, asked, directory, found, started=started)
     _watch(directory, partial(begin, storage_url=storage, remarks=remarks), remarks)
 

@@ -144,7 +144,7 @@ def new_directory(run_dir: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # another search may have started in one of them
             for folder in made[1:]:
                 folder.rmdir()
-        if not isinstance(error, KeyboardInterrupt):  # pilots are the only part long enough for Ctrl-C
+        if not isinstance(error, KeyboardInterrupt):
             raise
         raise InterruptedByUser("interrupted before the first trial; nothing is kept, start the search again") from None
 

@@ -15,7 +15,7 @@ from autotune import files
 from autotune.config.candidate import Candidate
 from autotune.config.nanogpt import dataset_dir, read_nanogpt
 from autotune.config.tables import read_json, read_table
-from autotune.config.toml import read_candidate
+from autotune.config.toml import BEST_TOML, read_candidate
 from autotune.data.batches import open_batches
 from autotune.data.sources import how_to_prepare
 from autotune.data.vocabulary import check_ids
@@ -99,7 +99,8 @@ def read_candidates(paths: Sequence[Path], data: Path | None, environment: Envir
         else:
             candidate = read_candidate(path).candidate
             own = Path(candidate.recipe.data) if candidate.recipe.data else None
-        name = path.name if path.is_dir() or path.stem != "best" else path.parent.name
+        run = path.resolve() if path.is_dir() else path.resolve().parent
+        name = run.name if path.is_dir() or path.name == BEST_TOML else path.stem
         if name in found:
             raise ConfigError(f"two candidates are called {name}; give each file another name")
         place = data or own
