@@ -123,7 +123,7 @@ def told_by(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     [
         ([], "Missing command (see `autotune --help`)"),
         (["data"], "Missing command (see `autotune data --help`)"),
-        (["serach"], "Did you mean 'search'?"),
+        (["serach"], "Did you mean 'search', 'race'?"),
         (["search", "--budegt", "1h"], "--budget"),
         (["search", "--seed", "x"], "'--seed'"),
         (["search", "--budget"], "'--budget' requires an argument"),

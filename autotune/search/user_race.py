@@ -23,12 +23,13 @@ from autotune.environment import Environment
 from autotune.errors import ConfigError, DataError, InterruptedByUser
 from autotune.measure.runner import Measure, TrainRung
 from autotune.measure.types import TrialRequest, TrialResult
+from autotune.runs.directory import LOGS, RACES_CSV
 from autotune.runs.races import Lineup, Reading, Rival, write_races
 from autotune.search.halving import Step
 from autotune.search.race import make_lineup, overhead, patience, reading_of, rung_request
 from autotune.units import format_duration
 
-RACE_JSON, RACES_CSV, LOGS = "race.json", "races.csv", "logs"
+RACE_JSON = "race.json"
 EVALUATIONS = 8
 """Points of each curve."""
 _TRIAL_SECONDS = 600.0

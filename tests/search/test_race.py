@@ -17,11 +17,15 @@ from autotune.config.toml import read_candidate
 from autotune.data.shards import write_shard
 from autotune.errors import ConfigError, InterruptedByUser
 from autotune.measure.types import RungRequest, RungResult
+from autotune.report.run import as_json, run_report, verdict_lines
+from autotune.report.table import print_text
 from autotune.runs.races import COLUMNS, Reading, Rival, difference
+from autotune.runs.read import load_run
 from autotune.runs.verdict import Verdict, read_verdict
 from autotune.search import study as studies
 from autotune.search.halving import cost, next_rung, order_of, tied
 from autotune.search.loop import rebuild, resume, search
+from autotune.search.progress import reading_line
 from autotune.search.race import candidates_for_race, is_baseline
 
 
@@ -78,6 +82,42 @@ def test_a_race_elects_what_learns_most(raced: tuple[Path, Track, Verdict]) -> N
     assert "nanoGPT has no muon" in comment
     assert "nanoGPT has no schedule wsd" in comment
     assert read_verdict(run_dir / "verdict.json") == verdict
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_report_says_what_was_raced_and_what_each_change_gained(
+    raced: tuple[Path, Track, Verdict], capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    run_dir, _, verdict = raced
+    run = load_run(run_dir)
+    print_text(run_report(run, top=3), width)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= max(width, len(f"next: autotune train {run_dir}"))
+    whole = " ".join(text.split())
+    assert verdict.race is not None
+    assert "lowest loss, raced within" in whole
+    assert f"race: {len(verdict.race.rivals)} rivals in {len(verdict.race.readings)} trainings of" in whole
+    assert f"first: rival {verdict.race.order[0]}," in whole
+    assert f"validation loss {verdict.race.best.loss:.3f} after" in whole
+    assert "against the baseline's recipe: -" in whole
+    assert "racing 3" in whole  # a third of the time
+    for change in ("optimizer", "learning rate", "schedule"):
+        assert any(line.startswith(change) for line in text.splitlines())
+    assert "not raced" in text  # the schedule
+    best = next(line for line in verdict_lines(run) if line.startswith("best:"))
+    assert "predicted loss" not in best
+    json.dumps(as_json(run), allow_nan=False)
+
+
+def test_progress_has_a_line_for_each_rung(raced: tuple[Path, Track, Verdict]) -> None:
+    race = raced[2].race
+    assert race is not None
+    rivals = {rival.rival: rival.candidate for rival in race.rivals}
+    line = reading_line(race.readings[0], rivals[0])
+    assert line.startswith("rung    0 rival  0 ")
+    assert f"loss {race.readings[0].loss:.3f} after" in line
+    failed = replace(race.readings[0], loss=None, status="incorrect", message="diverged")
+    assert "incorrect (diverged)" in reading_line(failed, rivals[0])
 
 
 def test_every_rung_is_a_row_and_every_candidate_a_trial(raced: tuple[Path, Track, Verdict]) -> None:
