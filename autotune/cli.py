@@ -226,9 +226,13 @@ def search(
     ] = "additive",
     name: Annotated[str, typer.Option(metavar="NAME", help="The run is results/NAME. [default: date and time]")] = "",
     law: Annotated[str, typer.Option(metavar="NAME", help="Scaling law that predicts the loss.")] = "lingle",
-    calibrate_loss: Annotated[
-        bool, typer.Option("--calibrate-loss", help="Spend 1/5 of the budget on two pilots to fit the law.")
-    ] = False,
+    race: Annotated[
+        str, typer.Option(metavar="off|on", help="Train the best few on --data. [default: on for loss with data]")
+    ] = "",
+    keep: Annotated[str, typer.Option(metavar="learning", help="Change speed and memory only.")] = "",
+    target: Annotated[
+        str, typer.Option("--for", metavar="nanogpt", help="Race only what nanoGPT's train.py can run.")
+    ] = "autotune",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the settings and the search space, then stop.")
     ] = False,
@@ -285,7 +289,9 @@ def search(
         sampler=sampler,
         name=name,
         law=law,
-        calibrate_loss=calibrate_loss,
+        race=race,
+        keep=keep,
+        target=target,
     )
     asked = replace(asked, command=_command_line(context))
     for note in (*asked.notes, *tracker_notes(asked.tracking)):
@@ -296,7 +302,9 @@ def search(
     if not name:
         asked = replace(asked, name=run_directory.claim_name(Path("results"), asked.name))
     directory = Path("results", asked.name)
-    begin = partial(loop.search, asked, directory, found, started=started, calibrate_loss=calibrate_loss)
+    if asked.objective == "loss" and not (asked.recipe.data or race):
+        remarks = (*remarks, resolve.NO_TEXT)
+    begin = partial(loop.search, asked, directory, found, started=started)
     _watch(directory, partial(begin, storage_url=storage, remarks=remarks), remarks, json)
 
 
@@ -340,8 +348,8 @@ def _watch(directory: Path, go: "Callable[..., object]", remarks: tuple[str, ...
     make_cache(compile_cache_dir())
     show = partial(_report, [directory], html=True, json=json, top=10)
     try:
-        with progress.show_progress(remarks) as notify, trials_in_a_row() as measure:
-            go(notify=notify, measure=measure)
+        with progress.show_progress(remarks) as notify, trials_in_a_row() as (measure, train_rung):
+            go(notify=notify, measure=measure, train_rung=train_rung)
     except NoFeasibleError:
         show()
         raise
@@ -403,6 +411,65 @@ def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
             terminal.say(f"wrote {page.write_comparison(loaded)}")
     if damaged := [f"{one.path}: {one.damage[0]}; {read.advice(one)}" for one in loaded if one.damage]:
         raise ConfigError("; ".join(damaged))
+
+
+@_command(app.command, "Search")
+def race(
+    context: typer.Context,
+    candidates: Annotated[
+        list[Path], typer.Argument(metavar="RUN|FILE...", help="Runs, candidate files, nanoGPT config files.")
+    ],
+    seconds: Annotated[str, typer.Option("--time", metavar="TIME", help="Training time of each. [default: 3m]")] = "",
+    tokens: Annotated[str, typer.Option(metavar="COUNT", help="Tokens of each training instead: 10M.")] = "",
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Trainings of each, for an interval.")] = 1,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Data directory. [default: the candidates']")] = None,
+    budget: Annotated[
+        str, typer.Option(metavar="TIME", help="Wall clock of it all. [default: as long as needed]")
+    ] = "",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory.")] = Path("results/race"),
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Train candidates for equal time or tokens: which learns most?
+
+    Each keeps its recipe, with the schedule scaled to the length. After an interruption, the same command continues.
+
+    Examples:
+      autotune race results/A results/B --time 3m --seeds 3
+      autotune race mine.py results/A --tokens 10M --data data/fineweb
+    """
+    from autotune.environment import probe
+    from autotune.measure.runner import trials_in_a_row
+    from autotune.model.compile_cache import compile_cache_dir, make_cache
+    from autotune.report import race as pages
+    from autotune.report import table
+    from autotune.runs.directory import LOGS
+    from autotune.search import user_race
+    from autotune.search.resolve import memory_limit_of
+
+    if seconds and tokens:
+        raise ConfigError("--time and --tokens exclude each other; give one")
+    here = probe(device)
+    settings = user_race.RaceSettings(
+        candidates=user_race.read_candidates(candidates, data, here),
+        device=here.device,
+        seconds=None if tokens else parse_duration(seconds or "3m"),
+        tokens=parse_count(tokens) if tokens else None,
+    )
+    make_cache(compile_cache_dir())
+    with trials_in_a_row() as (measure, train_rung):
+        raced = user_race.run_race(
+            settings, out, seeds=seeds, budget_seconds=parse_duration(budget) if budget else None,
+            memory_limit_bytes=memory_limit_of(here), measure=measure, train_rung=train_rung, say=terminal.say,
+            started=context.obj,
+        )  # fmt: skip
+    pages.write_curves(out / pages.CURVES_PNG, raced.rivals, raced.readings)
+    if json:
+        terminal.write(json_module.dumps(pages.as_json(raced.rivals, raced.readings, raced.told), allow_nan=False))
+    else:
+        table.print_text(pages.race_report(raced.rivals, raced.readings, raced.told))
+    if not any(reading.loss is not None for reading in raced.readings):
+        raise NoFeasibleError(f"no training came to its end; see {out / LOGS}")
 
 
 @_command(app.command, "Understand")

@@ -24,9 +24,10 @@ OPTIONS = {
     "search": [
         "--budget", "--objective", "--memory-limit", "--train-time", "--train-tokens", "--model", "--from", "--guide",
         "--data", "--vocab-size", "--choices", "--device", "--workers", "--storage", "--resume", "--seed", "--sampler",
-        "--name", "--law", "--calibrate-loss", "--dry-run", "--other-machine", "--json",
+        "--name", "--law", "--race", "--keep", "--for", "--dry-run", "--other-machine", "--json",
     ],
     "report": ["RUN...", "--html", "--json", "--top", "--rebuild"],
+    "race": ["RUN|FILE...", "--time", "--tokens", "--seeds", "--data", "--budget", "--out", "--device", "--json"],
     "trial": ["RUN|TOML", "--set", "--device", "--json"],
     "profile": ["TOML...", "--out", "--set", "--device", "--json"],
     "estimate": [
@@ -128,7 +129,7 @@ def told_by(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     [
         ([], "Missing command (see `autotune --help`)"),
         (["data"], "Missing command (see `autotune data --help`)"),
-        (["serach"], "Did you mean 'search'?"),
+        (["serach"], "Did you mean 'search', 'race'?"),
         (["search", "--budegt", "1h"], "--budget"),
         (["search", "--seed", "x"], "'--seed'"),
         (["search", "--budget"], "'--budget' requires an argument"),
@@ -400,7 +401,9 @@ class TestSearch:
             (["--data", "some/text"], "`autotune data prepare some/text --out data/text`"),
             (["--vocab-size", "0"], "--vocab-size = 0 is not allowed"),
             (["--law", "hofmann"], "scaling law 'hofmann' is not known; did you mean 'hoffmann'?"),
-            (["--calibrate-loss"], "--calibrate-loss trains on your data to predict its loss; add --data"),
+            (["--race", "on"], "--race on trains on your text; add --data DIR, or use --race off"),
+            (["--keep", "learning", "--objective", "loss"], "--keep learning does not; leave one out"),
+            (["--for", "nanochat"], "--for = 'nanochat' is not known; did you mean 'nanogpt'?"),
             (["--resume", "nowhere"], "nowhere/search.toml does not exist"),
             (["--resume", "x", "--seed", "3", "--name", "y"], "leave out --seed, --name"),
             (["--resume", "x", "--choices", "compile=off"], "leave out --choices"),

@@ -33,6 +33,8 @@ SEARCH_TOML, ENVIRONMENT_JSON = "search.toml", "environment.json"
 STUDY_DB, LOGS = "study.db", "logs"
 """Optuna's database; folder of the trials' requests and output."""
 TRIALS_CSV, VERDICT_JSON, MEMORY_MODEL_JSON = "trials.csv", "verdict.json", "memory_model.json"
+RACES_CSV, RACE = "races.csv", "race"
+"""One row for each rung of the race; folder of its level phases' checkpoints."""
 BEST_NANOGPT = "best_nanogpt.py"
 """Beside BEST_TOML: the same as a configuration file of nanoGPT."""
 REPORT_HTML, COMPARISON_HTML = "report.html", "comparison.html"
@@ -76,9 +78,12 @@ def _write_if_changed(path: Path, text: str) -> None:
 def _best(
     verdict: Verdict, winner: TrialRecord, speed: Speed, settings: SearchSettings, environment: Environment
 ) -> CandidateFile:
-    result, candidate = winner.result, settings.completed(winner.candidate)
+    result, candidate = winner.result, winner.candidate
+    rival = verdict.race.rival_of(candidate.id) if verdict.race else None
+    candidate = settings.completed(rival.candidate if rival else candidate)
     if not settings.keep_schedule:
-        candidate = plan_training(settings, candidate, speed.tokens_per_second, result)
+        factor = rival.rate_factor if rival else 1.0
+        candidate = plan_training(settings, candidate, speed.tokens_per_second, result, factor)
     measured = {
         "trial": winner.trial,
         "status": verdict.status,
@@ -91,7 +96,8 @@ def _best(
         "steps": result.steps,
         "mfu": result.mfu,
         **{f"peak_{view}": result.peak(view) for view in reversed(PEAK_VIEWS)},
-        "predicted_loss": loss_at(settings, winner.candidate, speed.tokens_per_second),
+        "predicted_loss": None if rival else loss_at(settings, winner.candidate, speed.tokens_per_second),
+        "raced_loss": verdict.race.best.loss if rival and verdict.race and rival == verdict.race.winner else None,
         "compile_cache_hits": result.compile_cache_hits,
         "compile_cache_misses": result.compile_cache_misses,
     }
@@ -143,7 +149,7 @@ def new_directory(run_dir: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # another search may have started in one of them
             for folder in made[1:]:
                 folder.rmdir()
-        if not isinstance(error, KeyboardInterrupt):  # pilots are the only part long enough for Ctrl-C
+        if not isinstance(error, KeyboardInterrupt):
             raise
         raise InterruptedByUser("interrupted before the first trial; nothing is kept, start the search again") from None
 

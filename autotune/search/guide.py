@@ -23,7 +23,7 @@ from autotune.measure.types import TrialRequest, TrialResult
 from autotune.memory.model import MemoryModel
 from autotune.memory.model import predict as predict_peak
 from autotune.runs.objective import (
-    best_batch_tokens,
+    batch_tokens,
     best_learning_rate,
     clamp_learning_rate,
     law_of,
@@ -120,7 +120,7 @@ def check(
         plain=plain,
         best=max((way for way in ways if way.status in ("ok", "predicted")), key=_speed, default=None),
         learning_rate=best_learning_rate(row.shape, tokens),
-        batch_tokens=best_batch_tokens(tokens),
+        batch_tokens=batch_tokens(tokens),
         preferred=_preferred(card, environment, settings, model) if card is not None else None,
     )
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from autotune.config.candidate import TRAINING_PARTS, Plan, Recipe, Shape, at_least, parse_shape
+from autotune.config.candidate import TRAINING_PARTS, Plan, Recipe, Shape, at_least, one_of, parse_shape
 from autotune.config.nanogpt import NanoGPTFile, dataset_dir, nanogpt_dtype, parse_nanogpt, read_nanogpt
 from autotune.config.presets import GuideRow
-from autotune.config.search_settings import Objective, SearchSettings
+from autotune.config.search_settings import Objective, Race, SearchSettings, Target
 from autotune.config.toml import read_candidate
 from autotune.data.batches import open_batches
 from autotune.data.sources import how_to_prepare
@@ -49,19 +49,22 @@ def resolve(
     law: str = "lingle",
     vocab_size: int | None = None,
     choices: Sequence[str] = (),
-    calibrate_loss: bool = False,
+    race: str = "",
+    keep: str = "",
+    target: str = "autotune",
 ) -> SearchSettings:
     """The command line's words (empty: not given) as settings for the machine of `environment`.
     Raises ConfigError for a word that is not understood and for flags that contradict each other, DataError for
     a data directory that cannot be trained on."""
+    if keep:
+        one_of("--keep", keep, ("learning",))
+        if objective == "loss":
+            raise ConfigError("--objective loss changes what is learned, --keep learning does not; leave one out")
+        objective = "throughput"
     _refuse_contradictions(objective, model, from_file, guide, workers, environment.device)
     fixed = bool(model or from_file or guide)
     chosen = objective or ("throughput" if fixed else "loss")
-    if calibrate_loss and (chosen != "loss" or data is None):
-        raise ConfigError(
-            "--calibrate-loss trains on your data to predict its loss; add --data, and leave out "
-            "--model, --from and --objective throughput"
-        )
+    race = _race(race, chosen, data)
     recipe, baseline, source, read = _start(environment, model, from_file, guide)
     data, dataset, notes = _dataset(data, from_file, read)
     words = _vocabulary(vocab_size, recipe.shape, read is not None and read.vocab_size_given, data)
@@ -85,7 +88,7 @@ def resolve(
         device=environment.device,
         budget_seconds=parse_duration(budget),
         objective=cast("Objective", chosen),
-        memory_limit_bytes=_memory_limit(environment, memory_limit, guide),
+        memory_limit_bytes=memory_limit_of(environment, memory_limit, guide),
         train_seconds=seconds,
         train_tokens=tokens,
         recipe=replace(recipe, data=_data_dir(data, recipe)),
@@ -100,6 +103,8 @@ def resolve(
         # A length given on the command line replaces the file's, and the schedule must follow it.
         keep_schedule=read is not None and not given,
         law=find_law(law).name,
+        race=cast("Race", race),
+        target=cast("Target", target),
         workers=workers,
         storage=storage,
         seed=seed,
@@ -107,6 +112,21 @@ def resolve(
     )
     build_space(settings, environment)  # raises for choices that it does not have
     return settings
+
+
+NO_TEXT = "there is no race without text: the winner is by the law, not raced; give --data DIR"
+"""Remark on a search for the lowest loss without data."""
+
+
+def _race(word: str, objective: str, data: Path | None) -> str:
+    """Whether candidates are raced: as given, else wherever the loss is sought and there is text."""
+    if word:
+        one_of("--race", word, ("off", "on"))
+    if word == "on" and objective != "loss":
+        raise ConfigError("--race on seeks the lowest loss, which changes what is learned; add --objective loss")
+    if word == "on" and data is None:
+        raise ConfigError("--race on trains on your text; add --data DIR, or use --race off")
+    return word or ("on" if objective == "loss" and data is not None else "off")
 
 
 def _choices(words: str) -> tuple[str, tuple[str, ...]]:
@@ -193,7 +213,7 @@ def _dataset(
     return folder, read.dataset, (*read.notes, f"{from_file}: dataset {read.dataset!r} {found}")
 
 
-def _memory_limit(environment: Environment, word: str, row: GuideRow | None) -> int:
+def memory_limit_of(environment: Environment, word: str = "", row: GuideRow | None = None) -> int:
     """As given; else all of a card but what its driver and desktop need, 80 % of main memory. `row`: no more than
     there would be of the guide's card."""
     whole = environment.device_memory_bytes
@@ -242,6 +262,14 @@ def _data_dir(data: Path | None, recipe: Recipe) -> str:
     return str(data.resolve())
 
 
+def _how(settings: SearchSettings) -> str:
+    if settings.objective == "throughput":
+        return ""
+    if settings.race == "off":
+        return f" by the law {settings.law!r}, not raced"
+    return f" by a race in {settings.race_share:.0%} of the budget, of the best by the law {settings.law!r}"
+
+
 def describe_settings(settings: SearchSettings, environment: Environment) -> str:
     """Settings and space in plain lines: what `--dry-run` prints."""
     recipe, shape, baseline = settings.recipe, settings.recipe.shape, settings.baseline
@@ -252,7 +280,7 @@ def describe_settings(settings: SearchSettings, environment: Environment) -> str
         "name": settings.name,
         "device": f"{environment.device} ({environment.device_name})",
         "budget": format_duration(settings.budget_seconds),
-        "objective": settings.objective + (f" by the law {settings.law!r}" if settings.objective == "loss" else ""),
+        "objective": settings.objective + _how(settings),
         "memory limit": format_bytes(settings.memory_limit_bytes),
         "training": f"{length}, {recipe.tokens_per_step:,} tokens a step",
         "data": recipe.data or "synthetic tokens",

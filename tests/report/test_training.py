@@ -1,12 +1,14 @@
 """What was measured against what came of it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from recorded_run import SUMMARY, TRAIN_HEADER, TRAIN_ROWS, candidate, write_run, write_training
+from recorded_run import MEASURED, RECIPE, SUMMARY, TRAIN_HEADER, TRAIN_ROWS, candidate, write_run, write_training
 
 from autotune import cli
+from autotune.config.toml import CandidateFile, format_candidate
 from autotune.errors import ConfigError
 from autotune.report.training import load_training
 
