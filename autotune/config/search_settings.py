@@ -73,7 +73,7 @@ class SearchSettings:
     keep_schedule: bool = False
     """Keep the recipe's iterations and learning rate; otherwise they are derived from model size and tokens."""
     law: str = "lingle"
-    """The scaling law of `loss`: a row of `autotune.runs.objective.LAWS`."""
+    """The scaling law of `loss`: a row of `autotune.runs.law.LAWS`."""
     law_offset: float = 0.0
     """Nats to add to the law's constant term, from --calibrate-loss."""
     law_band: float | None = None

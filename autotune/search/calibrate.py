@@ -17,7 +17,8 @@ from autotune.errors import AutotuneError, ConfigError
 from autotune.files import write_atomically
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.model.compile_cache import compile_cache_dir
-from autotune.runs.objective import finish_candidate, law_of, raw_loss, unlimited
+from autotune.runs.law import raw_loss, unlimited
+from autotune.runs.objective import finish_candidate, law_of
 from autotune.search.budget import Budget
 from autotune.units import format_duration
 

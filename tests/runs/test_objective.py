@@ -9,18 +9,8 @@ from fake_machine import CPU, CUDA, settings
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.search_settings import SearchSettings
 from autotune.errors import ConfigError
-from autotune.runs.objective import (
-    LAWS,
-    Law,
-    find_law,
-    finish_candidate,
-    interval,
-    loss_at,
-    predict_loss,
-    score,
-    speed_needed,
-    training_tokens,
-)
+from autotune.runs.law import LAWS, Law, find_law, predict_loss
+from autotune.runs.objective import finish_candidate, interval, loss_at, score, speed_needed, training_tokens
 from autotune.search.space import baseline
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "reference" / "losses-published" / "losses.csv"

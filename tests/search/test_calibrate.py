@@ -11,7 +11,8 @@ from fake_machine import CUDA, Machine, settings
 from autotune.config.toml import read_candidate
 from autotune.errors import AutotuneError, ConfigError, InterruptedByUser
 from autotune.measure.types import TrialRequest, TrialResult
-from autotune.runs.objective import law_of, loss_at, predict_loss, raw_loss, unlimited
+from autotune.runs.law import predict_loss, raw_loss, unlimited
+from autotune.runs.objective import law_of, loss_at
 from autotune.search.budget import Budget
 from autotune.search.calibrate import calibrate_law, pilot_shapes
 from autotune.search.loop import search
