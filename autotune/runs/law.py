@@ -5,10 +5,16 @@ For ranking, and printed with its band.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from autotune.config.candidate import Shape
 from autotune.errors import ConfigError, suggest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+T = TypeVar("T", float, "NDArray[np.float64]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +90,19 @@ def unlimited(loss: float, shape: Shape) -> float:
 
 
 def predict_loss(law: Law, shape: Shape, tokens: float) -> float:
-    """Predicted final loss in nats per token after `tokens`; for ranking only.
-
-    Power laws are unbounded: for the first million tokens they predict 30 nats. A soft minimum with ln(vocabulary),
-    the loss of an untrained model, keeps the order and changes losses below 5 by less than 0.002.
-    """
+    """Predicted final loss in nats per token after `tokens`; for ranking only."""
     loss, untrained = raw_loss(law, shape, tokens), math.log(shape.vocab_size)
-    return float(untrained * (1.0 + (untrained / loss) ** _SOFT) ** (-1 / _SOFT)) if untrained > 0 else loss
+    return float(bounded(loss, untrained)) if untrained > 0 else loss
+
+
+def bounded(loss: T, untrained: T) -> T:
+    """Soft minimum of a law's loss and of an untrained model's, ln(vocabulary); numbers or arrays.
+
+    Power laws are unbounded: for the first million tokens they predict 30 nats. This keeps the order and changes losses
+    below 5 by less than 0.002.
+    """
+    least: T = untrained * (1.0 + (untrained / loss) ** _SOFT) ** (-1 / _SOFT)
+    return least
 
 
 def context_loss(block_size: int) -> float:

@@ -1,0 +1,178 @@
+"""Posterior of losses: a scaling law whose constants are uncertain, and what trainings to completion have shown.
+
+Everything is normal; the law is linearised at its posterior mean (Bishop, Pattern Recognition and Machine Learning,
+4.5). What is believed before any training is `curves.json`, with its provenance.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autotune.config.candidate import Recipe
+from autotune.config.tables import read_json, read_table
+from autotune.runs.law import bounded, context_loss
+
+Array = NDArray[np.float64]
+REFERENCE_PARAMETERS, REFERENCE_TOKENS = 1e6, 1e6
+"""Where the law's terms are given in nats. A change of unit only."""
+_ROUNDS = 12
+_STEP = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Belief:
+    """A constant of the law: mean and standard deviation."""
+
+    mean: float
+    sd: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Priors:
+    """What is expected of trainings before any."""
+
+    constants: Mapping[str, Belief]
+    """By the names in `law_loss`."""
+    shape_sd: float
+    """Deviation from the law that trainings of one shape share, in nats."""
+    own_sd: float
+    """Deviation of one recipe at its full length, in nats."""
+    own_slope_sd: float
+    """Its change per factor e of tokens."""
+    noise_sd: float
+    """Scatter of one training around its recipe's curve."""
+    provenance: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A training to completion, done or not."""
+
+    recipe: Recipe
+    tokens: float
+    rival: int | str
+    """Trainings of one rival share their deviation from the law."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Posterior:
+    """Joint distribution of losses."""
+
+    means: Array
+    """(n,) nats."""
+    covariance: Array
+    """(n, n), without the scatter of one training."""
+    noise_sd: float
+
+    @property
+    def sd(self) -> Array:
+        """(n,): of the loss that such a training will show."""
+        sd: Array = np.sqrt(np.diag(self.covariance) + self.noise_sd**2)
+        return sd
+
+
+@functools.cache
+def priors() -> Priors:
+    """The package's own."""
+    path = Path(__file__).with_name("curves.json")
+    return read_table(Priors, read_json(path), path.name)
+
+
+def predict(known: Priors, shown: Sequence[tuple[Training, float]], wanted: Sequence[Training]) -> Posterior:
+    """Losses of `wanted`, given trainings and their losses."""
+    every, n = [*(training for training, _ in shown), *wanted], len(shown)
+    means, constants_part, _ = _linear(known, _constants(known, shown), every)
+    joint = constants_part + _deviations(known, every)  # (all, all)
+    gain = np.linalg.solve(joint[:n, :n] + known.noise_sd**2 * np.eye(n), joint[:n, n:])
+    losses = np.array([loss for _, loss in shown])
+    return Posterior(
+        means=means[n:] + gain.T @ (losses - means[:n]),
+        covariance=joint[n:, n:] - joint[n:, :n] @ gain,
+        noise_sd=known.noise_sd,
+    )
+
+
+def learn(known: Priors, shown: Sequence[tuple[Training, float]]) -> dict[str, Belief]:
+    """The law's constants after trainings and their losses."""
+    constants, trainings = _constants(known, shown), [training for training, _ in shown]
+    _, joint, cross = _linear(known, constants, trainings)
+    seen = joint + _deviations(known, trainings) + known.noise_sd**2 * np.eye(len(shown))
+    variance = _variance(known) - (cross * np.linalg.solve(seen, cross.T).T).sum(1)
+    rows = zip(known.constants, constants.tolist(), np.sqrt(variance).tolist(), strict=True)
+    return {name: Belief(mean=mean, sd=sd) for name, mean, sd in rows}
+
+
+def _constants(known: Priors, shown: Sequence[tuple[Training, float]]) -> Array:
+    """Most probable constants: (k,)."""
+    start = np.array([belief.mean for belief in known.constants.values()])
+    if not shown:
+        return start
+    trainings, losses, constants = [t for t, _ in shown], np.array([loss for _, loss in shown]), start
+    scatter = _deviations(known, trainings) + known.noise_sd**2 * np.eye(len(shown))
+    for _ in range(_ROUNDS):
+        means, joint, cross = _linear(known, constants, trainings)
+        update = start + cross @ np.linalg.solve(joint + scatter, losses - means)
+        constants = 0.5 * (constants + update)  # damped, as the law is far from linear in its exponents
+    return constants
+
+
+def _linear(known: Priors, constants: Array, trainings: Sequence[Training]) -> tuple[Array, Array, Array]:
+    """The law linearised at `constants`, before any training: mean losses (n,), their covariance (n, n), and that of
+    constants and losses (k, n)."""
+    names, features = tuple(known.constants), _features(trainings)
+    value = law_loss(dict(zip(names, constants, strict=True)), features)
+    moved = [dict(zip(names, constants + _STEP * row, strict=True)) for row in np.eye(len(names))]
+    slopes = np.stack([(law_loss(one, features) - value) / _STEP for one in moved])  # (k, n)
+    cross = _variance(known)[:, None] * slopes
+    start = np.array([belief.mean for belief in known.constants.values()])
+    return value + (start - constants) @ slopes, slopes.T @ cross, cross
+
+
+def _variance(known: Priors) -> Array:
+    return np.array([belief.sd**2 for belief in known.constants.values()])
+
+
+def law_loss(c: Mapping[str, float], f: Mapping[str, Array]) -> Array:
+    """Loss by the law with constants `c` of trainings with features `f`: (n,) nats.
+
+    Muon multiplies the tokens. The best rate is Step Law's power of N and D, times a factor, and Muon's own one;
+    it changes with the batch. The best batch is Step Law's power of D, times a factor. Either costs nats by the square
+    of its logarithmic distance; the curvatures are logarithms, so that they stay positive.
+    """
+    muon, rest = f["muon"], f["log_batch"] - (c["batch"] + c["batch_tokens"] * f["log_tokens"])
+    best = c["rate"] + c["rate_muon"] * muon + c["rate_tokens"] * f["log_tokens"] + c["rate_parameters"] * f["log_n"]
+    off = f["log_rate"] - (best + c["rate_batch"] * rest)
+    data = c["b"] * np.exp(-c["beta"] * (f["log_tokens"] + c["muon_tokens"] * muon))
+    loss = c["e"] + f["context"] + c["a"] * np.exp(-c["alpha"] * f["log_n"]) + data
+    recipe = np.exp(c["rate_curve"]) * off**2 + np.exp(c["batch_curve"]) * rest**2
+    return np.asarray(bounded(loss, f["untrained"]) + recipe)
+
+
+def _features(trainings: Sequence[Training]) -> dict[str, Array]:
+    rows = [
+        {
+            "log_n": math.log(max(1, t.recipe.shape.parameters_non_embedding) / REFERENCE_PARAMETERS),
+            "log_tokens": math.log(t.tokens / REFERENCE_TOKENS),
+            "log_rate": math.log(t.recipe.learning_rate),
+            "log_batch": math.log(t.recipe.tokens_per_step),
+            "muon": float(t.recipe.optimizer == "muon"),
+            "context": context_loss(t.recipe.shape.block_size),
+            "untrained": math.log(t.recipe.shape.vocab_size),
+        }
+        for t in trainings
+    ]
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def _deviations(known: Priors, trainings: Sequence[Training]) -> Array:
+    """Covariance of the deviations from the law: (n, n)."""
+    shapes, rivals = np.array([str(t.recipe.shape) for t in trainings]), np.array([str(t.rival) for t in trainings])
+    length = np.array([math.log(t.tokens / t.recipe.max_tokens) for t in trainings])
+    lines = known.own_sd**2 + known.own_slope_sd**2 * np.outer(length, length)
+    same: Array = known.shape_sd**2 * (shapes[:, None] == shapes) + lines * (rivals[:, None] == rivals)
+    return same
