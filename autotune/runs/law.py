@@ -3,6 +3,7 @@
 For ranking, and printed with its band.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -69,6 +70,7 @@ _POSITION_SCALE, _POSITION_EXPONENT, _REFERENCE_BLOCK = 4.5, 0.56, 1024
 _SOFT = 8.0  # exponent of the soft minimum in `predict_loss`: a convention
 
 
+@functools.cache
 def find_law(name: str) -> Law:
     """Entry of LAWS by name. Raises ConfigError."""
     laws = {law.name: law for law in LAWS}
@@ -81,12 +83,6 @@ def raw_loss(law: Law, shape: Shape, tokens: float) -> float:
     """Loss by `law` and the length of the block, without the bound of `predict_loss`."""
     parameters = shape.parameters if law.counts == "all" else shape.parameters_non_embedding
     return law.loss(parameters, tokens) + context_loss(shape.block_size) - context_loss(_REFERENCE_BLOCK)
-
-
-def unlimited(loss: float, shape: Shape) -> float:
-    """Inverse of the bound in `predict_loss`: `raw_loss` of a predicted loss; infinite from ln(vocabulary) up."""
-    ratio = math.log(shape.vocab_size) / loss
-    return math.log(shape.vocab_size) * (ratio**_SOFT - 1.0) ** (-1 / _SOFT) if ratio > 1.0 else math.inf
 
 
 def predict_loss(law: Law, shape: Shape, tokens: float) -> float:
