@@ -18,9 +18,12 @@ from autotune.config.tables import read_json, read_table
 from autotune.runs.law import bounded, context_loss
 
 Array = NDArray[np.float64]
-REFERENCE_PARAMETERS, REFERENCE_TOKENS = 1e6, 1e6
-"""Where the law's terms are given in nats. A change of unit only."""
-_ROUNDS = 12
+REFERENCE_PARAMETERS, REFERENCE_TOKENS = 1e8, 1e9
+"""Where the law's terms are given in nats: what the published constants describe."""
+EARLY_STEPS = 64
+_COMMON_LENGTH = math.log(4.0)
+"""Trainings whose tokens differ by this factor share 0.6 of the common deviation: a convention."""
+_ROUNDS = 50
 _STEP = 1e-4
 
 
@@ -38,14 +41,18 @@ class Priors:
 
     constants: Mapping[str, Belief]
     """By the names in `law_loss`."""
+    common_sd: float
+    """Deviation from the law that all trainings of about one length share, in nats."""
     shape_sd: float
-    """Deviation from the law that trainings of one shape share, in nats."""
+    """Deviation that trainings of one shape share."""
     own_sd: float
     """Deviation of one recipe at its full length, in nats."""
     own_slope_sd: float
     """Its change per factor e of tokens."""
     noise_sd: float
     """Scatter of one training around its recipe's curve."""
+    early_sd: float
+    """Further scatter of a training of EARLY_STEPS steps; it falls with their number: the first ones follow no law."""
     provenance: str
 
 
@@ -67,12 +74,13 @@ class Posterior:
     """(n,) nats."""
     covariance: Array
     """(n, n), without the scatter of one training."""
-    noise_sd: float
+    scatter: Array
+    """(n,): variance of one training around its curve."""
 
     @property
     def sd(self) -> Array:
         """(n,): of the loss that such a training will show."""
-        sd: Array = np.sqrt(np.diag(self.covariance) + self.noise_sd**2)
+        sd: Array = np.sqrt(np.diag(self.covariance) + self.scatter)
         return sd
 
 
@@ -88,49 +96,68 @@ def predict(known: Priors, shown: Sequence[tuple[Training, float]], wanted: Sequ
     every, n = [*(training for training, _ in shown), *wanted], len(shown)
     means, constants_part, _ = _linear(known, _constants(known, shown), every)
     joint = constants_part + _deviations(known, every)  # (all, all)
-    gain = np.linalg.solve(joint[:n, :n] + known.noise_sd**2 * np.eye(n), joint[:n, n:])
+    scatter = _scatter(known, every)
+    gain = np.linalg.solve(joint[:n, :n] + np.diag(scatter[:n]), joint[:n, n:])
     losses = np.array([loss for _, loss in shown])
     return Posterior(
         means=means[n:] + gain.T @ (losses - means[:n]),
         covariance=joint[n:, n:] - joint[n:, :n] @ gain,
-        noise_sd=known.noise_sd,
+        scatter=scatter[n:],
     )
 
 
 def learn(known: Priors, shown: Sequence[tuple[Training, float]]) -> dict[str, Belief]:
     """The law's constants after trainings and their losses."""
+    if not shown:
+        return dict(known.constants)
     constants, trainings = _constants(known, shown), [training for training, _ in shown]
     _, joint, cross = _linear(known, constants, trainings)
-    seen = joint + _deviations(known, trainings) + known.noise_sd**2 * np.eye(len(shown))
+    seen = joint + _deviations(known, trainings) + np.diag(_scatter(known, trainings))
     variance = _variance(known) - (cross * np.linalg.solve(seen, cross.T).T).sum(1)
     rows = zip(known.constants, constants.tolist(), np.sqrt(variance).tolist(), strict=True)
     return {name: Belief(mean=mean, sd=sd) for name, mean, sd in rows}
 
 
 def _constants(known: Priors, shown: Sequence[tuple[Training, float]]) -> Array:
-    """Most probable constants: (k,)."""
-    start = np.array([belief.mean for belief in known.constants.values()])
+    """Most probable constants (k,), by Gauss-Newton steps that are halved until they gain."""
+    start, variance = np.array([belief.mean for belief in known.constants.values()]), _variance(known)
     if not shown:
         return start
-    trainings, losses, constants = [t for t, _ in shown], np.array([loss for _, loss in shown]), start
-    scatter = _deviations(known, trainings) + known.noise_sd**2 * np.eye(len(shown))
+    trainings, losses = [training for training, _ in shown], np.array([loss for _, loss in shown])
+    inverse = np.linalg.inv(_deviations(known, trainings) + np.diag(_scatter(known, trainings)))
+    features = _features(trainings)
+
+    def penalty(constants: Array) -> float:
+        errors = losses - law_loss(dict(zip(known.constants, constants, strict=True)), features)
+        return float(errors @ inverse @ errors + ((constants - start) ** 2 / variance).sum())
+
+    constants = start
     for _ in range(_ROUNDS):
-        means, joint, cross = _linear(known, constants, trainings)
-        update = start + cross @ np.linalg.solve(joint + scatter, losses - means)
-        constants = 0.5 * (constants + update)  # damped, as the law is far from linear in its exponents
+        value, slopes = _slopes(known, constants, features)
+        gradient = slopes @ inverse @ (losses - value) + (start - constants) / variance
+        step = np.linalg.solve(slopes @ inverse @ slopes.T + np.diag(1 / variance), gradient)
+        while penalty(constants + step) > penalty(constants) and np.abs(step).max() > _STEP:
+            step = step / 2
+        constants = constants + step
+        if np.abs(step).max() <= _STEP:
+            break
     return constants
 
 
 def _linear(known: Priors, constants: Array, trainings: Sequence[Training]) -> tuple[Array, Array, Array]:
     """The law linearised at `constants`, before any training: mean losses (n,), their covariance (n, n), and that of
     constants and losses (k, n)."""
-    names, features = tuple(known.constants), _features(trainings)
-    value = law_loss(dict(zip(names, constants, strict=True)), features)
-    moved = [dict(zip(names, constants + _STEP * row, strict=True)) for row in np.eye(len(names))]
-    slopes = np.stack([(law_loss(one, features) - value) / _STEP for one in moved])  # (k, n)
+    value, slopes = _slopes(known, constants, _features(trainings))
     cross = _variance(known)[:, None] * slopes
     start = np.array([belief.mean for belief in known.constants.values()])
     return value + (start - constants) @ slopes, slopes.T @ cross, cross
+
+
+def _slopes(known: Priors, constants: Array, features: Mapping[str, Array]) -> tuple[Array, Array]:
+    """The law's losses (n,), and their derivatives by the constants (k, n)."""
+    value = law_loss(dict(zip(known.constants, constants, strict=True)), features)
+    moved = [dict(zip(known.constants, constants + _STEP * row, strict=True)) for row in np.eye(len(constants))]
+    return value, np.stack([(law_loss(one, features) - value) / _STEP for one in moved])
 
 
 def _variance(known: Priors) -> Array:
@@ -172,7 +199,17 @@ def _features(trainings: Sequence[Training]) -> dict[str, Array]:
 def _deviations(known: Priors, trainings: Sequence[Training]) -> Array:
     """Covariance of the deviations from the law: (n, n)."""
     shapes, rivals = np.array([str(t.recipe.shape) for t in trainings]), np.array([str(t.rival) for t in trainings])
-    length = np.array([math.log(t.tokens / t.recipe.max_tokens) for t in trainings])
+    tokens = np.log([t.tokens for t in trainings])
+    length = tokens - np.log([t.recipe.max_tokens for t in trainings])
+    common = known.common_sd**2 * np.exp(-0.5 * ((tokens[:, None] - tokens) / _COMMON_LENGTH) ** 2)
+    shared = known.shape_sd**2 * (shapes[:, None] == shapes)
     lines = known.own_sd**2 + known.own_slope_sd**2 * np.outer(length, length)
-    same: Array = known.shape_sd**2 * (shapes[:, None] == shapes) + lines * (rivals[:, None] == rivals)
-    return same
+    every: Array = common + shared + lines * (rivals[:, None] == rivals)
+    return every
+
+
+def _scatter(known: Priors, trainings: Sequence[Training]) -> Array:
+    """Variance of single trainings: (n,)."""
+    steps = np.array([t.tokens / t.recipe.tokens_per_step for t in trainings])
+    every: Array = known.noise_sd**2 + (known.early_sd * EARLY_STEPS / steps) ** 2
+    return every
