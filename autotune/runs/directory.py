@@ -90,6 +90,7 @@ def _best(
         "mfu": result.mfu,
         **{f"peak_{view}": result.peak(view) for view in reversed(PEAK_VIEWS)},
         "predicted_loss": None if rival else loss_at(settings, winner.candidate, speed.tokens_per_second),
+        "raced_loss": verdict.race.best.loss if verdict.race and rival is verdict.race.winner else None,
         "compile_cache_hits": result.compile_cache_hits,
         "compile_cache_misses": result.compile_cache_misses,
     }

@@ -104,6 +104,22 @@ def difference(one: Reading, other: Reading) -> Difference | None:
     return Difference(nats=statistics.fmean(apart), ci95=half)
 
 
+def interval95(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and the half width of its 95 % interval by Student's distribution; None of a single value."""
+    mean, freedom = statistics.fmean(values), len(values) - 1
+    if freedom == 0:
+        return mean, None
+    if freedom == 1:
+        quantile = math.tan(0.475 * math.pi)
+    elif freedom == 2:
+        quantile = 0.95 * math.sqrt(2.0 / (4 * 0.975 * 0.025))
+    else:  # Abramowitz and Stegun 26.7.5, within 1 %
+        z, v = Z95, freedom
+        quantile = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        quantile += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def by_rival(readings: Sequence[Reading]) -> dict[int, list[Reading]]:
     """Readings that have a loss, by rival, shortest rung first."""
     found: dict[int, list[Reading]] = {}
@@ -121,7 +137,7 @@ class Change:
     before: str
     after: str
     rivals: tuple[int, ...]
-    """The rival with `before`, and the one with `after`, which are otherwise alike; empty: no such pair was raced."""
+    """One with `before` and one with `after`, which are otherwise alike; empty: no such pair was raced."""
     nats: float | None = None
     """Difference of the loss; negative is a gain. None: not raced."""
     ci95: float | None = None

@@ -440,9 +440,7 @@ class Search:
             found = predict(self.model, rival.candidate)
             record = self._record(trial, "race", rival.candidate, as_trial(result), found)
             self._keep(self._proposer.enqueue(rival.candidate, attributes), record)
-        self._notify(
-            replace(event, elapsed_seconds=self.budget.elapsed(), reading=reading, verdict=self.verdict)
-        )
+        self._notify(replace(event, elapsed_seconds=self.budget.elapsed(), reading=reading, verdict=self.verdict))
         if result.remedy:
             raise MachineError(result.remedy)
 

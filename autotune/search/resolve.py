@@ -85,7 +85,7 @@ def resolve(
         device=environment.device,
         budget_seconds=parse_duration(budget),
         objective=cast("Objective", chosen),
-        memory_limit_bytes=_memory_limit(environment, memory_limit),
+        memory_limit_bytes=memory_limit_of(environment, memory_limit),
         train_seconds=seconds,
         train_tokens=tokens,
         recipe=replace(recipe, data=_data_dir(data, recipe)),
@@ -190,7 +190,7 @@ def _dataset(
     return folder, read.dataset, (*read.notes, f"{from_file}: dataset {read.dataset!r} {found}")
 
 
-def _memory_limit(environment: Environment, word: str) -> int:
+def memory_limit_of(environment: Environment, word: str = "") -> int:
     """As given; else all of a card but what its driver and desktop need, 80 % of main memory."""
     whole = environment.device_memory_bytes
     if not word:
