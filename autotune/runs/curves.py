@@ -171,13 +171,27 @@ def law_loss(c: Mapping[str, float], f: Mapping[str, Array]) -> Array:
     it changes with the batch. The best batch is Step Law's power of D, times a factor. Either costs nats by the square
     of its logarithmic distance; the curvatures are logarithms, so that they stay positive.
     """
-    muon, rest = f["muon"], f["log_batch"] - (c["batch"] + c["batch_tokens"] * f["log_tokens"])
-    best = c["rate"] + c["rate_muon"] * muon + c["rate_tokens"] * f["log_tokens"] + c["rate_parameters"] * f["log_n"]
-    off = f["log_rate"] - (best + c["rate_batch"] * rest)
-    data = c["b"] * np.exp(-c["beta"] * (f["log_tokens"] + c["muon_tokens"] * muon))
+    best_rate, best_batch = _optimum(c, f)
+    data = c["b"] * np.exp(-c["beta"] * (f["log_tokens"] + c["muon_tokens"] * f["muon"]))
     loss = c["e"] + f["context"] + c["a"] * np.exp(-c["alpha"] * f["log_n"]) + data
-    recipe = np.exp(c["rate_curve"]) * off**2 + np.exp(c["batch_curve"]) * rest**2
-    return np.asarray(bounded(loss, f["untrained"]) + recipe)
+    off = np.exp(c["rate_curve"]) * (f["log_rate"] - best_rate) ** 2
+    off = off + np.exp(c["batch_curve"]) * (f["log_batch"] - best_batch) ** 2
+    return np.asarray(bounded(loss, f["untrained"]) + off)
+
+
+def optimum(recipe: Recipe, tokens: float, known: Priors | None = None) -> tuple[float, float]:
+    """The learning rate that is expected to be best for a recipe's shape, optimizer and batch over `tokens`, and the
+    tokens of the best batch."""
+    constants = {name: belief.mean for name, belief in (known or priors()).constants.items()}
+    rate, batch = _optimum(constants, _features([Training(recipe=recipe, tokens=tokens, rival="")]))
+    return math.exp(rate[0]), math.exp(batch[0])
+
+
+def _optimum(c: Mapping[str, float], f: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Logarithms of the best learning rate at the batch of each training, and of the best batch: (n,) each."""
+    batch = c["batch"] + c["batch_tokens"] * f["log_tokens"]
+    rate = c["rate"] + c["rate_muon"] * f["muon"] + c["rate_tokens"] * f["log_tokens"]
+    return rate + c["rate_parameters"] * f["log_n"] + c["rate_batch"] * (f["log_batch"] - batch), batch
 
 
 def _features(trainings: Sequence[Training]) -> dict[str, Array]:
