@@ -42,7 +42,7 @@ class Priors:
     constants: Mapping[str, Belief]
     """By the names in `law_loss`."""
     common_sd: float
-    """Deviation from the law that all trainings of about one length share, in nats."""
+    """Deviation from the law that all trainings with one optimizer and of about one length share, in nats."""
     shape_sd: float
     """Deviation that trainings of one shape share."""
     own_sd: float
@@ -167,13 +167,14 @@ def _variance(known: Priors) -> Array:
 def law_loss(c: Mapping[str, float], f: Mapping[str, Array]) -> Array:
     """Loss by the law with constants `c` of trainings with features `f`: (n,) nats.
 
-    Muon multiplies the tokens. The best rate is Step Law's power of N and D, times a factor, and Muon's own one;
+    Muon has a term of tokens of its own. The best rate is Step Law's power of N and D, times a factor, and Muon's own one;
     it changes with the batch. The best batch is Step Law's power of D, times a factor. Either costs nats by the square
     of its logarithmic distance; the curvatures are logarithms, so that they stay positive.
     """
     best_rate, best_batch = _optimum(c, f)
-    data = c["b"] * np.exp(-c["beta"] * (f["log_tokens"] + c["muon_tokens"] * f["muon"]))
-    loss = c["e"] + f["context"] + c["a"] * np.exp(-c["alpha"] * f["log_n"]) + data
+    data = c["b"] * np.exp(-(c["beta"] + c["beta_muon"] * f["muon"]) * f["log_tokens"] - c["muon"] * f["muon"])
+    late = np.exp(-data)  # size and a longer block show last: before, few tokens are what limits a training
+    loss = c["e"] + data + late * (f["context"] + c["a"] * np.exp(-c["alpha"] * f["log_n"]))
     off = np.exp(c["rate_curve"]) * (f["log_rate"] - best_rate) ** 2
     off = off + np.exp(c["batch_curve"]) * (f["log_batch"] - best_batch) ** 2
     return np.asarray(bounded(loss, f["untrained"]) + off)
@@ -215,7 +216,8 @@ def _deviations(known: Priors, trainings: Sequence[Training]) -> Array:
     shapes, rivals = np.array([str(t.recipe.shape) for t in trainings]), np.array([str(t.rival) for t in trainings])
     tokens = np.log([t.tokens for t in trainings])
     length = tokens - np.log([t.recipe.max_tokens for t in trainings])
-    common = known.common_sd**2 * np.exp(-0.5 * ((tokens[:, None] - tokens) / _COMMON_LENGTH) ** 2)
+    muon = np.array([t.recipe.optimizer == "muon" for t in trainings])
+    common = known.common_sd**2 * (muon[:, None] == muon) * np.exp(-0.5 * ((tokens[:, None] - tokens) / _COMMON_LENGTH) ** 2)
     shared = known.shape_sd**2 * (shapes[:, None] == shapes)
     lines = known.own_sd**2 + known.own_slope_sd**2 * np.outer(length, length)
     every: Array = common + shared + lines * (rivals[:, None] == rivals)

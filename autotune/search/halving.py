@@ -79,8 +79,10 @@ def cost(rival: Rival, fraction: float, readings: Sequence[Reading], overhead_se
     return overhead_seconds + max(0.0, fraction - rival.kept_share * done) * rival.seconds
 
 
-def expected(rivals: Sequence[Rival], readings: Sequence[Reading], known: Priors | None = None) -> Posterior:
-    """Joint distribution of the rivals' losses after their full training."""
+def expected(
+    rivals: Sequence[Rival], readings: Sequence[Reading], known: Priors | None = None, also: Sequence[Training] = ()
+) -> Posterior:
+    """Joint distribution of the rivals' losses after their full training, and of the losses of other trainings."""
     recipes = {rival.rival: rival.candidate.recipe for rival in rivals}
     shown = [
         (Training(recipe=recipe, tokens=reading.fraction * recipe.max_tokens, rival=reading.rival), reading.loss)
@@ -88,7 +90,7 @@ def expected(rivals: Sequence[Rival], readings: Sequence[Reading], known: Priors
         if reading.loss is not None and (recipe := recipes.get(reading.rival)) is not None
     ]
     wanted = [Training(recipe=recipe, tokens=recipe.max_tokens, rival=rival) for rival, recipe in recipes.items()]
-    return predict(known or priors(), shown, wanted)
+    return predict(known or priors(), shown, [*wanted, *also])
 
 
 def order_of(rivals: Sequence[Rival], readings: Sequence[Reading], rule: Rule = RULE) -> tuple[int, ...]:
