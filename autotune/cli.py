@@ -289,6 +289,8 @@ def search(
     if not name:
         asked = replace(asked, name=run_directory.claim_name(Path("results"), asked.name))
     directory = Path("results", asked.name)
+    if asked.objective == "loss" and not (asked.recipe.data or race):
+        remarks = (*remarks, resolve.NO_TEXT)
     begin = partial(loop.search, asked, directory, found, started=started)
     _watch(directory, partial(begin, storage_url=storage, remarks=remarks), remarks)
 
@@ -405,6 +407,7 @@ def race(
     from autotune.model.compile_cache import compile_cache_dir, make_cache
     from autotune.report import race as pages
     from autotune.report import table
+    from autotune.runs.directory import LOGS
     from autotune.search import user_race
     from autotune.search.resolve import memory_limit_of
 
@@ -430,7 +433,7 @@ def race(
     else:
         table.print_text(pages.race_report(raced.rivals, raced.readings, raced.told))
     if not any(reading.loss is not None for reading in raced.readings):
-        raise NoFeasibleError(f"no training came to its end; see {out / user_race.LOGS}")
+        raise NoFeasibleError(f"no training came to its end; see {out / LOGS}")
 
 
 @_command(app.command, "Understand")

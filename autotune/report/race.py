@@ -80,7 +80,7 @@ def race_report(rivals: Sequence[Rival], readings: Sequence[Reading], notes: Seq
     )
     tied = [one.name for one in found[1:] if one.behind_ci95 is not None and abs(one.behind) <= one.behind_ci95]
     if tied:
-        told.append(f"tie: {', '.join(tied)} cannot be told from {found[0].name}")
+        told.append(f"tie: {', '.join(tied)} cannot be distinguished from {found[0].name}")
     told += [f"{name}: {why}" for name, why in failures(rivals, readings).items()] + [f"note: {n}" for n in notes]
     figures = {*FIGURES, "loss", "behind", "seeds", "tokens", "time of steps"}
     return Group(*([make_table(lines, figures)] if lines else []), *map(Prose, told))

@@ -196,6 +196,7 @@ def _time(verdict: Verdict) -> list[str]:
     if verdict.overhead is None:
         return []
     spent = {name: sum(verdict.seconds.get(phase, 0.0) for phase in phases) for name, phases in _SPENT.items()}
+    spent = {name: seconds for name, seconds in spent.items() if seconds or name != "racing"}
     shares = ", ".join(f"{name} {seconds / verdict.spent_seconds:.0%}" for name, seconds in spent.items())
     return [
         f"time: {format_duration(verdict.spent_seconds)}: {shares}; harness overhead {verdict.overhead:.0%}, "

@@ -167,8 +167,8 @@ def _variance(known: Priors) -> Array:
 def law_loss(c: Mapping[str, float], f: Mapping[str, Array]) -> Array:
     """Loss by the law with constants `c` of trainings with features `f`: (n,) nats.
 
-    Muon has a term of tokens of its own. The best rate is Step Law's power of N and D, times a factor, and Muon's own one;
-    it changes with the batch. The best batch is Step Law's power of D, times a factor. Either costs nats by the square
+    Muon has a term of tokens of its own. The best rate is Step Law's power of N and D, times a factor, and another one
+    for Muon; it changes with the batch. The best batch is Step Law's power of D, times a factor. Either costs nats by the square
     of its logarithmic distance; the curvatures are logarithms, so that they stay positive.
     """
     best_rate, best_batch = _optimum(c, f)
@@ -217,7 +217,8 @@ def _deviations(known: Priors, trainings: Sequence[Training]) -> Array:
     tokens = np.log([t.tokens for t in trainings])
     length = tokens - np.log([t.recipe.max_tokens for t in trainings])
     muon = np.array([t.recipe.optimizer == "muon" for t in trainings])
-    common = known.common_sd**2 * (muon[:, None] == muon) * np.exp(-0.5 * ((tokens[:, None] - tokens) / _COMMON_LENGTH) ** 2)
+    near = np.exp(-0.5 * ((tokens[:, None] - tokens) / _COMMON_LENGTH) ** 2)
+    common = known.common_sd**2 * (muon[:, None] == muon) * near
     shared = known.shape_sd**2 * (shapes[:, None] == shapes)
     lines = known.own_sd**2 + known.own_slope_sd**2 * np.outer(length, length)
     every: Array = common + shared + lines * (rivals[:, None] == rivals)

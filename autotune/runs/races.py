@@ -156,7 +156,7 @@ class RaceVerdict:
     order: tuple[int, ...]
     """Rivals, best first."""
     tied_with: tuple[int, ...] = ()
-    """Rivals that cannot be told from the best by the validation text."""
+    """Rivals that cannot be distinguished from the best by the validation text."""
     against_baseline: Change | None = None
     """The winner against the baseline's recipe. None: the baseline was not raced, or is the winner."""
     changes: tuple[Change, ...] = ()
@@ -173,8 +173,9 @@ class RaceVerdict:
         return tuple(dict.fromkeys(by_number[number].candidate.id for number in self.order))
 
     def rival_of(self, candidate_id: str) -> Rival | None:
-        """The best rival with a candidate."""
-        best = sorted(self.rivals, key=lambda rival: [*self.order, rival.rival].index(rival.rival))
+        """The best rival with a candidate; None: it was not raced, or only failed."""
+        by_number = {rival.rival: rival for rival in self.rivals}
+        best = (by_number[number] for number in self.order)
         return next((rival for rival in best if rival.candidate.id == candidate_id), None)
 
     @property

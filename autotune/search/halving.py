@@ -108,7 +108,7 @@ def _standing(rivals: Sequence[Rival], readings: Sequence[Reading], rule: Rule) 
 
 
 def tied(rivals: Sequence[Rival], readings: Sequence[Reading]) -> tuple[int, ...]:
-    """Rivals that were trained as far as the best one and cannot be told from it."""
+    """Rivals that were trained as far as the best one and cannot be distinguished from it."""
     order, found = order_of(rivals, readings), by_rival(readings)
     if not order:
         return ()

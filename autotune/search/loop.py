@@ -39,7 +39,7 @@ from autotune.search.budget import (
 )
 from autotune.search.conclude import conclude
 from autotune.search.decide import searched, unconfirmed
-from autotune.search.halving import Step, cost, next_rung
+from autotune.search.halving import ETA, Step, cost, next_rung
 from autotune.search.outliers import suspected_outliers
 from autotune.search.pool import by_candidate
 from autotune.search.posterior import NOISY
@@ -369,7 +369,7 @@ class Search:
         while (step := self._next_rung()) is not None:
             self._rung(step)
         race = self._race_verdict()
-        kept = {} if race is None else {self._checkpoints(number) for number in race.order[:1]}
+        kept = {self._checkpoints(number) for number in race.order[:ETA]} if race else set()
         for folder in (self.directory / files.RACE).glob("*"):
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -429,17 +429,16 @@ class Search:
         result = self._train_rung(request, Path(request.result_path).with_suffix(".log"))
         if result.status == "timeout" and allowance.ends_budget:
             result = replace(result, status="interrupted", message="the budget ended during this rung")
-        reading = reading_of(number, step, result, rival)
-        studies.keep_reading(self.study, reading)
-        self.readings.append(reading)
-        if any(record.role == "race" and record.candidate.id == rival.candidate.id for record in self.records):
-            self.publish()
-        else:
+        if not any(record.role == "race" and record.candidate.id == rival.candidate.id for record in self.records):
             trial = 1 + max(record.trial for record in self.records)
             attributes = studies.requested(trial, "race", as_trial_request(request))
             found = predict(self.model, rival.candidate)
             record = self._record(trial, "race", rival.candidate, as_trial(result), found)
             self._keep(self._proposer.enqueue(rival.candidate, attributes), record)
+        reading = reading_of(number, step, result, rival)
+        studies.keep_reading(self.study, reading)
+        self.readings.append(reading)
+        self.publish()
         self._notify(replace(event, elapsed_seconds=self.budget.elapsed(), reading=reading, verdict=self.verdict))
         if result.remedy:
             raise MachineError(result.remedy)

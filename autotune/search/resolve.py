@@ -96,7 +96,7 @@ def resolve(
         baseline_source=source,
         dataset=dataset,
         out_dir=read.out_dir if read else "",
-        notes=notes if chosen == "throughput" or data is not None else (*notes, _NO_TEXT),
+        notes=notes,
         # A length given on the command line replaces the file's, and the schedule must follow it.
         keep_schedule=from_file is not None and not given,
         law=find_law(law).name,
@@ -111,7 +111,8 @@ def resolve(
     return settings
 
 
-_NO_TEXT = "no race without text: the winner is by the law, not raced; give --data DIR"
+NO_TEXT = "there is no race without text: the winner is by the law, not raced; give --data DIR"
+"""Remark on a search for the lowest loss without data."""
 
 
 def _race(word: str, objective: str, data: Path | None) -> str:

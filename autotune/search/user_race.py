@@ -15,7 +15,7 @@ from autotune import files
 from autotune.config.candidate import Candidate
 from autotune.config.nanogpt import dataset_dir, read_nanogpt
 from autotune.config.tables import read_json, read_table
-from autotune.config.toml import read_candidate
+from autotune.config.toml import BEST_TOML, read_candidate
 from autotune.data.batches import open_batches
 from autotune.data.sources import how_to_prepare
 from autotune.data.vocabulary import check_ids
@@ -23,12 +23,13 @@ from autotune.environment import Environment
 from autotune.errors import ConfigError, DataError, InterruptedByUser
 from autotune.measure.runner import Measure, TrainRung
 from autotune.measure.types import TrialRequest, TrialResult
+from autotune.runs.directory import LOGS, RACES_CSV
 from autotune.runs.races import Lineup, Reading, Rival, write_races
 from autotune.search.halving import Step
 from autotune.search.race import make_lineup, overhead, patience, reading_of, rung_request
 from autotune.units import format_duration
 
-RACE_JSON, RACES_CSV, LOGS = "race.json", "races.csv", "logs"
+RACE_JSON = "race.json"
 EVALUATIONS = 8
 """Points of each curve."""
 _TRIAL_SECONDS = 600.0
@@ -99,7 +100,8 @@ def read_candidates(paths: Sequence[Path], data: Path | None, environment: Envir
         else:
             candidate = read_candidate(path).candidate
             own = Path(candidate.recipe.data) if candidate.recipe.data else None
-        name = path.name if path.is_dir() or path.stem != "best" else path.parent.name
+        run = path.resolve() if path.is_dir() else path.resolve().parent
+        name = run.name if path.is_dir() or path.name == BEST_TOML else path.stem
         if name in found:
             raise ConfigError(f"two candidates are called {name}; give each file another name")
         place = data or own

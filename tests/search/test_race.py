@@ -8,19 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_machine import CPU, Machine, settings, tokens_per_second
+from fake_machine import CPU, settings
+from fake_race import Slow, Track
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.search_settings import SearchSettings, read_settings
 from autotune.config.toml import read_candidate
 from autotune.data.shards import write_shard
 from autotune.errors import ConfigError, InterruptedByUser
-from autotune.measure.types import MemoryView, RungRequest, RungResult
+from autotune.measure.types import RungRequest, RungResult
+from autotune.report.run import as_json, run_report, verdict_lines
+from autotune.report.table import print_text
 from autotune.runs.races import COLUMNS, Reading, Rival, difference
+from autotune.runs.read import load_run
 from autotune.runs.verdict import Verdict, read_verdict
 from autotune.search import study as studies
 from autotune.search.halving import cost, next_rung, order_of, tied
 from autotune.search.loop import rebuild, resume, search
+from autotune.search.progress import reading_line
 from autotune.search.race import candidates_for_race, is_baseline
 
 
@@ -35,69 +40,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def asked(text: Path, **words: object) -> SearchSettings:
     usual = {"model": "", "data": text, "budget": "20m", "train_time": "2m", "sampler": "random"}
     return settings(CPU, **{**usual, **words})
-
-
-def final_loss(recipe: Recipe, tokens: float) -> float:
-    """Muon learns more than AdamW, twice the rule's rate most of all, and a batch of 1,024 tokens."""
-    rule = 1.79 * recipe.shape.parameters_non_embedding**-0.713 * recipe.max_tokens**0.307
-    factor = recipe.learning_rate / min(max(rule, 1e-4), 3e-3)
-    rate = 0.1 * math.log2(factor / 2) ** 2
-    batch = 0.05 * math.log2(recipe.tokens_per_step / 1024) ** 2
-    size = 0.1 * abs(math.log(recipe.shape.parameters / 5e6))
-    return 4.0 + 60.0 * tokens**-0.25 + (0.0 if recipe.optimizer == "muon" else 0.4) + rate + batch + size
-
-
-class Track:
-    """`train_rung` for a search whose trials run on `machine`, whose clock it moves."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        self.requests: list[RungRequest] = []
-        self.ends: list[float] = []
-        """When each rung would have been ended."""
-        self.fails: dict[int, RungResult] = {}
-        """Answers by the number of the rung."""
-
-    def train(self, request: RungRequest, log: Path) -> RungResult:
-        number = len(self.requests)
-        self.requests.append(request)
-        self.ends.append(self.machine.now + request.timeout_seconds)
-        recipe, speed = request.candidate.recipe, tokens_per_second(request.candidate) / 2e3
-        tokens = request.target_tokens if request.target_seconds is None else request.target_seconds * speed
-        stepping = 0.6 * tokens / speed
-        seconds = 8.0 + stepping
-        if number in self.fails:
-            self.machine.now += 5.0
-            return replace(self.fails[number], trial_seconds=5.0)
-        if seconds > request.timeout_seconds:
-            self.machine.now += request.timeout_seconds
-            return RungResult(status="timeout", phase="measure", trial_seconds=request.timeout_seconds)
-        self.machine.now += seconds
-        noise = np.random.default_rng(0).normal(0, 0.3, request.chunks)
-        own = np.random.default_rng(number).normal(0, 0.02, request.chunks)
-        return RungResult(
-            status="ok", phase="done", tokens_per_second=speed, tokens_per_second_ci95=0.01 * speed,
-            step_seconds_p50=recipe.tokens_per_step / speed, steps="whole", trial_seconds=seconds,
-            memory={"steady": MemoryView(allocated_bytes=1 << 28, device_bytes=1 << 29)},
-            phase_seconds={"start": 8.0, "measure": stepping}, stepping_seconds=stepping,
-            iterations=round(tokens / recipe.tokens_per_step),
-            chunk_losses=tuple((final_loss(recipe, tokens) + noise + own).tolist()),
-        )  # fmt: skip
-
-
-class Slow(Machine):
-    """A machine as slow as the track, so that the lengths of trainings are those of a CPU."""
-
-    def __init__(self) -> None:
-        super().__init__(trial_seconds=20.0)
-
-    def measure(self, request, log):  # type: ignore[no-untyped-def]
-        result = super().measure(request, log)
-        if result.tokens_per_second is None:
-            return result
-        speed = result.tokens_per_second / 2e3
-        seconds = request.candidate.recipe.tokens_per_step / speed
-        return replace(result, tokens_per_second=speed, tokens_per_second_ci95=0.01 * speed, step_seconds_p50=seconds)
 
 
 def go(run_dir: Path, track: Track, wanted: SearchSettings, **more: object) -> Verdict:
@@ -140,6 +82,42 @@ def test_a_race_elects_what_learns_most(raced: tuple[Path, Track, Verdict]) -> N
     assert "nanoGPT has no muon" in comment
     assert "nanoGPT has no schedule wsd" in comment
     assert read_verdict(run_dir / "verdict.json") == verdict
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_report_says_what_was_raced_and_what_each_change_gained(
+    raced: tuple[Path, Track, Verdict], capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    run_dir, _, verdict = raced
+    run = load_run(run_dir)
+    print_text(run_report(run, top=3), width)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= max(width, len(f"next: autotune train {run_dir}"))
+    whole = " ".join(text.split())
+    assert verdict.race is not None
+    assert "lowest loss, raced within" in whole
+    assert f"race: {len(verdict.race.rivals)} rivals in {len(verdict.race.readings)} trainings of" in whole
+    assert f"first: rival {verdict.race.order[0]}," in whole
+    assert f"validation loss {verdict.race.best.loss:.3f} after" in whole
+    assert "against the baseline's recipe: -" in whole
+    assert "racing 3" in whole  # a third of the time
+    for change in ("optimizer", "learning rate", "schedule"):
+        assert any(line.startswith(change) for line in text.splitlines())
+    assert "not raced" in text  # the schedule
+    best = next(line for line in verdict_lines(run) if line.startswith("best:"))
+    assert "predicted loss" not in best
+    json.dumps(as_json(run), allow_nan=False)
+
+
+def test_progress_has_a_line_for_each_rung(raced: tuple[Path, Track, Verdict]) -> None:
+    race = raced[2].race
+    assert race is not None
+    rivals = {rival.rival: rival.candidate for rival in race.rivals}
+    line = reading_line(race.readings[0], rivals[0])
+    assert line.startswith("rung    0 rival  0 ")
+    assert f"loss {race.readings[0].loss:.3f} after" in line
+    failed = replace(race.readings[0], loss=None, status="incorrect", message="diverged")
+    assert "incorrect (diverged)" in reading_line(failed, rivals[0])
 
 
 def test_every_rung_is_a_row_and_every_candidate_a_trial(raced: tuple[Path, Track, Verdict]) -> None:
@@ -316,7 +294,6 @@ def test_the_default_is_a_race_where_the_loss_is_sought_and_there_is_text(text: 
     assert asked(text).race == "on"
     without = settings(CPU, model="")
     assert (without.race, without.objective) == ("off", "loss")
-    assert "no race without text" in without.notes[-1]
     kept = settings(CPU, keep="learning", data=text)
     assert (kept.race, kept.objective, kept.notes) == ("off", "throughput", ())
 
