@@ -75,7 +75,7 @@ class SearchSettings:
     keep_schedule: bool = False
     """Keep the recipe's iterations and learning rate; otherwise they are derived from model size and tokens."""
     law: str = "lingle"
-    """The scaling law of `loss`: a row of `autotune.runs.objective.LAWS`."""
+    """The scaling law of `loss`: a row of `autotune.runs.law.LAWS`."""
     race: Race = "off"
     """`loss`: the most plausible candidates are trained on the data and compete by their validation loss."""
     race_share: float = 0.4

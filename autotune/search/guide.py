@@ -22,14 +22,8 @@ from autotune.errors import ConfigError
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.memory.model import MemoryModel
 from autotune.memory.model import predict as predict_peak
-from autotune.runs.objective import (
-    batch_tokens,
-    best_learning_rate,
-    clamp_learning_rate,
-    law_of,
-    predict_loss,
-    training_tokens,
-)
+from autotune.runs.law import predict_loss
+from autotune.runs.objective import batch_tokens, best_learning_rate, clamp_learning_rate, law_of, training_tokens
 from autotune.search import roofline
 from autotune.search.predictions import Range, environment_of
 from autotune.search.resolve import resolve

@@ -1,18 +1,19 @@
 """The rule of a race: which rival is trained next, how far, and who is ahead. Successive halving (Jamieson and
 Talwalkar, AISTATS 2016) over a field that the time decides.
 
-Pure functions of the rivals and their readings: a race that was killed continues by asking again.
+Who is ahead is not who has the lowest loss so far: small batches lead in short trainings and lose long ones. Rivals are
+ordered by the final loss that the posterior of `autotune.runs.curves` expects of each (docs/race.md shows what that
+gains). Pure functions of the rivals and their readings: a race that was killed continues by asking again.
 """
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autotune.runs.races import Difference, Reading, Rival, by_rival, difference
+from autotune.runs.curves import Posterior, Priors, Training, predict, priors
+from autotune.runs.races import Reading, Rival, by_rival, difference
 
-ETA = 3
-"""Each level keeps one rival in so many and trains it so many times as long: between the usual 2 and 4."""
 FEWEST = 2
 """Rivals that a race needs."""
 
@@ -26,13 +27,32 @@ class Step:
     """Length to train it to, as a fraction of its full training."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Choices of the rule; `scripts/replay_races` compares others."""
+
+    eta: int = 2
+    """Each level keeps one rival in so many and trains it so many times as long."""
+    known: Priors | None = None
+    """What is expected before any reading; None: the package's own."""
+    extrapolates: bool = True
+    """Order rivals by their expected final loss, not by their latest reading."""
+
+
+RULE = Rule()
+
+
 def next_rung(
-    rivals: Sequence[Rival], readings: Sequence[Reading], seconds_left: float, overhead_seconds: float
+    rivals: Sequence[Rival],
+    readings: Sequence[Reading],
+    seconds_left: float,
+    overhead_seconds: float,
+    rule: Rule = RULE,
 ) -> Step | None:
     """The next rung; None: the race is over, or nothing useful fits in the time left. `rivals`: the most plausible
     first. `overhead_seconds`: expected time of a rung beside its steps."""
     if not readings:
-        fraction = _first_fraction(rivals, seconds_left, overhead_seconds)
+        fraction = _first_fraction(rivals, seconds_left, overhead_seconds, rule.eta)
         return None if fraction is None else Step(rival=rivals[0].rival, fraction=fraction)
     fraction = min(reading.fraction for reading in readings)
     known = {rival.rival: rival for rival in rivals}
@@ -40,18 +60,16 @@ def next_rung(
     longest = max(reading.fraction for reading in readings)
     waiting = [rival for rival in rivals if rival not in field]
     if waiting and longest == fraction:  # the first level is open as long as the levels after it still fit
-        later = _later_levels([*field, waiting[0]], fraction, overhead_seconds)
+        later = _later_levels([*field, waiting[0]], fraction, overhead_seconds, rule.eta)
         if len(field) < FEWEST or cost(waiting[0], fraction, [], overhead_seconds) + later <= seconds_left:
             return _affordable(waiting[0], fraction, readings, seconds_left, overhead_seconds)
-    order = _ahead(readings, fraction)
+    order = _ahead(rivals, readings, fraction, rule)
     while fraction < 1.0 and len(order) >= FEWEST:
-        shorter, fraction = fraction, min(1.0, ETA * fraction)
-        kept = order[: max(FEWEST, math.ceil(len(order) / ETA))]
-        order = [rival for rival in kept if not _hopeless(rival, kept[0], readings, shorter)]
-        for rival in order:
-            if len(order) >= FEWEST and not _read_at(readings, rival, fraction):
+        fraction, kept = min(1.0, rule.eta * fraction), order[: max(FEWEST, math.ceil(len(order) / rule.eta))]
+        for rival in kept:
+            if not _read_at(readings, rival, fraction):
                 return _affordable(known[rival], fraction, readings, seconds_left, overhead_seconds)
-        order = _ahead(readings, fraction)
+        order = _ahead(rivals, readings, fraction, rule)
     return None
 
 
@@ -61,15 +79,37 @@ def cost(rival: Rival, fraction: float, readings: Sequence[Reading], overhead_se
     return overhead_seconds + max(0.0, fraction - rival.kept_share * done) * rival.seconds
 
 
-def order_of(readings: Sequence[Reading]) -> tuple[int, ...]:
-    """Rivals with a loss, best first: the longer their training the more it counts, then the loss."""
+def expected(
+    rivals: Sequence[Rival], readings: Sequence[Reading], known: Priors | None = None, also: Sequence[Training] = ()
+) -> Posterior:
+    """Joint distribution of the rivals' losses after their full training, and of the losses of other trainings."""
+    recipes = {rival.rival: rival.candidate.recipe for rival in rivals}
+    shown = [
+        (Training(recipe=recipe, tokens=reading.fraction * recipe.max_tokens, rival=reading.rival), reading.loss)
+        for reading in readings
+        if reading.loss is not None and (recipe := recipes.get(reading.rival)) is not None
+    ]
+    wanted = [Training(recipe=recipe, tokens=recipe.max_tokens, rival=rival) for rival, recipe in recipes.items()]
+    return predict(known or priors(), shown, [*wanted, *also])
+
+
+def order_of(rivals: Sequence[Rival], readings: Sequence[Reading], rule: Rule = RULE) -> tuple[int, ...]:
+    """Rivals with a loss, best first: by the longest of their trainings first, and then as they stand there."""
     longest = {rival: found[-1] for rival, found in by_rival(readings).items()}
-    return tuple(sorted(longest, key=lambda rival: (-longest[rival].fraction, longest[rival].loss)))
+    standing = _standing(rivals, readings, rule)
+    return tuple(sorted(longest, key=lambda rival: (-longest[rival].fraction, standing[rival])))
 
 
-def tied(readings: Sequence[Reading]) -> tuple[int, ...]:
+def _standing(rivals: Sequence[Rival], readings: Sequence[Reading], rule: Rule) -> Mapping[int, float]:
+    """A number for each rival with a loss; lower is better."""
+    if not rule.extrapolates:
+        return {rival: found[-1].loss or 0.0 for rival, found in by_rival(readings).items()}
+    return dict(zip((rival.rival for rival in rivals), expected(rivals, readings, rule.known).means, strict=True))
+
+
+def tied(rivals: Sequence[Rival], readings: Sequence[Reading]) -> tuple[int, ...]:
     """Rivals that were trained as far as the best one and cannot be distinguished from it."""
-    order, found = order_of(readings), by_rival(readings)
+    order, found = order_of(rivals, readings), by_rival(readings)
     if not order:
         return ()
     best = found[order[0]][-1]
@@ -78,7 +118,9 @@ def tied(readings: Sequence[Reading]) -> tuple[int, ...]:
     return tuple(rival for rival, apart in as_far if apart is not None and not apart.significant)
 
 
-def _first_fraction(rivals: Sequence[Rival], seconds_left: float, overhead_seconds: float) -> float | None:
+def _first_fraction(
+    rivals: Sequence[Rival], seconds_left: float, overhead_seconds: float, eta: int
+) -> float | None:
     """The longest first rung with which a field as large as possible fits. A rung trains for at least as long as its
     process needs to start: shorter ones would spend the budget on starting. None: not even two rivals fit."""
     seconds = statistics.fmean(rival.seconds for rival in rivals) if rivals else 0.0
@@ -87,7 +129,7 @@ def _first_fraction(rivals: Sequence[Rival], seconds_left: float, overhead_secon
         for _ in range(30):  # the cost grows with the fraction
             middle = (low + high) / 2
             first = sum(cost(rival, middle, [], overhead_seconds) for rival in rivals[:count])
-            fits = first + _later_levels(rivals[:count], middle, overhead_seconds) <= seconds_left
+            fits = first + _later_levels(rivals[:count], middle, overhead_seconds, eta) <= seconds_left
             low, high = (middle, high) if fits else (low, middle)
         fraction = 1.0 if low > 0.99 else float(f"{low:.3g}")
         if fraction * seconds >= min(overhead_seconds, seconds):
@@ -95,12 +137,12 @@ def _first_fraction(rivals: Sequence[Rival], seconds_left: float, overhead_secon
     return None
 
 
-def _later_levels(field: Sequence[Rival], fraction: float, overhead_seconds: float) -> float:
+def _later_levels(field: Sequence[Rival], fraction: float, overhead_seconds: float, eta: int) -> float:
     """Expected wall clock of all levels after the first."""
     seconds, kept = max(rival.seconds for rival in field), min(rival.kept_share for rival in field)
     count, total = len(field), 0.0
     while fraction < 1.0 and count > FEWEST:
-        shorter, fraction, count = fraction, min(1.0, ETA * fraction), max(FEWEST, math.ceil(count / ETA))
+        shorter, fraction, count = fraction, min(1.0, eta * fraction), max(FEWEST, math.ceil(count / eta))
         total += count * (overhead_seconds + (fraction - kept * shorter) * seconds)
     return total
 
@@ -118,18 +160,10 @@ def _read_at(readings: Sequence[Reading], rival: int, fraction: float) -> bool:
     return any(reading.fraction == fraction for reading in ended)
 
 
-def _ahead(readings: Sequence[Reading], fraction: float) -> list[int]:
-    """Rivals with a loss at this length, best first."""
-    read = [reading for reading in readings if reading.fraction == fraction and reading.loss is not None]
-    return [reading.rival for reading in sorted(read, key=lambda reading: reading.loss or 0.0)]
-
-
-def _hopeless(rival: int, leader: int, readings: Sequence[Reading], fraction: float) -> bool:
-    """Whether a rival was behind the leader beyond noise at its last two lengths, and did not come closer."""
-    apart = [gap for at in (fraction / ETA, fraction) if (gap := _gap(rival, leader, readings, at)) is not None]
-    return len(apart) == 2 and all(gap.significant for gap in apart) and 0.0 < apart[0].nats <= apart[1].nats
-
-
-def _gap(rival: int, leader: int, readings: Sequence[Reading], fraction: float) -> Difference | None:
-    at = {r.rival: r for r in readings if math.isclose(r.fraction, fraction) and r.loss is not None}
-    return difference(at[rival], at[leader]) if rival in at and leader in at else None
+def _ahead(rivals: Sequence[Rival], readings: Sequence[Reading], fraction: float, rule: Rule) -> list[int]:
+    """Rivals with a loss at this length, best first. Longer readings do not count: a level's order must not change
+    while the next one runs."""
+    so_far = [reading for reading in readings if reading.fraction <= fraction]
+    read = {reading.rival for reading in so_far if reading.fraction == fraction and reading.loss is not None}
+    standing = _standing(rivals, so_far, rule)
+    return sorted(read, key=lambda rival: standing[rival])

@@ -39,7 +39,7 @@ from autotune.search.budget import (
 )
 from autotune.search.conclude import conclude
 from autotune.search.decide import searched, unconfirmed
-from autotune.search.halving import ETA, Step, cost, next_rung
+from autotune.search.halving import RULE, Step, cost, next_rung
 from autotune.search.outliers import suspected_outliers
 from autotune.search.pool import by_candidate
 from autotune.search.posterior import NOISY
@@ -373,7 +373,7 @@ class Search:
         while (step := self._next_rung()) is not None:
             self._rung(step)
         race = self._race_verdict()
-        kept = {self._checkpoints(number) for number in race.order[:ETA]} if race else set()
+        kept = {self._checkpoints(number) for number in race.order[: RULE.eta]} if race else set()
         for folder in (self.directory / files.RACE).glob("*"):
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)

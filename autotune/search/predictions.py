@@ -18,7 +18,8 @@ from autotune.memory.estimate import largest_micro_batch
 from autotune.memory.model import MemoryModel
 from autotune.memory.model import predict as predict_peak
 from autotune.memory.structure import optimizer_bytes
-from autotune.runs.objective import find_law, finish_candidate, predict_loss
+from autotune.runs.law import find_law, predict_loss
+from autotune.runs.objective import finish_candidate
 from autotune.search import roofline
 from autotune.search.resolve import resolve
 from autotune.search.space import build_space, in_words

@@ -198,7 +198,7 @@ def conclude_race(lineup: Lineup, readings: Sequence[Reading], settings: SearchS
     """What the race shows so far; None while nothing was read."""
     if not readings:
         return None
-    order, raced = order_of(readings), {reading.rival for reading in readings}
+    order, raced = order_of(lineup.rivals, readings), {reading.rival for reading in readings}
     rivals = {rival.rival: rival for rival in lineup.rivals if rival.rival in raced}
     told = RaceVerdict(
         rivals=tuple(rivals.values()), order=order, seconds=sum(reading.seconds for reading in readings),
@@ -214,7 +214,7 @@ def conclude_race(lineup: Lineup, readings: Sequence[Reading], settings: SearchS
     ]  # fmt: skip
     return replace(
         told,
-        tied_with=tied(readings),
+        tied_with=tied(lineup.rivals, readings),
         against_baseline=_compared("all of it", "baseline", "best", [(own, winner)], winner, readings)
         if own is not None and own.rival != winner.rival else None,
         changes=_changes(winner, list(rivals.values()), readings, settings),

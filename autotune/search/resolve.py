@@ -18,7 +18,7 @@ from autotune.data.vocabulary import check_ids, data_vocabulary
 from autotune.environment import Environment
 from autotune.errors import ConfigError, shown
 from autotune.kernels.registry import device_kind
-from autotune.runs.objective import find_law
+from autotune.runs.law import find_law
 from autotune.search.space import build_space, describe_space
 from autotune.units import MIB, format_bytes, format_count, format_duration, parse_bytes, parse_count, parse_duration
 

@@ -10,15 +10,12 @@ from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.search_settings import SearchSettings
 from autotune.errors import ConfigError
 from autotune.measure.types import TrialResult
+from autotune.runs.law import LAWS, Law, find_law, predict_loss
 from autotune.runs.objective import (
-    LAWS,
-    Law,
-    find_law,
     finish_candidate,
     interval,
     loss_at,
     plan_training,
-    predict_loss,
     score,
     speed_needed,
     training_tokens,

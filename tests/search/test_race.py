@@ -338,8 +338,8 @@ def test_the_rule_keeps_to_its_time_and_uses_it(seconds: float, count: int) -> N
     fractions = [reading.fraction for reading in readings]
     assert fractions == sorted(fractions)
     best = min((losses[rival], rival) for rival in {reading.rival for reading in readings})[1]
-    assert order_of(readings)[0] == best
-    assert spent > 0.4 * seconds or max(fractions) == 1.0 or len(set(order_of(readings))) == count
+    assert order_of(rivals(count), readings)[0] == best
+    assert spent > 0.4 * seconds or max(fractions) == 1.0 or len(set(order_of(rivals(count), readings))) == count
 
 
 def test_all_rivals_are_trained_in_full_where_there_is_time_for_it() -> None:
@@ -365,7 +365,7 @@ def test_differences_are_paired_and_ties_named() -> None:
     assert apart is not None
     assert apart.significant
     assert apart.ci95 == pytest.approx(1.96 * 0.1 / math.sqrt(32), rel=0.4)  # far less than the text's own spread
-    assert set(tied(readings)) | set(order_of(readings)[:1]) == {0, 1}
+    assert set(tied(rivals(3), readings)) | set(order_of(rivals(3), readings)[:1]) == {0, 1}
     assert difference(readings[0], replace(readings[1], chunk_losses=(1.0,))) is None
 
 
