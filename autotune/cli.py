@@ -550,9 +550,7 @@ def profile(
 
 @_command(app.command, "Understand")
 def estimate(
-    gpu: Annotated[
-        str, typer.Option(metavar="NAME", help="Card by name: 4090, A100 80GB. Adds plan and speed.")
-    ] = "",
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="Card by name: 4090, A100 80GB. Adds plan and speed.")] = "",
     memory_limit: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory of the card. [default: that of --gpu, else 24GiB]")
     ] = "",

@@ -46,7 +46,7 @@ class Found:
 
     candidate: Candidate
     largest_micro_batch: int
-    """Of that plan, with the whole interval of its peak within the limit."""
+    """Largest one with which that plan fits with its whole interval."""
     peak_device_bytes: Range
     tokens_per_second: Range
     mfu: Range

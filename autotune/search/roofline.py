@@ -18,8 +18,8 @@ from autotune.kernels import registry
 from autotune.memory.structure import matrix_elements, optimizer_bytes, tokens
 
 REFERENCE_RATIO = 16.0
-"""Of the A100: FLOP/s of half precision over those of float32. It is 2 where accumulating in float32 halves the rate
-of tensor cores, as on GeForce cards."""
+"""FLOP/s of half precision over those of float32 on an A100. It is 2 where accumulating in float32 halves the rate of
+tensor cores, as on GeForce cards."""
 
 
 @dataclass(frozen=True, kw_only=True)
