@@ -65,7 +65,7 @@ class Priors:
     coefficients: Mapping[str, Coefficient]
     """By `str(key)`, in the order of `keys`."""
     correlations: tuple[tuple[float, ...], ...]
-    """Of each coefficient with those before it: a peak tells a sum, not its parts."""
+    """Correlations of each coefficient with those before it: a peak tells a sum, not its parts."""
 
 
 def read(path: Path) -> Priors:
