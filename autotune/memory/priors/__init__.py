@@ -52,7 +52,7 @@ class Noise:
     overhead_bytes: float
     """Noise of the device memory beyond the allocated bytes."""
     overhead_share: float
-    """Additional part, as a fraction of the allocated bytes."""
+    """Additional part: of the allocated bytes on the CPU, of the logits on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)
