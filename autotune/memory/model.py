@@ -25,7 +25,7 @@ from autotune.files import write_atomically
 from autotune.measure.types import Z95, TrialResult
 from autotune.memory import priors, regression
 from autotune.memory.regression import Normal
-from autotune.memory.structure import Arrays, arrays, keys, overhead, peak_points, shares
+from autotune.memory.structure import Arrays, arrays, keys, logits_bytes, overhead, peak_points
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
@@ -111,7 +111,7 @@ def calibrate(
     data = _bounded(every)
     wholes = [(c, peak, whole) for c, r, peak in data if (whole := r.peak("device_bytes")) is not None]
     known = [(_sizes(c, device)[0], peak, _noise(c, device, peak)) for c, _, peak in data]
-    beyond = [(_beyond(c, device, peak), whole - peak, _overhead_noise(device, peak)) for c, peak, whole in wholes]
+    beyond = [(_sizes(c, device)[1], whole - peak, _overhead_noise(c, device, peak)) for c, peak, whole in wholes]
     scatter = _scatter(device, beyond)
     return MemoryModel(
         device=device,
@@ -182,16 +182,11 @@ def _noise(candidate: Candidate, device: str, peak: float) -> float:
     return peak * (noise.peak if candidate.plan.memory_budget is None else noise.budget)
 
 
-def _beyond(candidate: Candidate, device: str, allocated: float) -> Arrays:
-    """Sizes of the overhead of a candidate that allocates so much."""
-    exact, sizes = _sizes(candidate, device)[1]
-    return exact, np.where(shares(device), allocated * sizes, sizes)
-
-
-def _overhead_noise(device: str, allocated: float) -> float:
+def _overhead_noise(candidate: Candidate, device: str, allocated: float) -> float:
     """Standard deviation of the overhead in bytes: fragmentation is not modelled."""
     noise = priors.of(device).noise
-    return math.hypot(noise.overhead_bytes, noise.overhead_share * allocated)
+    base = allocated if device == "cpu" else logits_bytes(candidate)
+    return math.hypot(noise.overhead_bytes, noise.overhead_share * base)
 
 
 def predict(model: MemoryModel, candidate: Candidate) -> Prediction:
@@ -206,13 +201,9 @@ def predictions(model: MemoryModel, candidates: Sequence[Candidate]) -> list[Pre
     two nearest (memory is affine in the micro batch); otherwise it comes from the structure.
     """
     rows = [_sizes(candidate, model.device) for candidate in candidates]
-    (exact, sizes), (nothing, beyond) = (
-        [np.array([row[which][i] for row in rows]) for i in (0, 1)] for which in (0, 1)
-    )
-    totals, sds = regression.largest(model.normal, exact, sizes)
-    beyond = np.where(shares(model.device), totals[:, None, None] * beyond, beyond)
-    overheads, scatters = regression.largest(model.normal, nothing, beyond)
-    numbers = zip(candidates, *(part.tolist() for part in (totals, sds, overheads, scatters)), strict=True)
+    exact, sizes = (np.array([row[which][i] for which in (0, 1) for row in rows]) for i in (0, 1))
+    totals, sds = (part.reshape(2, -1).tolist() for part in regression.largest(model.normal, exact, sizes))
+    numbers = zip(candidates, totals[0], sds[0], totals[1], sds[1], strict=True)
     return [_prediction(model, *each) for each in numbers]
 
 
@@ -222,7 +213,7 @@ def _prediction(
     """From the structure's bytes and the overhead, each with its standard deviation."""
     structure = total, math.hypot(unsure, _noise(candidate, model.device, total))
     allocated, sd = _from_neighbours(model, candidate) or structure
-    device, noise = allocated + beyond, model.overhead_scatter * _overhead_noise(model.device, allocated)
+    device, noise = allocated + beyond, model.overhead_scatter * _overhead_noise(candidate, model.device, allocated)
     spread = Z95 * math.hypot(sd, scatter, noise)
     return Prediction(
         peak_allocated_bytes=round(allocated),

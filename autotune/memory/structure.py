@@ -62,7 +62,7 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
     "logits": ("dtype", "mode", "loss"), "head": ("dtype", "compile", "loss"), "library head": ("dtype", "library"),
     "head gradient twice": (), "embedding gradient": ("compile", "accumulation"), "kept logits": ("dtype",),
     "matrix gradients": ("compile", "accumulation"), "backward end": (), "workspaces": (),
-    "process": ("compile",), "context": (), "unused": ("compile", "loss", "allocator"),
+    "process": ("compile",), "context": (), "unused": ("loss", "allocator"),
 }  # fmt: skip
 """Kinds of coefficients, and the choices that each depends on. Dependences that did not lower the error under
 cross-validation (`scripts/fit_priors --check`) were removed."""
@@ -124,16 +124,11 @@ def peak_points(candidate: Candidate, device: str) -> tuple[PeakPoint, ...]:
 
 def overhead(candidate: Candidate, device: str) -> PeakPoint:
     """What the device shows beyond the allocated bytes: the process and its libraries; on CUDA also what the allocator
-    has reserved and cannot use, a share of the allocated bytes: its size here is 1, see `shares`."""
+    cannot use, since smaller tensors lie in the blocks that the largest ones, logits, have left."""
     if device == "cpu":
         return PeakPoint(exact=0.0, sizes={_key(candidate, "process"): 1e6})
-    return PeakPoint(exact=0.0, sizes={_key(candidate, "context"): 1e6, _key(candidate, "unused"): 1.0})
-
-
-@functools.cache
-def shares(device: str) -> NDArray[np.bool_]:
-    """(keys,): coefficients that are shares of the allocated bytes."""
-    return np.array([key.kind == "unused" for key in keys(device)])
+    sizes = {_key(candidate, "context"): 1e6, _key(candidate, "unused"): logits_bytes(candidate)}
+    return PeakPoint(exact=0.0, sizes=sizes)
 
 
 def arrays(points: Sequence[PeakPoint], device: str) -> Arrays:
@@ -156,6 +151,11 @@ def half_logits_bytes(candidate: Candidate) -> float:
     """Bytes of the logits that exist at one time, at two bytes per element."""
     rows = min(tokens(candidate), candidate.plan.loss_chunk_tokens)
     return 2.0 * (tokens(candidate) if _whole_logits(candidate) else rows) * candidate.shape.vocab_size
+
+
+def logits_bytes(candidate: Candidate) -> float:
+    """The same in the dtype of matrix products."""
+    return half_logits_bytes(candidate) * (1 if candidate.plan.matrix_dtype in AUTOCAST else 2)
 
 
 def _whole_logits(candidate: Candidate) -> bool:

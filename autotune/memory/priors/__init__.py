@@ -52,7 +52,7 @@ class Noise:
     overhead_bytes: float
     """Noise of the device memory beyond the allocated bytes."""
     overhead_share: float
-    """Additional part, as a fraction of the allocated bytes."""
+    """Additional part: of the allocated bytes on the CPU, of the logits on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Priors:
     coefficients: Mapping[str, Coefficient]
     """By `str(key)`, in the order of `keys`."""
     correlations: tuple[tuple[float, ...], ...]
-    """Of each coefficient with those before it: a peak tells a sum, not its parts."""
+    """Correlations of each coefficient with those before it: a peak tells a sum, not its parts."""
 
 
 def read(path: Path) -> Priors:
