@@ -1,5 +1,6 @@
 """The pages in a real browser: silent, without requests, and they react."""
 
+import importlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 REQUIRED = "AUTOTUNE_BROWSER_REQUIRED"
-"""Variable with which a missing browser is a failure instead of a skip."""
+"""Variable with which a missing browser is a failure instead of a skip; .ci/run sets it."""
 _FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -35,7 +36,7 @@ def browser() -> "Iterator[Browser]":
     if program is None:
         absent = "no Chromium is installed; install the package chromium"
         pytest.fail(absent) if os.environ.get(REQUIRED) else pytest.skip(absent)
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
+    driver = importlib.import_module("playwright.sync_api")  # of the extra dev, like pytest
     with driver.sync_playwright() as started:
         launched = started.chromium.launch(executable_path=program, args=list(_FLAGS))
         yield launched

@@ -42,7 +42,7 @@ def test_the_first_questions_are_answered_in_words(write_run: WriteRun) -> None:
     assert "confirmed in 2 processes." in page
     assert f'<pre id="command" tabindex="0">autotune train {path}</pre>' in page
     assert "Trial 1 (with batch 16 x 4) is 7.0% slower (14,000 ± 70 tokens/s), beyond the noise of ±0.9%." in page
-    assert "trial 3 (batch 64 x 1, loss full, chunk tokens -): wanted 12.00 GiB" in page
+    assert "trial 3 (batch 64 x 1, loss full): wanted 12.00 GiB" in page
     assert "1 crashed: &lt;script&gt;alert(1)&lt;/script&gt; [bold] of worker" in page
     assert "16.00 GiB of 24.00 GiB left" in page
     assert "micro_batch_size = 24" in page  # best.toml
@@ -199,6 +199,7 @@ def test_several_runs_on_one_page(write_run: WriteRun, capsys: pytest.CaptureFix
 def test_a_run_beside_itself_is_within_the_noise(write_run: WriteRun) -> None:
     run = load_run(write_run(best=candidate(24)))
     page = write_comparison([run, run]).read_text()
+    assert "memory_limit 24.00 GiB, " in page
     assert "do not differ beyond the noise" in page
     assert "Neither settings, nor the machine, nor the winner." in page
 
