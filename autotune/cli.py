@@ -308,7 +308,8 @@ def _command_line(context: typer.Context) -> str:
             continue
         for one in value if isinstance(value, list | tuple) else [value]:
             words += [option.opts[0]] if one is True else [option.opts[0], str(one)]
-    return terminal.visible(scrub(shlex.join(words), secrets_in(words)))
+    secrets = secrets_in(words)
+    return terminal.visible(shlex.join(scrub(word, secrets) for word in words))
 
 
 _OF_RESUME = ("resume", "budget", "device", "other_machine", "json")

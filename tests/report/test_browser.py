@@ -70,7 +70,7 @@ def open_page(browser: "Browser") -> "Iterator[Callable[..., Page]]":
         page.on("request", lambda request: request.url == file.as_uri() or heard.append(f"request: {request.url}"))
         page.goto(file.as_uri())
         if drawn:
-            page.wait_for_function("document.documentElement.dataset.plots")
+            page.locator("html[data-plots]").wait_for()
         return page  # type: ignore[no-any-return]
 
     yield open_file

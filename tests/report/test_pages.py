@@ -63,6 +63,21 @@ def test_why_the_runner_up_lost(write_run: WriteRun, edit: dict[str, object], sa
     assert said in page_of(write_run(best=candidate(24), verdict=lambda verdict: replace(verdict, **edit)))
 
 
+def test_where_losses_are_predicted_they_decide(write_run: WriteRun) -> None:
+    trials = [replace(r, predicted_loss=3.0 - r.objective / 1e5, objective=3.0 - r.objective / 1e5) if r.objective
+              else r for r in records()]  # fmt: skip
+    page = page_of(write_run(trials, best=candidate(24), objective="loss"))
+    assert "predicted loss 2.850 at 15,049 ± 113 tokens/s, 0.050 below the baseline&#39;s;" in page
+    assert "has a predicted loss of 2.860, no lower than the winner&#39;s, at 14,000 ± 70 tokens/s" in page
+
+
+def test_a_search_that_runs_says_so(write_run: WriteRun) -> None:
+    path = write_run(best=candidate(24))
+    (path / ".spent.1.1").write_text("100.0 85.0")
+    page = page_of(path)
+    assert "The search is running: 3m05s of 10m00s; this is its state so far; <code>autotune report" in page
+
+
 def test_every_plot_that_has_data_is_there(write_run: WriteRun) -> None:
     path = write_run(best=candidate(24), verdict=complete)
     write_training(path / "train", SUMMARY)
