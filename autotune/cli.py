@@ -326,7 +326,8 @@ def _command_line(context: typer.Context) -> str:
             continue
         for one in value if isinstance(value, list | tuple) else [value]:
             words += [option.opts[0]] if one is True else [option.opts[0], str(one)]
-    return terminal.visible(scrub(shlex.join(words), secrets_in(words)))
+    secrets = secrets_in(words)
+    return terminal.visible(shlex.join(scrub(word, secrets) for word in words))
 
 
 _OF_RESUME = ("resume", "budget", "device", "other_machine", "json")
@@ -390,8 +391,14 @@ def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
     from autotune.report import run as record
     from autotune.runs import read
 
-    loaded = [read.load_run(path) for path in dict.fromkeys(runs) if not training.is_training(path)]
+    loaded = [read.load_run(path) for path in runs if not training.is_training(path)]
     trained = training.trainings_of(runs)
+    written: list[Path] = []
+    if html:
+        from autotune.report import html as page
+
+        written = [page.write_html(one) for one in loaded]
+        written += [page.write_comparison(loaded)] if len(loaded) > 1 else []
     if json:
         parts = {"runs": [record.as_json(one) for one in loaded], "trainings": [training.as_json(t) for t in trained]}
         several = {"comparison": compare.as_json(loaded)} if len(loaded) > 1 else {}
@@ -402,13 +409,8 @@ def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
         if trained:
             terminal.write("Training, measured or predicted -> reached:")
             table.print_text(training.training_table(trained))
-    if html:
-        from autotune.report import html as page
-
-        for one in loaded:
-            terminal.say(f"wrote {page.write_html(one)}")
-        if len(loaded) > 1:
-            terminal.say(f"wrote {page.write_comparison(loaded)}")
+    for file in written:
+        terminal.say(f"wrote {file}")
     if damaged := [f"{one.path}: {one.damage[0]}; {read.advice(one)}" for one in loaded if one.damage]:
         raise ConfigError("; ".join(damaged))
 

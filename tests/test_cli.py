@@ -453,6 +453,24 @@ class TestSearch:
         assert [name for name, _ in made] == [f"20250101-120000-throughput{end}" for end in ("", "-2", "-3")]
         assert all(directory == Path("results", name) and directory.is_dir() for name, directory in made)
 
+    def test_the_command_is_recorded_without_passwords(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        recorded = []
+
+        def search(asked: SearchSettings, directory: Path, here: object, **watched: object) -> None:
+            recorded.append(asked.command)
+            raise NoFeasibleError("stop")
+
+        monkeypatch.setattr("autotune.search.loop.search", search)
+        monkeypatch.setattr(cli, "_report", lambda *_, **__: None)
+        choices = ["--choices", "compile=off", "--choices", "loss=full,chunked"]
+        cli.run(["search", "--model", "2x2x64", *choices, "--storage", "postgresql://me:hidden@host/db", "--json"])
+        cli.run(["search", "--model", "2x2x64", "--name", "my run", "--seed", "7"])
+        assert recorded == [
+            "autotune search --model 2x2x64 --choices compile=off --choices loss=full,chunked "
+            "--storage 'postgresql://me:***@host/db' --json",
+            "autotune search --model 2x2x64 --seed 7 --name 'my run'",
+        ]
+
     def test_nothing_feasible_shows_the_report_and_is_three(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:

@@ -27,7 +27,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         archive.extractall(folder / "site")
     tops = {name.split("/")[0] for name in names}
     assert tops == {"autotune", next(top for top in tops if top.endswith(".dist-info"))}
-    assert {"autotune/kernels/registry.py", "autotune/py.typed"} <= set(names)
+    assert {"autotune/kernels/registry.py", "autotune/py.typed", "autotune/report/page/run.html"} <= set(names)
     return folder / "site"
 
 

@@ -116,19 +116,23 @@ def _facts(run: Run) -> Mapping[str, str]:
     winner = run.verdict.winner
     shown = cells(run, run.rows[winner.trial]) if winner else {}
     chosen = {f"{_WINNERS}{name}": shown[name] for name in ("model", "batch", *PLAN_COLUMNS) if name in shown}
-    machine = {name: str(value) for name, value in flat(vars(run.environment)).items()}
-    return {**chosen, **machine, **{name: text for name, text in settings(run).items() if name not in _NOT_COMPARED}}
+    return {**chosen, **readable(vars(run.environment)), **settings(run, _NOT_COMPARED)}
 
 
-def settings(run: Run) -> Mapping[str, str]:
-    """Settings by their name in search.toml, without the empty ones and without the storage, which may be secret."""
-    table = flat(asdict(run.settings))
-    return {name: str(value) for name, value in table.items() if name != "storage" and value not in (None, "", (), {})}
+def settings(run: Run, without: Sequence[str] = ("storage", "command")) -> dict[str, str]:
+    """Settings of the search by name; never its storage, which may be secret."""
+    return readable({name: value for name, value in asdict(run.settings).items() if name not in without})
 
 
-def flat(table: Mapping[str, object]) -> dict[str, object]:
-    """A nested table with dotted names."""
-    return {str(name): value for name, value in pd.json_normalize(dict(table)).to_dict("records")[0].items()}
+def readable(table: Mapping[str, Any]) -> dict[str, str]:
+    """Texts by dotted name, without the unknown values; sizes and times have units instead of a suffix."""
+    texts = {}
+    for name, value in pd.json_normalize(dict(table)).to_dict("records")[0].items():
+        if value not in (None, "", (), {}):
+            size, time = str(name).endswith("_bytes"), str(name).endswith("_seconds")
+            shown = format_bytes(value) if size else format_duration(value) if time else str(value)
+            texts[str(name).removesuffix("_bytes").removesuffix("_seconds")] = shown
+    return texts
 
 
 def comparison(runs: Sequence[Run]) -> Group:

@@ -38,11 +38,15 @@ def sentence(run: Run) -> str:
         over = "; nothing beat the baseline"
     elif gain is not None:
         over = f", {gain.speed:.2f} times the baseline's speed"
+        if gain.loss is not None:
+            over = f", {abs(gain.loss):.3f} {'below' if gain.loss < 0 else 'above'} the baseline's"
     status = {
         "confirmed": f"confirmed in {verdict.speed.measurements} processes",
         "not settled": f"measured again, but not settled: {verdict.unsettled}",
     }.get(verdict.status, "not confirmed in a second process")
-    speed = f"{verdict.speed.tokens_per_second:,.0f} ± {verdict.speed.ci95:,.0f} tokens/s"
+    speed = f"{rate(verdict.speed.tokens_per_second, verdict.speed.ci95)} tokens/s"
+    if winner.predicted_loss is not None:
+        speed = f"predicted loss {winner.predicted_loss:.3f} at {speed}"
     return f"Trial {winner.trial} is the best of {count}: {speed}{over}; {status}."
 
 
@@ -76,16 +80,27 @@ def _gain(run: Run) -> Figure:
         why = f"the baseline is {base.result.status}" if base else "no baseline was measured"
         return Figure(name="gain", value="-", note=why)
     notes = [f"over trial {base.trial}, {run.settings.baseline_source}"] if base else []
+    speed = f"{gain.speed:.2f}x ± {gain.speed_ci95:.2f}"
+    if gain.loss is not None:
+        notes.append(f"{speed} its tokens/s")
     if gain.memory is not None:
         notes.append(f"at {gain.memory:.2f}x its memory")
-    if gain.loss is not None:
-        notes.append(f"{gain.loss:+.3f} predicted loss")
     guide = next((row for row in run.rows.values() if row["role"] == "guide"), None)
-    if guide is not None and run.verdict.speed is not None:
-        theirs = guide["tokens_per_second"]
-        ratio = f"{run.verdict.speed.tokens_per_second / theirs:.2f}x" if theirs else guide["status"]
-        notes.append(f"over the guide (trial {guide['trial']}): {ratio}")
-    return Figure(name="gain", value=f"{gain.speed:.2f}x ± {gain.speed_ci95:.2f}", note="; ".join(notes))
+    if guide is not None and run.verdict.winner is not None:
+        notes.append(f"over the guide's row (trial {guide['trial']}): {_over(run, guide)}")
+    return Figure(
+        name="gain", value=speed if gain.loss is None else f"{gain.loss:+.3f} nats", note="; ".join(notes)
+    )
+
+
+def _over(run: Run, other: Row) -> str:
+    """The winner against another trial, by the objective."""
+    winner, speed = run.verdict.winner, run.verdict.speed
+    if winner is None or speed is None or not other["tokens_per_second"]:
+        return str(other["status"])
+    if winner.predicted_loss is not None and other["predicted_loss"] is not None:
+        return f"{winner.predicted_loss - other['predicted_loss']:+.3f} predicted loss"
+    return f"{speed.tokens_per_second / other['tokens_per_second']:.2f}x"
 
 
 def _hours(run: Run) -> Figure:
@@ -130,7 +145,7 @@ def _why_not(run: Run, second: Row, best: Speed, best_peak: int | None) -> str:
         peaks = f"{format_bytes(best_peak)} against {format_bytes(peak_bytes(second))}"
         return f"cannot be told apart from the winner ({shown}); the winner needs the least memory: {peaks}"
     if run.lower_is_better:
-        return f"has a higher predicted loss: {second['predicted_loss']:.3f} at {shown}"
+        return f"has a predicted loss of {second['predicted_loss']:.3f}, no lower than the winner's, at {shown}"
     change = theirs / best.tokens_per_second - 1
     if change >= 0:
         return f"measured {shown}; all measurements together put it below the winner"

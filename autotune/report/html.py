@@ -140,7 +140,7 @@ def _context(run: Run) -> dict[str, Any]:
         "winner": winner and winner.trial,
         "verdict": verdict_lines(run),
         "made": _made(run),
-        "machine": {name: str(value) for name, value in vars(run.environment).items() if value},
+        "machine": compare.readable(vars(run.environment)),
         "settings": compare.settings(run),
     }
 

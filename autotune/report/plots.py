@@ -141,7 +141,7 @@ def speed_memory(run: Run) -> Plot | None:
         "Each point is a trial: right is more memory, up is faster; bars are 95 % intervals. Trials without a speed "
         "lie at the bottom, at the memory they had reached or were predicted to need, if beyond at the edge."
         + ("" if shows_limit else f" The limit of {limit / unit:.4g} {name} is far to the right.")
-        + (f" {nowhere} trials without either are only in the table." if nowhere else "")
+        + (f" Only in the table, for lack of both: {nowhere} trials." if nowhere else "")
     )
     return Plot(name="speed-memory", title="Speed against memory", text=text, figure=figure)
 
@@ -185,7 +185,7 @@ def history(run: Run) -> Plot | None:
     order, end = sorted(found, key=timed.__getitem__), max([*timed.values(), _spent(run) / 60])
     if best := list(accumulate((found[trial] for trial in order), min if run.lower_is_better else max)):
         figure.add_trace(_line([*(timed[t] for t in order), end], [*best, best[-1]], "best so far", BLUE, "hv"))
-    low, high = (min(found.values()), max(found.values())) if found else (0.0, 1.0)
+    low, high = (min(found.values()), max(found.values())) if found else (0.0, 0.0)
     worst = high + 0.1 * (high - low) if run.lower_is_better else low - 0.1 * (high - low)
     for status, (colour, symbol) in _MARKS.items():
         if same := [run.rows[trial] for trial in timed.keys() - found.keys() if run.rows[trial]["status"] == status]:

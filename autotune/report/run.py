@@ -77,7 +77,9 @@ def verdict_lines(run: Run) -> list[str]:
     lines = [f"damaged: {line}" for line in run.damage]
     lines.append(f"trials: {len(run.rows)}, of which {_ok(run)} ran to their end")
     lines += [line] if (line := state(run)) else []
-    if winner is None:
+    if winner is None and not run.rows:
+        lines.append("nothing has been measured yet")
+    elif winner is None:
         what = verdict.remedy or "give more memory, a longer budget or a smaller model."
         lines.append(f"No candidate is feasible: {what}")
     else:

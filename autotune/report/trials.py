@@ -63,7 +63,7 @@ def trial_table(run: Run, logs: int, message: int) -> TrialTable:
     `message`: of each reason."""
     best_first = list(dict.fromkeys([*run.verdict.ranking, *run.rows]))
     shown = {trial: run.rows[trial] for trial in sorted(best_first[:MOST_TRIALS])}
-    largest = max((peak_bytes(row) or 0 for row in shown.values()), default=0)
+    largest = max((peak_bytes(row) or row["predicted_peak_bytes"] or 0 for row in shown.values()), default=0)
     unit = "GiB" if largest >= GIB else "MiB"
     columns = {trial: _cells(row, unit) for trial, row in shown.items()}
     headers = list(next(iter(columns.values()), {}))

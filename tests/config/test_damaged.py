@@ -61,6 +61,8 @@ def report(run: Path) -> None:
     loaded = load_run(run)
     run_report(loaded, 10)
     as_json(loaded)
+    if loaded.damage:  # the rest is shown, and then it is an error
+        raise ConfigError(loaded.damage[0])
 
 
 def predicted(run: Path) -> None:

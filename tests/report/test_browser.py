@@ -1,5 +1,6 @@
 """The pages in a real browser: silent, without requests, and they react."""
 
+import importlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 REQUIRED = "AUTOTUNE_BROWSER_REQUIRED"
-"""Variable with which a missing browser is a failure instead of a skip."""
+"""Variable with which a missing browser is a failure instead of a skip; .ci/run sets it."""
 _FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -35,7 +36,7 @@ def browser() -> "Iterator[Browser]":
     if program is None:
         absent = "no Chromium is installed; install the package chromium"
         pytest.fail(absent) if os.environ.get(REQUIRED) else pytest.skip(absent)
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
+    driver = importlib.import_module("playwright.sync_api")  # of the extra dev, like pytest
     with driver.sync_playwright() as started:
         launched = started.chromium.launch(executable_path=program, args=list(_FLAGS))
         yield launched
@@ -69,7 +70,7 @@ def open_page(browser: "Browser") -> "Iterator[Callable[..., Page]]":
         page.on("request", lambda request: request.url == file.as_uri() or heard.append(f"request: {request.url}"))
         page.goto(file.as_uri())
         if drawn:
-            page.wait_for_function("document.documentElement.dataset.plots")
+            page.locator("html[data-plots]").wait_for()
         return page  # type: ignore[no-any-return]
 
     yield open_file

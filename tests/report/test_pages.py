@@ -42,7 +42,7 @@ def test_the_first_questions_are_answered_in_words(write_run: WriteRun) -> None:
     assert "confirmed in 2 processes." in page
     assert f'<pre id="command" tabindex="0">autotune train {path}</pre>' in page
     assert "Trial 1 (with batch 16 x 4) is 7.0% slower (14,000 ± 70 tokens/s), beyond the noise of ±0.9%." in page
-    assert "trial 3 (batch 64 x 1, loss full, chunk tokens -): wanted 12.00 GiB" in page
+    assert "trial 3 (batch 64 x 1, loss full): wanted 12.00 GiB" in page
     assert "1 crashed: &lt;script&gt;alert(1)&lt;/script&gt; [bold] of worker" in page
     assert "16.00 GiB of 24.00 GiB left" in page
     assert "micro_batch_size = 24" in page  # best.toml
@@ -61,6 +61,21 @@ def test_the_first_questions_are_answered_in_words(write_run: WriteRun) -> None:
 )
 def test_why_the_runner_up_lost(write_run: WriteRun, edit: dict[str, object], said: str) -> None:
     assert said in page_of(write_run(best=candidate(24), verdict=lambda verdict: replace(verdict, **edit)))
+
+
+def test_where_losses_are_predicted_they_decide(write_run: WriteRun) -> None:
+    trials = [replace(r, predicted_loss=3.0 - r.objective / 1e5, objective=3.0 - r.objective / 1e5) if r.objective
+              else r for r in records()]  # fmt: skip
+    page = page_of(write_run(trials, best=candidate(24), objective="loss"))
+    assert "predicted loss 2.850 at 15,049 ± 113 tokens/s, 0.050 below the baseline&#39;s;" in page
+    assert "has a predicted loss of 2.860, no lower than the winner&#39;s, at 14,000 ± 70 tokens/s" in page
+
+
+def test_a_search_that_runs_says_so(write_run: WriteRun) -> None:
+    path = write_run(best=candidate(24))
+    (path / ".spent.1.1").write_text("100.0 85.0")
+    page = page_of(path)
+    assert "The search is running: 3m05s of 10m00s; this is its state so far; <code>autotune report" in page
 
 
 def test_every_plot_that_has_data_is_there(write_run: WriteRun) -> None:
@@ -199,6 +214,7 @@ def test_several_runs_on_one_page(write_run: WriteRun, capsys: pytest.CaptureFix
 def test_a_run_beside_itself_is_within_the_noise(write_run: WriteRun) -> None:
     run = load_run(write_run(best=candidate(24)))
     page = write_comparison([run, run]).read_text()
+    assert "memory_limit 24.00 GiB, " in page
     assert "do not differ beyond the noise" in page
     assert "Neither settings, nor the machine, nor the winner." in page
 

@@ -236,3 +236,11 @@ def test_a_narrow_terminal_gets_every_number(write_run: WriteRun, capsys: pytest
     assert len(rows) == 4
     assert max(map(len, rows)) <= 80
     assert "15,100 ± 76" in rows[1]
+
+
+def test_several_runs_fit_a_narrow_terminal(write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [write_run(best=candidate(24), name=name, device_name=name * 20) for name in ("first", "second")]
+    text = shown(capsys, comparison([load_run(path) for path in paths]), width=80)
+    tables = text.partition("These runs are of different machines")[0]
+    assert max(map(len, tables.splitlines())) <= 80
+    assert "15,049 ± 113" in tables
