@@ -40,7 +40,6 @@ class Proposer:
         self._problem = CandidateProblem(space, settings, kinds, priors=priors)
         self._repeated, self._card = False, card_of(environment)
         self._start = start and settings.sampler == "additive"
-        self._starts: list[Candidate] | None = None
         sampler = make_sampler(settings.sampler, (settings.seed + len(trials)) % 2**32, self._problem)
         self._guard = None if settings.sampler == "additive" else GuardedSampler(sampler, space, settings.seed)
         study.sampler = self._guard or sampler
@@ -79,9 +78,8 @@ class Proposer:
         known = self._problem.known
         if not self._start or len(known) > STARTS:
             return None
-        if self._starts is None:
-            self._starts = starts(self._space, self._settings, self._card, model)
-        left = (c for c in self._starts if c.id not in known and dominated_by_oom(c, known) is None)
+        found = starts(self._space, self._settings, self._card, model)  # again: each trial moves the memory model
+        left = (c for c in found if c.id not in known and dominated_by_oom(c, known) is None)
         return next(left, None)
 
     def enqueue(self, candidate: Candidate, attributes: Mapping[str, object]) -> "optuna.Trial":
