@@ -392,7 +392,7 @@ def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
     from autotune.runs import read
 
     loaded = [read.load_run(path) for path in runs if not training.is_training(path)]
-    trained = training.trainings_of(runs)
+    trained, damaged = training.trainings_of(runs)
     written: list[Path] = []
     if html:
         from autotune.report import html as page
@@ -411,7 +411,8 @@ def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
             table.print_text(training.training_table(trained))
     for file in written:
         terminal.say(f"wrote {file}")
-    if damaged := [f"{one.path}: {one.damage[0]}; {read.advice(one)}" for one in loaded if one.damage]:
+    damaged += [f"{one.path}: {one.damage[0]}; {read.advice(one)}" for one in loaded if one.damage]
+    if damaged:
         raise ConfigError("; ".join(damaged))
 
 

@@ -24,7 +24,6 @@ from autotune.memory.breakdown import predicted_breakdown
 from autotune.report import compare, headline, training
 from autotune.report.plots import plots, side_by_side
 from autotune.report.run import heading, next_command, state, verdict_lines
-from autotune.report.training import TrainedRun
 from autotune.report.trials import trial_table
 from autotune.runs.directory import BEST_NANOGPT, COMPARISON_HTML, MEMORY_MODEL_JSON, REPORT_HTML
 from autotune.runs.read import Run, advice
@@ -117,8 +116,8 @@ def _context(run: Run) -> dict[str, Any]:
             damage.append(str(error))
             return otherwise
 
-    none: list[TrainedRun] = []
-    trainings = known(lambda run: training.trainings_of([run.path]), none)
+    trainings, broken = training.trainings_of([run.path])
+    damage += broken
     drawn = plots(run, trainings, known(_at_the_peak, None))
     return {
         "title": f"{run.path.name}: autotune",

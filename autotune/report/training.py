@@ -40,10 +40,15 @@ def is_training(path: Path) -> bool:
     return (path / RECIPE).exists() and not (path / SEARCH_TOML).exists()
 
 
-def trainings_of(paths: Sequence[Path]) -> list[TrainedRun]:
-    """Trainings among the directories and inside them. Raises ConfigError for a damaged one."""
-    places = [place for path in paths for place in (path, path / TRAINING) if is_training(place)]
-    return [load_training(place) for place in places]
+def trainings_of(paths: Sequence[Path]) -> tuple[list[TrainedRun], list[str]]:
+    """Trainings among the directories and inside them, and a line for each that is damaged."""
+    found, damaged = [], []
+    for place in [place for path in paths for place in (path, path / TRAINING) if is_training(place)]:
+        try:
+            found.append(load_training(place))
+        except ConfigError as error:
+            damaged.append(str(error))
+    return found, damaged
 
 
 def load_training(path: Path) -> TrainedRun:

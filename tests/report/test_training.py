@@ -47,6 +47,17 @@ def test_a_training_of_given_time_shows_it(tmp_path: Path, capsys: pytest.Captur
     assert "2m00s of 3m00s" in line
 
 
+def test_a_damaged_training_does_not_hide_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path, best=candidate(24))
+    out = write_training(run / "train", SUMMARY)
+    (out / "train_log.csv").write_text(TRAIN_HEADER + "garbage\n")
+    assert cli.run(["report", str(run), "--html"]) == 1
+    told = capsys.readouterr()
+    assert "best: trial 6" in told.out
+    assert "train_log.csv, line 2 is not a row of it" in told.err.splitlines()[-1]
+    assert "train_log.csv, line 2 is not a row of it" in (run / "report.html").read_text()
+
+
 def test_a_damaged_training_is_one_line(tmp_path: Path) -> None:
     out = write_training(tmp_path / "mine")
     (out / "summary.json").write_text("{")
