@@ -49,8 +49,8 @@ from autotune.search.race import (
     as_trial_request,
     candidates_for_race,
     conclude_race,
+    equal_tokens,
     first_overhead,
-    known_speed,
     make_lineup,
     overhead,
     patience,
@@ -430,7 +430,9 @@ class Search:
             memory_limit_bytes=self.settings.memory_limit_bytes, timeout_seconds=allowance.seconds,
             result_path=self.directory / files.LOGS / f"rung-{number:04d}.json",
             train_seconds=self.settings.train_seconds,
-            speed=known_speed(rival, self.lineup, self.readings, self.records),
+            tokens=equal_tokens(
+                rival, step.fraction, self.lineup, self.readings, self.records, self.settings.train_seconds
+            ),
         )  # fmt: skip
         result = self._train_rung(request, Path(request.result_path).with_suffix(".log"))
         if result.status == "timeout" and allowance.ends_budget:

@@ -150,34 +150,39 @@ def overhead(readings: Sequence[Reading], before: float) -> float:
     return statistics.fmean(beside) if beside else before
 
 
-def known_speed(
-    rival: Rival, lineup: Lineup, readings: Sequence[Reading], records: Sequence[TrialRecord]
-) -> float | None:
-    """Tokens/s by which a rival's time is converted to tokens: one figure for all rivals that execute the same step, so
-    that they get the same tokens even if another program disturbs one of them. None: not measured yet."""
+def equal_tokens(
+    rival: Rival, fraction: float, lineup: Lineup, readings: Sequence[Reading], records: Sequence[TrialRecord],
+    train_seconds: float | None,
+) -> int | None:  # fmt: skip
+    """Tokens of a rung whose training was given in time, if its speed is known. Rivals that execute the same step get
+    the same, even if another program disturbs one of them."""
+    if train_seconds is None:
+        return None
     same = {other.rival for other in lineup.rivals if other.candidate.id == rival.candidate.id}
-    rungs = [reading.tokens_per_second for reading in readings if reading.rival in same and reading.tokens_per_second]
-    if rungs:
-        return statistics.median(rungs)
+    ran = [reading for reading in readings if reading.rival in same and reading.tokens and reading.tokens_per_second]
+    alike = next((reading.tokens for reading in ran if reading.fraction == fraction), None)
+    if alike is not None:
+        return alike
     trials = (record for record in records if record.candidate.id == rival.candidate.id and record.role != "race")
-    return next((record.result.tokens_per_second for record in trials if record.result.tokens_per_second), None)
+    speeds = [reading.tokens_per_second or 0.0 for reading in ran]
+    speeds = speeds or [speed for record in trials if (speed := record.result.tokens_per_second)]
+    return round(fraction * train_seconds * statistics.median(speeds)) if speeds else None
 
 
 def rung_request(
     rival: Rival, step: Step, lineup: Lineup, *, device: str, memory_limit_bytes: int | None, checkpoints: Path | None,
-    result_path: Path, timeout_seconds: float, train_seconds: float | None, speed: float | None = None,
+    result_path: Path, timeout_seconds: float, train_seconds: float | None, tokens: int | None = None,
     evaluations: int = 1,
 ) -> RungRequest:  # fmt: skip
-    """What the worker of one rung is asked. `train_seconds`: the full training's, if it was given in time; `speed`: the
-    tokens/s that convert it. None: the worker's own speed does."""
-    tokens = train_seconds * speed if train_seconds and speed else rival.candidate.recipe.max_tokens
+    """What the worker of one rung is asked. `train_seconds`: the full training's, if it was given in time, which the
+    worker's own speed converts to tokens, unless `tokens` are given."""
     kept = checkpoints is not None and rival.kept_share > 0.0
     return RungRequest(
         candidate=rival.candidate, device=device, result_path=str(result_path),
         memory_limit_bytes=memory_limit_bytes, timeout_seconds=timeout_seconds,
         checkpoints=str(checkpoints) if kept else "",
-        target_tokens=max(1, round(step.fraction * tokens)),
-        target_seconds=step.fraction * train_seconds if train_seconds and not speed else None,
+        target_tokens=tokens or max(1, round(step.fraction * rival.candidate.recipe.max_tokens)),
+        target_seconds=step.fraction * train_seconds if train_seconds and tokens is None else None,
         chunk_tokens=lineup.chunk_tokens, chunks=lineup.chunks, evaluations=evaluations,
     )  # fmt: skip
 
