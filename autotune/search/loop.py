@@ -49,6 +49,7 @@ from autotune.search.race import (
     as_trial_request,
     candidates_for_race,
     conclude_race,
+    equal_tokens,
     first_overhead,
     make_lineup,
     overhead,
@@ -425,6 +426,9 @@ class Search:
             memory_limit_bytes=self.settings.memory_limit_bytes, timeout_seconds=allowance.seconds,
             result_path=self.directory / files.LOGS / f"rung-{number:04d}.json",
             train_seconds=self.settings.train_seconds,
+            tokens=equal_tokens(
+                rival, step.fraction, self.lineup, self.readings, self.records, self.settings.train_seconds
+            ),
         )  # fmt: skip
         result = self._train_rung(request, Path(request.result_path).with_suffix(".log"))
         if result.status == "timeout" and allowance.ends_budget:

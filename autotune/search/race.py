@@ -107,18 +107,20 @@ def _rival(
 ) -> Candidate:
     schedule = settings.recipe.schedule if settings.target == "nanogpt" else "wsd"
     recipe = replace(candidate.recipe, optimizer=optimizer, global_batch_size=batch, schedule=schedule)
+    # the plan stays as it was measured and compiled, unless the batch is smaller than its micro batch
     plan = replace(candidate.plan, micro_batch_size=min(candidate.plan.micro_batch_size, batch))
-    return finish_candidate(canonical(replace(candidate, recipe=recipe, plan=plan)), tokens, factor)
+    rival = replace(candidate, recipe=recipe, plan=plan)
+    return finish_candidate(rival if plan == candidate.plan else canonical(rival), tokens, factor)
 
 
 def _batches(candidate: Candidate, tokens: float, settings: SearchSettings) -> list[int]:
-    """Sequences of a step: the power of two nearest to the rule's tokens, the baseline's tokens, twice and half the
-    rule's; without those for which the plan would have to run in far smaller parts."""
-    block = candidate.shape.block_size
-    rule = 2 ** round(math.log2(batch_tokens(tokens)))
-    smallest = max(1, candidate.plan.micro_batch_size // _SMALLEST_PART)
-    wanted = (rule, settings.recipe.tokens_per_step, 2 * rule, rule // 2)
-    return list(dict.fromkeys(max(smallest, size // block) for size in wanted))
+    """Sequences of a step: the plan's micro batch times the power of two that comes nearest to the rule's tokens, the
+    baseline's tokens, twice and half the first; none for which the plan would have to run in far smaller parts."""
+    block, micro = candidate.shape.block_size, candidate.plan.micro_batch_size
+    rule = micro * 2.0 ** round(math.log2(batch_tokens(tokens) / block / micro))
+    smallest = max(1, micro // _SMALLEST_PART)
+    wanted = (rule, settings.recipe.tokens_per_step / block, 2 * rule, rule / 2)
+    return list(dict.fromkeys(max(smallest, int(size)) for size in wanted))
 
 
 def make_lineup(rivals: Sequence[Rival], data: Path, speed: float, overhead_seconds: float) -> Lineup:
@@ -148,18 +150,39 @@ def overhead(readings: Sequence[Reading], before: float) -> float:
     return statistics.fmean(beside) if beside else before
 
 
+def equal_tokens(
+    rival: Rival, fraction: float, lineup: Lineup, readings: Sequence[Reading], records: Sequence[TrialRecord],
+    train_seconds: float | None,
+) -> int | None:  # fmt: skip
+    """Tokens of a rung whose training was given in time, if its speed is known. Rivals that execute the same step get
+    the same, even if another program disturbs one of them."""
+    if train_seconds is None:
+        return None
+    same = {other.rival for other in lineup.rivals if other.candidate.id == rival.candidate.id}
+    ran = [reading for reading in readings if reading.rival in same and reading.tokens and reading.tokens_per_second]
+    alike = next((reading.tokens for reading in ran if reading.fraction == fraction), None)
+    if alike is not None:
+        return alike
+    trials = (record for record in records if record.candidate.id == rival.candidate.id and record.role != "race")
+    speeds = [reading.tokens_per_second or 0.0 for reading in ran]
+    speeds = speeds or [speed for record in trials if (speed := record.result.tokens_per_second)]
+    return round(fraction * train_seconds * statistics.median(speeds)) if speeds else None
+
+
 def rung_request(
     rival: Rival, step: Step, lineup: Lineup, *, device: str, memory_limit_bytes: int | None, checkpoints: Path | None,
-    result_path: Path, timeout_seconds: float, train_seconds: float | None, evaluations: int = 1,
+    result_path: Path, timeout_seconds: float, train_seconds: float | None, tokens: int | None = None,
+    evaluations: int = 1,
 ) -> RungRequest:  # fmt: skip
-    """What the worker of one rung is asked. `train_seconds`: the full training's, if it was given in time."""
+    """What the worker of one rung is asked. `train_seconds`: the full training's, if it was given in time, which the
+    worker's own speed converts to tokens, unless `tokens` are given."""
     kept = checkpoints is not None and rival.kept_share > 0.0
     return RungRequest(
         candidate=rival.candidate, device=device, result_path=str(result_path),
         memory_limit_bytes=memory_limit_bytes, timeout_seconds=timeout_seconds,
         checkpoints=str(checkpoints) if kept else "",
-        target_tokens=max(1, round(step.fraction * rival.candidate.recipe.max_tokens)),
-        target_seconds=None if train_seconds is None else step.fraction * train_seconds,
+        target_tokens=tokens or max(1, round(step.fraction * rival.candidate.recipe.max_tokens)),
+        target_seconds=step.fraction * train_seconds if train_seconds and tokens is None else None,
         chunk_tokens=lineup.chunk_tokens, chunks=lineup.chunks, evaluations=evaluations,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_machine import CPU, settings
+from fake_machine import CPU, settings, tokens_per_second
 from fake_race import Slow, Track
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
@@ -100,7 +100,7 @@ def test_the_report_says_what_was_raced_and_what_each_change_gained(
     assert f"first: rival {verdict.race.order[0]}," in whole
     assert f"validation loss {verdict.race.best.loss:.3f} after" in whole
     assert "against the baseline's recipe: -" in whole
-    assert "racing 3" in whole  # a third of the time
+    assert "racing " in whole
     for change in ("optimizer", "learning rate", "schedule"):
         assert any(line.startswith(change) for line in text.splitlines())
     assert "not raced" in text  # the schedule
@@ -151,9 +151,18 @@ def test_equal_time_is_asked_of_all_or_equal_tokens(
     raced: tuple[Path, Track, Verdict], tmp_path: Path, text: Path
 ) -> None:
     track = raced[1]
-    first = [request for request in track.requests if request.target_seconds == track.requests[0].target_seconds]
-    assert len(first) > 3
-    assert len({request.target_tokens for request in first}) > 1
+    whole, seen = asked(text).train_seconds, dict[tuple[str, float], set[int]]()
+    assert whole
+    assert track.requests[0].target_seconds
+    assert raced[2].race is not None
+    for request, reading in zip(track.requests, raced[2].race.readings, strict=True):
+        if request.target_seconds is not None:  # whose speed is not known yet: the worker's own decides
+            assert request.target_seconds == pytest.approx(reading.fraction * whole)
+            continue
+        lasts = request.target_tokens / (tokens_per_second(request.candidate) / 2e3)
+        assert lasts == pytest.approx(reading.fraction * whole, rel=0.15)  # whole steps
+        seen.setdefault((request.candidate.id, reading.fraction), set()).add(request.target_tokens)
+    assert {len(tokens) for tokens in seen.values()} == {1}
     assert {request.chunk_tokens % request.candidate.shape.block_size for request in track.requests} == {0}
     assert len({(request.chunk_tokens, request.chunks) for request in track.requests}) == 1
     track = Track(Slow())
@@ -220,9 +229,9 @@ def test_a_killed_race_goes_on_where_it_was(raced: tuple[Path, Track, Verdict], 
         tmp_path / "run", CPU, measure=machine.measure, clock=machine.clock, train_rung=track.train,
         started=machine.now,
     )  # fmt: skip
-    asked_of = [(r.candidate.recipe, r.target_seconds) for r in track.requests]
+    asked_of = [(r.candidate.recipe, r.target_seconds, r.target_tokens) for r in track.requests]
     assert len(asked_of) == len(set(asked_of))  # no rung twice
-    assert asked_of[:8] == [(r.candidate.recipe, r.target_seconds) for r in whole.requests][:8]
+    assert asked_of[:8] == [(r.candidate.recipe, r.target_seconds, r.target_tokens) for r in whole.requests][:8]
     assert verdict.race is not None
     assert len(verdict.race.readings) == len(track.requests)
     roles = [row["role"] for row in rows(tmp_path / "run", "trials.csv")]
