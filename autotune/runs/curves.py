@@ -37,8 +37,10 @@ class Belief:
 
 @dataclass(frozen=True, kw_only=True)
 class Priors:
-    """What is expected of trainings before any."""
+    """What is expected of trainings of about some length before any."""
 
+    tokens: float
+    """The length, by order of magnitude."""
     constants: Mapping[str, Belief]
     """By the names in `law_loss`."""
     common_sd: float
@@ -84,11 +86,15 @@ class Posterior:
         return sd
 
 
+def priors(tokens: float) -> Priors:
+    """The package's own for the length that is nearest."""
+    return min(_every_priors(), key=lambda known: abs(math.log(known.tokens / tokens)))
+
+
 @functools.cache
-def priors() -> Priors:
-    """The package's own."""
+def _every_priors() -> tuple[Priors, ...]:
     path = Path(__file__).with_name("curves.json")
-    return read_table(Priors, read_json(path), path.name)
+    return tuple(read_table(Priors, table, name) for name, table in read_json(path).items())
 
 
 def predict(known: Priors, shown: Sequence[tuple[Training, float]], wanted: Sequence[Training]) -> Posterior:
@@ -168,8 +174,8 @@ def law_loss(c: Mapping[str, float], f: Mapping[str, Array]) -> Array:
     """Loss by the law with constants `c` of trainings with features `f`: (n,) nats.
 
     Muon has a term of tokens of its own. The best rate is Step Law's power of N and D, times a factor, and another one
-    for Muon; it changes with the batch. The best batch is Step Law's power of D, times a factor. Either costs nats by the square
-    of its logarithmic distance; the curvatures are logarithms, so that they stay positive.
+    for Muon; it changes with the batch. The best batch is Step Law's power of D, times a factor. Either costs nats by
+    the square of its logarithmic distance; the curvatures are logarithms, so that they stay positive.
     """
     best_rate, best_batch = _optimum(c, f)
     data = c["b"] * np.exp(-(c["beta"] + c["beta_muon"] * f["muon"]) * f["log_tokens"] - c["muon"] * f["muon"])
@@ -180,10 +186,10 @@ def law_loss(c: Mapping[str, float], f: Mapping[str, Array]) -> Array:
     return np.asarray(bounded(loss, f["untrained"]) + off)
 
 
-def optimum(recipe: Recipe, tokens: float, known: Priors | None = None) -> tuple[float, float]:
+def optimum(recipe: Recipe, tokens: float) -> tuple[float, float]:
     """The learning rate that is expected to be best for a recipe's shape, optimizer and batch over `tokens`, and the
     tokens of the best batch."""
-    constants = {name: belief.mean for name, belief in (known or priors()).constants.items()}
+    constants = {name: belief.mean for name, belief in priors(tokens).constants.items()}
     rate, batch = _optimum(constants, _features([Training(recipe=recipe, tokens=tokens, rival="")]))
     return math.exp(rate[0]), math.exp(batch[0])
 

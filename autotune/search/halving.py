@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from autotune.runs.curves import Posterior, Priors, Training, predict, priors
 from autotune.runs.races import Reading, Rival, by_rival, difference
 
+ETA = 3
+"""Each level keeps one rival in so many and trains it so many times as long."""
 FEWEST = 2
 """Rivals that a race needs."""
 
@@ -31,10 +33,9 @@ class Step:
 class Rule:
     """Choices of the rule; `scripts/replay_races` compares others."""
 
-    eta: int = 2
-    """Each level keeps one rival in so many and trains it so many times as long."""
+    eta: int = ETA
     known: Priors | None = None
-    """What is expected before any reading; None: the package's own."""
+    """What is expected before any reading; None: the package's own, by the length of the trainings."""
     extrapolates: bool = True
     """Order rivals by their expected final loss, not by their latest reading."""
 
@@ -90,7 +91,8 @@ def expected(
         if reading.loss is not None and (recipe := recipes.get(reading.rival)) is not None
     ]
     wanted = [Training(recipe=recipe, tokens=recipe.max_tokens, rival=rival) for rival, recipe in recipes.items()]
-    return predict(known or priors(), shown, [*wanted, *also])
+    longest = statistics.median(training.tokens for training in wanted)
+    return predict(known or priors(longest), shown, [*wanted, *also])
 
 
 def order_of(rivals: Sequence[Rival], readings: Sequence[Reading], rule: Rule = RULE) -> tuple[int, ...]:

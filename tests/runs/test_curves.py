@@ -24,7 +24,7 @@ def training(
 
 def world(seed: int) -> tuple[Priors, list[Training], np.ndarray]:
     """Rivals at three lengths, and losses drawn from the prior itself."""
-    known = priors()
+    known = priors(2**19)
     rivals = [{"rate": rate, "batch": batch} for rate in (0.003, 0.012) for batch in (1024, 4096)]
     every = [training(tokens, **rival) for rival in rivals for tokens in (2**16, 2**17, 2**19)]  # type: ignore[arg-type]
     prior, generator = predict(known, [], every), np.random.default_rng(seed)
@@ -45,7 +45,7 @@ def test_intervals_hold_what_comes() -> None:
 
 
 def test_a_training_that_was_shown_is_known_up_to_its_scatter() -> None:
-    known, one = priors(), training(2**17)
+    known, one = priors(2**19), training(2**17)
     found = predict(known, [(one, 7.0)], [one])
     assert found.means[0] == pytest.approx(7.0, abs=0.1)
     assert found.sd[0] < 2 * known.noise_sd
@@ -53,27 +53,27 @@ def test_a_training_that_was_shown_is_known_up_to_its_scatter() -> None:
 
 def test_without_evidence_an_interval_is_wide_and_with_it_narrower() -> None:
     target = training(2**19)
-    before = predict(priors(), [], [target])
-    after = predict(priors(), [(training(2**17), 7.1), (training(2**18), 6.8)], [target])
+    before = predict(priors(2**19), [], [target])
+    after = predict(priors(2**19), [(training(2**17), 7.1), (training(2**18), 6.8)], [target])
     assert after.sd[0] < before.sd[0] / 2
     assert after.means[0] < 6.8
 
 
 def test_a_small_batch_leads_in_short_trainings_and_loses_long_ones() -> None:
     short, long = 2**15, 2**21
-    first = predict(priors(), [], [training(short, batch=1024), training(short, batch=8192)])
-    last = predict(priors(), [], [training(long, batch=1024), training(long, batch=8192)])
+    first = predict(priors(2**19), [], [training(short, batch=1024), training(short, batch=8192)])
+    last = predict(priors(2**19), [], [training(long, batch=1024), training(long, batch=8192)])
     assert first.means[0] < first.means[1]
     assert last.means[0] > last.means[1]
 
 
 def test_muon_is_expected_ahead_of_adamw() -> None:
-    found = predict(priors(), [], [training(2**18), training(2**18, optimizer="adamw")])
+    found = predict(priors(2**19), [], [training(2**18), training(2**18, optimizer="adamw")])
     assert found.means[0] < found.means[1]
 
 
 def test_constants_are_learned_from_losses() -> None:
-    known = priors()
+    known = priors(2**19)
     every = [training(2**power, batch=batch) for power in (16, 18, 20) for batch in (1024, 4096)]
     moved = replace(
         known, constants={**known.constants, "e": replace(known.constants["e"], mean=known.constants["e"].mean + 0.3)}
@@ -87,7 +87,7 @@ def test_constants_are_learned_from_losses() -> None:
 
 def test_rivals_do_not_share_their_own_deviation() -> None:
     """A surprise of one rival says more about itself than about another one of its recipe."""
-    known, one = priors(), training(2**17)
+    known, one = priors(2**19), training(2**17)
     usual = float(predict(known, [], [one]).means[0])
     shown = [(one, usual + 0.5)]
     other = Training(recipe=one.recipe, tokens=one.tokens, rival="another")

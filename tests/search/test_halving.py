@@ -35,7 +35,7 @@ def rivals(batches: Sequence[int] = BATCHES) -> list[Rival]:
 
 def law(rival: Rival, fraction: float) -> float:
     recipe = rival.candidate.recipe
-    return float(predict(priors(), [], [Training(recipe=recipe, tokens=fraction * FULL, rival=0)]).means[0])
+    return float(predict(priors(2**19), [], [Training(recipe=recipe, tokens=fraction * FULL, rival=0)]).means[0])
 
 
 def reading(rival: Rival, fraction: float, loss: float | None) -> Reading:
