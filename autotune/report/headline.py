@@ -88,9 +88,7 @@ def _gain(run: Run) -> Figure:
     guide = next((row for row in run.rows.values() if row["role"] == "guide"), None)
     if guide is not None and run.verdict.winner is not None:
         notes.append(f"over the guide's row (trial {guide['trial']}): {_over(run, guide)}")
-    return Figure(
-        name="gain", value=speed if gain.loss is None else f"{gain.loss:+.3f} nats", note="; ".join(notes)
-    )
+    return Figure(name="gain", value=speed if gain.loss is None else f"{gain.loss:+.3f} nats", note="; ".join(notes))
 
 
 def _over(run: Run, other: Row) -> str:
