@@ -452,17 +452,14 @@ def race(
 
     if seconds and tokens:
         raise ConfigError("--time and --tokens exclude each other; give one")
-    here = probe(device)
-    settings = user_race.RaceSettings(
-        candidates=user_race.read_candidates(candidates, data, here),
-        device=here.device,
-        seconds=None if tokens else parse_duration(seconds or "3m"),
-        tokens=parse_count(tokens) if tokens else None,
-    )
+    lasts, count = None if tokens else parse_duration(seconds or "3m"), parse_count(tokens) if tokens else None
+    most, here = parse_duration(budget) if budget else None, probe(device)
+    found = user_race.read_candidates(candidates, data, here)
+    settings = user_race.RaceSettings(candidates=found, device=here.device, seconds=lasts, tokens=count)
     make_cache(compile_cache_dir())
     with trials_in_a_row() as (measure, train_rung):
         raced = user_race.run_race(
-            settings, out, seeds=seeds, budget_seconds=parse_duration(budget) if budget else None,
+            settings, out, seeds=seeds, budget_seconds=most,
             memory_limit_bytes=memory_limit_of(here), measure=measure, train_rung=train_rung, say=terminal.say,
             started=context.obj,
         )  # fmt: skip

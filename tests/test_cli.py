@@ -16,6 +16,7 @@ from recorded_run import candidate, write_run
 import autotune
 from autotune import cli
 from autotune.config.search_settings import SearchSettings
+from autotune.data.shards import write_shard
 from autotune.errors import CheckpointError, NoFeasibleError
 
 ROOT = Path(autotune.__file__).parent.parent
@@ -416,6 +417,33 @@ class TestSearch:
         assert code == 1
         assert said in text
         assert list(Path().iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["nowhere.toml"], "nowhere.toml does not exist"),
+            (["nowhere"], "nowhere does not exist"),
+            (["mine.py"], "mine.py names no data, and a race trains on text; give --data DIR"),
+            (["mine.py", "--data", "nowhere"], "nowhere is not a directory of tokens"),
+            (["mine.py", "--time", "3m", "--tokens", "1M"], "--time and --tokens exclude each other"),
+            (["mine.py", "--time", "soon"], "soon"),
+            (["mine.py", "mine.py", "--data", "text"], "two candidates are called mine"),
+            (["mine.py", "--data", "text"], "mine: 100 training tokens give 1 sequences of 64, 4 are needed"),
+            (["mine.py", "--data", "text", "--time", "0s"], "leave nothing to train"),
+        ],
+    )
+    def test_mistakes_of_a_race_exit_with_1(
+        self, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    ) -> None:
+        rows = 4 if "0s" not in arguments else 1
+        Path("mine.py").write_text(f"batch_size = {rows}\ngradient_accumulation_steps = 1\nblock_size = 64\n")
+        Path("text").mkdir()
+        for split in ("train", "val"):
+            write_shard(Path("text", f"a_{split}_000000.bin"), range(100))
+        code, text = told_by(capsys, "race", *arguments)
+        assert code == 1
+        assert said in text
+        assert not Path("results").exists()
 
     def test_a_dry_run_prints_and_leaves_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.run(["search", "--dry-run", "--name", "x"]) == 0

@@ -63,7 +63,7 @@ def heading(run: Run) -> str:
     """Objective, limits and machine of the search."""
     settings, machine = run.settings, run.environment
     objective = "least predicted loss" if run.lower_is_better else "most tokens/s"
-    objective = "lowest loss, raced" if run.verdict.race else objective
+    objective = "lowest loss, raced" if run.verdict.raced else objective
     limit, budget = format_bytes(settings.memory_limit_bytes), format_duration(settings.budget_seconds)
     return (
         f"{run.path}: {objective} within {limit} on {machine.device_name} ({machine.device}), "
@@ -85,14 +85,14 @@ def verdict_lines(run: Run) -> list[str]:
     else:
         cached = cache_text(winner.result.compile_cache_hits, winner.result.compile_cache_misses)
         graphs = f", {cached} from the compile cache" if cached else ""
-        figures = _figures(winner, verdict.speed, raced=verdict.race is not None)
+        figures = _figures(winner, verdict.speed, raced=verdict.raced)
         lines.append(f"best: trial {winner.trial}, {_status(verdict)}: {figures}{graphs}")
         lines += race_lines(verdict.race) if verdict.race else []
         if verdict.unsettled:
             lines.append(f"warning: not settled: {verdict.unsettled}")
         if run.best is not None and run.best.candidate.id != winner.candidate.id:
             lines.append(f"warning: {BEST_TOML} is not the best trial: repair it with `autotune report --rebuild`")
-    figures = _figures(baseline, verdict.baseline_speed, raced=verdict.race is not None) if baseline else ""
+    figures = _figures(baseline, verdict.baseline_speed, raced=verdict.raced) if baseline else ""
     lines.append(f"baseline: trial {baseline.trial}: {figures}" if baseline else "baseline: not measured")
     lines += _gain(verdict)
     if verdict.tied_with:
@@ -106,9 +106,8 @@ def verdict_lines(run: Run) -> list[str]:
             f"warning: the baseline's confirmation ran at {verdict.drift:.2f}x the speed of its trial: the machine "
             "changed during the search" + ("; the ranking is corrected for it" if verdict.drift_corrected else "")
         )
-    if verdict.law:
-        how = "" if verdict.race else "the winner is by the law, not raced; "
-        lines.append(f"{how}predicted losses are by the law {verdict.law}")
+    if verdict.law and not verdict.raced:
+        lines.append(f"the winner is by the law, not raced; predicted losses are by the law {verdict.law}")
     lines += _time(verdict)
     return lines + [f"note: {note}" for note in verdict.notes]
 
@@ -281,12 +280,13 @@ def _race_sections(race: RaceVerdict) -> dict[str, list[Line]]:
 def cells(run: Run, row: Row) -> dict[str, str]:
     """Texts of a trial by column header."""
     winner, corrected = run.verdict.winner, run.verdict.drift_corrected
+    by_law = run.lower_is_better and not run.verdict.raced  # a race has measured losses, beside which the law's mislead
     objective = corrected.get(str(row["trial"]), row["objective"])
     return {
         "": "*" if winner is not None and row["trial"] == winner.trial else "",
         "trial": str(row["trial"]),
         "role": row["role"],
-        **({"predicted loss": fmt(row["predicted_loss"], ".3f")} if run.lower_is_better else {}),
+        **({"predicted loss": fmt(row["predicted_loss"], ".3f")} if by_law else {}),
         "tokens/s": rate(row["tokens_per_second"], row["tokens_per_second_ci95"]),
         **({"without drift": fmt(objective, ".3f" if run.lower_is_better else ",.0f")} if corrected else {}),
         "MFU": fmt(row["mfu"], ".1%"),

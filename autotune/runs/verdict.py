@@ -121,7 +121,7 @@ class Verdict:
     """Share of each choice in being among the best trials (PED-ANOVA, Watanabe et al. 2023, arXiv:2304.10255); empty
     with too few trials, and before the end."""
     race: RaceVerdict | None = None
-    """The race that elected the winner; None: there was none, and the objective did."""
+    """The race, which elects the winner if any rival came to its end; None: there was none."""
     law: str = ""
     """Scaling law of the predicted losses, with band and source; empty for `throughput`."""
     trials: int = 0
@@ -141,6 +141,11 @@ class Verdict:
     def confirmed(self) -> bool:
         """The winner was measured again in a fresh process, evaluation and checkpoint included."""
         return self.status in ("confirmed", "not settled")
+
+    @property
+    def raced(self) -> bool:
+        """A race elected the winner; False where all its rivals failed."""
+        return self.race is not None and bool(self.race.order)
 
     @property
     def overhead(self) -> float | None:

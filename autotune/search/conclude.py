@@ -47,13 +47,14 @@ def conclude(
         racing = sum(reading.stepping_seconds for reading in race.readings)
         seconds.update({RACING: racing, "start": race.seconds - racing})
         idle -= race.seconds
+    by_objective = verdict.winner if not verdict.raced else None
     verdict = replace(
         verdict,
         ended=study is not None,
         gain=_gain(verdict),
         trade_offs=_trade_offs(records, settings),
         failures=_failures(records),
-        neighbours=_neighbours(verdict.winner, records, settings, space) if verdict.winner and not race else (),
+        neighbours=_neighbours(by_objective, records, settings, space) if by_objective else (),
         importance=_importance(study, len(searched(records))) if study else {},
         law=_law(settings),
         trials=len(ran),
@@ -82,7 +83,7 @@ def _gain(verdict: Verdict) -> Gain | None:
         speed=ratio,
         speed_ci95=ratio * (speed.relative_ci95**2 + base.relative_ci95**2) ** 0.5,
         memory=_peak_ratio(winner.result, baseline.result),
-        loss=None if verdict.race or losses[0] is None or losses[1] is None else losses[0] - losses[1],
+        loss=None if verdict.raced or losses[0] is None or losses[1] is None else losses[0] - losses[1],
     )
 
 

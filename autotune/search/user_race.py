@@ -48,6 +48,10 @@ class RaceSettings:
     tokens: int | None = None
     """...or its tokens."""
 
+    def __post_init__(self) -> None:
+        if not (self.seconds or self.tokens):
+            raise ConfigError("--time and --tokens of 0 leave nothing to train; give for example --time 3m")
+
 
 @dataclass(frozen=True, kw_only=True)
 class UserRace:
@@ -143,7 +147,10 @@ def run_race(
     with everything so far kept."""
     begun = clock() if started is None else started
     ends = math.inf if budget_seconds is None else begun + budget_seconds - _CLOSING_SECONDS
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made: {error.strerror}; give another directory") from None
     with files.locked(out / ".lock", ConfigError(f"another race runs in {out}; wait for it, or give another --out")):
         race = replace(_so_far(settings, out), seeds=seeds, notes=())
         try:

@@ -170,3 +170,10 @@ def test_intervals_over_seeds_are_student_s(count: int, quantile: float) -> None
     assert mean == pytest.approx(1 / count)
     assert half == pytest.approx(quantile * sd / count**0.5, rel=0.01)
     assert interval95([3.0]) == (3.0, None)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, text: Path, files: list[Path]) -> None:
+    (tmp_path / "file").write_text("")
+    settings = RaceSettings(candidates=read(files, text), device="cpu", seconds=60.0)
+    with pytest.raises(ConfigError, match="cannot be made"):
+        go(settings, tmp_path / "file" / "out", Track(Slow()))
