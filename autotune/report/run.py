@@ -148,6 +148,10 @@ def race_lines(race: RaceVerdict) -> list[str]:
         f"first: rival {race.winner.rival}, {recipe_words(race.winner)}: validation loss {best.loss:.3f} after "
         f"{format_count(best.tokens or 0)} tokens"
     )
+    if race.expected_loss is not None and best.fraction < 1.0:
+        lines.append(
+            f"after the whole training: {race.expected_loss:.2f} ± {race.expected_ci95:.2f} nats expected on that text"
+        )
     if (against := race.against_baseline) is not None and against.nats is not None:
         lines.append(
             f"against the baseline's recipe: {_nats(against)} nats, both trained for {against.fraction:.2%} of the time"

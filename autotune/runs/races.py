@@ -165,6 +165,9 @@ class RaceVerdict:
     """Wall clock of all rungs."""
     noise_ci95: float | None = None
     """Median half width of the 95 % interval of a difference; None with fewer than two rivals."""
+    expected_loss: float | None = None
+    """Loss of the first rival after its full training, on the race's validation tokens, as the posterior expects it."""
+    expected_ci95: float | None = None
 
     @property
     def candidates(self) -> tuple[str, ...]:

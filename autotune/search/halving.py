@@ -85,12 +85,15 @@ def expected(
 ) -> Posterior:
     """Joint distribution of the rivals' losses after their full training, and of the losses of other trainings."""
     recipes = {rival.rival: rival.candidate.recipe for rival in rivals}
-    shown = [
-        (Training(recipe=recipe, tokens=reading.fraction * recipe.max_tokens, rival=reading.rival), reading.loss)
-        for reading in readings
-        if reading.loss is not None and (recipe := recipes.get(reading.rival)) is not None
-    ]
-    wanted = [Training(recipe=recipe, tokens=recipe.max_tokens, rival=rival) for rival, recipe in recipes.items()]
+    full = {rival: float(recipe.max_tokens) for rival, recipe in recipes.items()}
+    shown = []
+    for rival, found in by_rival(readings).items():
+        if found[-1].tokens:  # by the speed that its last rung showed
+            full[rival] = found[-1].tokens / found[-1].fraction
+        for reading in found:
+            tokens = reading.tokens or reading.fraction * full[rival]
+            shown.append((Training(recipe=recipes[rival], tokens=tokens, rival=rival), reading.loss or 0.0))
+    wanted = [Training(recipe=recipe, tokens=full[rival], rival=rival) for rival, recipe in recipes.items()]
     longest = statistics.median(training.tokens for training in wanted)
     return predict(known or priors(longest), shown, [*wanted, *also])
 

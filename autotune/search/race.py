@@ -14,11 +14,11 @@ from pathlib import Path
 from autotune.config.candidate import Candidate, Optimizer, Shape
 from autotune.config.search_settings import SearchSettings
 from autotune.data.shards import open_split
-from autotune.measure.types import RungRequest, RungResult, TrialRequest, TrialResult
+from autotune.measure.types import Z95, RungRequest, RungResult, TrialRequest, TrialResult
 from autotune.runs.objective import batch_tokens, best_first, finish_candidate, training_tokens
 from autotune.runs.races import Change, Lineup, RaceVerdict, Reading, Rival, by_rival, difference
 from autotune.runs.records import TrialRecord
-from autotune.search.halving import Step, order_of, tied
+from autotune.search.halving import Step, expected, order_of, tied
 from autotune.search.space import canonical
 from autotune.units import format_count
 
@@ -235,8 +235,11 @@ def conclude_race(lineup: Lineup, readings: Sequence[Reading], settings: SearchS
         apart.ci95 for rival in order[1:]
         if (apart := difference(found[rival][0], found[order[0]][0])) is not None and math.isfinite(apart.ci95)
     ]  # fmt: skip
+    foreseen, place = expected(lineup.rivals, readings), [rival.rival for rival in lineup.rivals].index(order[0])
     return replace(
         told,
+        expected_loss=float(foreseen.means[place]),
+        expected_ci95=float(Z95 * foreseen.sd[place]),
         tied_with=tied(lineup.rivals, readings),
         against_baseline=_compared("all of it", "baseline", "best", [(own, winner)], winner, readings)
         if own is not None and own.rival != winner.rival else None,
