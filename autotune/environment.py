@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import autotune
 from autotune import places
@@ -24,6 +24,9 @@ from autotune.config.candidate import plain_texts
 from autotune.config.tables import read_table
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
 from autotune.terminal import visible
+
+if TYPE_CHECKING:
+    import torch
 
 # Dense bfloat16 (float16) tensor-core peaks in TFLOP/s from NVIDIA's data sheets, by substring of the device name.
 # The first match counts, so longer names come first.
@@ -65,6 +68,10 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 libraries ignore it). A step on the CPU touches hundreds of MiB, so small pages overflow the TLB: 1.03 times the
 tokens/s, faster in each of five pairs (tests/benchmarks/test_pages.py)."""
 EXPANDABLE = "expandable_segments:True"
+STAND_IN = "(stand-in)"
+"""Part of a device's name where no card computes: tests/cuda_stand_in. Speeds and losses there mean nothing, allocated
+and reserved bytes are the allocator's own."""
+NOT_MEASURED = "the device is a stand-in for a card and computes nothing: only memory means something"
 _BUSY = 0.7
 """Smallest load average at which another program is assumed to run."""
 
@@ -105,9 +112,15 @@ class Environment:
         plain_texts("environment.", vars(self))
 
     @property
+    def stand_in(self) -> bool:
+        """Whether no card computes here."""
+        return STAND_IN in self.device_name
+
+    @property
     def fingerprint(self) -> str:
-        """Ten hexadecimal digits, equal for machines whose measurements are comparable."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        """Ten hexadecimal digits, equal for machines whose measurements are comparable; of a stand-in, marked so."""
+        digits = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        return f"stand-in-{digits}" if self.stand_in else digits
 
 
 def describe(device: str = "auto") -> Environment:
@@ -156,8 +169,29 @@ def _with_card(here: Environment, index: int) -> Environment:
         driver=_driver_version(),
         power_limit_watts=_power_limit(str(properties.uuid)),
         cuda=torch.version.cuda or "",
-        peak_flops=next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS if part in properties.name), None),
+        peak_flops=None if STAND_IN in properties.name else _peak_flops(properties.name),
     )
+
+
+def _peak_flops(name: str) -> float | None:
+    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS if part in name), None)
+
+
+def computes(device: "torch.device") -> bool:
+    """Whether results on the device mean something."""
+    import torch
+
+    return device.type != "cuda" or STAND_IN not in torch.cuda.get_device_name(device)
+
+
+def refuse_stand_in(recorded: Mapping[str, Any], here: Environment, what: str) -> None:
+    """Raise ConfigError where `what` was made on a stand-in and this is a real device: nothing in it was measured."""
+    name = str(recorded.get("device_name", ""))
+    if STAND_IN in name and not here.stand_in:
+        raise ConfigError(
+            f"{what} was made on {visible(name)}, which computes nothing, so nothing in it was measured; search on "
+            "this machine, or delete its tables [measured] and [environment] to train the plan as your own"
+        )
 
 
 def steering_variables(variables: Mapping[str, str]) -> dict[str, str]:

@@ -258,7 +258,11 @@ API Error cudaLaunchKernelExC(const RuntimeLaunchConfig *c, const void *function
 
 API Error cudaFuncGetAttributes(FunctionAttributes *found, const void *function) {
   (void)function;
-  int architecture = card()->major * 10 + card()->minor;
+  /* What torch's builds have machine code for: the newest that the card runs. CUB asks, to choose how it sorts. */
+  static const int BUILT[] = {75, 80, 86, 90, 100, 120};
+  int architecture = BUILT[0];
+  for (size_t i = 0; i < sizeof BUILT / sizeof *BUILT; i++)
+    if (BUILT[i] <= card()->major * 10 + card()->minor) architecture = BUILT[i];
   *found = (FunctionAttributes){.threads_per_block = 1024, .registers = 32, .ptx = architecture, .binary = architecture,
                                 .dynamic_shared = 48 << 10};
   return ready();
