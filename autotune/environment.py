@@ -71,6 +71,7 @@ EXPANDABLE = "expandable_segments:True"
 STAND_IN = "(stand-in)"
 """Part of a device's name where no card computes: tests/cuda_stand_in. Speeds and losses there mean nothing, allocated
 and reserved bytes are the allocator's own."""
+STAND_IN_FINGERPRINT = "stand-in-"
 NOT_MEASURED = "the device is a stand-in for a card and computes nothing: only memory means something"
 _BUSY = 0.7
 """Smallest load average at which another program is assumed to run."""
@@ -120,7 +121,7 @@ class Environment:
     def fingerprint(self) -> str:
         """Ten hexadecimal digits, equal for machines whose measurements are comparable; of a stand-in, marked so."""
         digits = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
-        return f"stand-in-{digits}" if self.stand_in else digits
+        return STAND_IN_FINGERPRINT + digits if self.stand_in else digits
 
 
 def describe(device: str = "auto") -> Environment:

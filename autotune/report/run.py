@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 
 from autotune.config.candidate import Shape
 from autotune.config.toml import BEST_TOML
+from autotune.environment import NOT_MEASURED
 from autotune.kernels import registry
 from autotune.measure.types import cache_text
 from autotune.report.table import Line, Prose, cell, command, fmt, make_table
@@ -77,6 +78,8 @@ def verdict_lines(run: Run) -> list[str]:
     """The verdict in a few lines, without markup."""
     verdict, winner, baseline = run.verdict, run.verdict.winner, run.verdict.baseline
     lines = [f"trials: {len(run.rows)}, of which {_ok(run)} ran to their end"]
+    if run.environment.stand_in:
+        lines.append(f"warning: {NOT_MEASURED}; no speed or loss below was measured")
     if not verdict.ended:
         lines.append("the search has not ended; this is its state so far")
     if winner is None:
@@ -112,6 +115,8 @@ def verdict_lines(run: Run) -> list[str]:
 
 def _status(verdict: Verdict) -> str:
     """`confirmed in 2 processes`"""
+    if verdict.status == "stand-in":
+        return "not measured"
     if not verdict.confirmed or verdict.winner is None or verdict.speed is None:
         return "not confirmed in a second process"
     composed = " by composed steps" if verdict.winner.result.steps == "composed" else ""  # whole ones did not fit

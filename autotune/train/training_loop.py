@@ -18,7 +18,7 @@ from autotune import files
 from autotune.config.toml import format_candidate
 from autotune.config.train_settings import CHECKPOINTS, RECIPE, TrainSettings
 from autotune.data.batches import open_batches
-from autotune.environment import Environment, describe, differences, refuse_stand_in
+from autotune.environment import NOT_MEASURED, Environment, describe, differences, refuse_stand_in
 from autotune.errors import AutotuneError, ConfigError, InterruptedByUser
 from autotune.files import write_atomically
 from autotune.measure.memory import MemoryMeter, out_of_memory
@@ -61,6 +61,8 @@ def run(settings: TrainSettings, context: DistributedContext, notes: tuple[str, 
     initial = candidate.checkpointing.init_from
     if initial and not (settings.resume and checkpoints(settings.out / CHECKPOINTS)):
         notes += load_initial(Path(initial), step.model)
+    if machine.stand_in:
+        notes += (f"warning: {NOT_MEASURED}",)
     if different := "; ".join(differences(settings.file.environment, machine)):
         notes += (
             f"warning: the candidate was measured on another machine ({different}); "
