@@ -159,7 +159,8 @@ def _with_card(here: Environment, index: int) -> Environment:
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= found:
-        raise ConfigError(f"--device cuda:{index} does not exist, {found} are visible; see `autotune doctor`")
+        why = f"{found} are visible" if found else why_no_cuda(torch.__version__)
+        raise ConfigError(f"--device cuda:{index} does not exist, {why}; see `autotune doctor`")
     properties = torch.cuda.get_device_properties(index)
     return replace(
         here,
@@ -193,6 +194,18 @@ def refuse_stand_in(recorded: Mapping[str, Any], here: Environment, what: str) -
             f"{what} was made on {visible(name)}, which computes nothing, so nothing in it was measured; search on "
             "this machine, or delete its tables [measured] and [environment] to train the plan as your own"
         )
+
+
+def why_no_cuda(torch: str) -> str:
+    """Why this version of torch finds no card."""
+    if torch.endswith("+cpu"):
+        return f"torch {torch} is a build without CUDA"
+    if not Path("/proc/driver/nvidia").exists():
+        return "no NVIDIA driver is loaded"
+    return (
+        "torch finds none: compare `nvidia-smi` with CUDA_VISIBLE_DEVICES; "
+        "a CUDA 13 build needs a driver from 580 on, a CUDA 12 build one from 525 on"
+    )
 
 
 def steering_variables(variables: Mapping[str, str]) -> dict[str, str]:

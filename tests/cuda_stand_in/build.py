@@ -46,6 +46,7 @@ def variables(folder: Path, card: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]).resolve())
-    for name, value in variables(Path(sys.argv[1]).resolve(), os.environ.get("AUTOTUNE_STAND_IN_CARD", CARDS[0])).items():
+    asked = Path(sys.argv[1]).resolve()
+    build(asked)
+    for name, value in variables(asked, os.environ.get("AUTOTUNE_STAND_IN_CARD", CARDS[0])).items():
         print(f"export {name}='{value}'")

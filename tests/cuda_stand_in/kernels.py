@@ -1,4 +1,4 @@
-"""Every kernel row on the card that this process finds: forward and backward, compiled to the end, and nothing compared.
+"""Every kernel row on the card that this process finds: forward and backward, compiled to the end, nothing compared.
 
 Prints one JSON object: row -> `runs`, or the reason why not.
 """

@@ -94,12 +94,14 @@ def main(count: int, path: Path) -> None:
             continue
         row = {
             "card": here.device_name, "torch": here.torch, "candidate": table,
-            "peak_allocated_bytes": result.peak("allocated_bytes"), "peak_reserved_bytes": result.peak("reserved_bytes"),
+            "peak_allocated_bytes": result.peak("allocated_bytes"),
+            "peak_reserved_bytes": result.peak("reserved_bytes"),
         }  # fmt: skip
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         said = predict(MemoryModel(device="cuda"), candidate).peak_allocated_bytes / row["peak_allocated_bytes"] - 1
-        print(f"{said:+7.2%} {row['peak_allocated_bytes'] / 2**30:6.2f} GiB {candidate.shape} {candidate.plan}", flush=True)
+        peak = f"{row['peak_allocated_bytes'] / 2**30:6.2f} GiB, predicted {said:+.1%}"
+        print(f"{peak}: {candidate.shape} {candidate.plan}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # as a script, this folder comes first
@@ -38,6 +39,9 @@ ACCEPTANCE = "profile or (faults and not corrupted)"
 """Files and tests of tests/gpu that hold on a stand-in; the README says why the others do not."""
 
 
+Ended = subprocess.CompletedProcess[str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """One card of the stand-in, and where its files go."""
@@ -55,7 +59,7 @@ class Card:
         """torch chooses cuDNN's on an H100, which the stand-in has not."""
         return "sdpa_flash" if self.name == "H100" else "sdpa"
 
-    def run(self, *words: object, real: bool = False, ends: int = 0, **more: str) -> "subprocess.CompletedProcess[str]":
+    def run(self, *words: object, real: bool = False, ends: int = 0, **more: str) -> Ended:
         """A Python process on the card, or `real`ly without a driver; it must end with the exit code `ends`."""
         own = {} if real else variables(self.libraries, self.name)
         own |= {"PYTHONPATH": str(ROOT), "AUTOTUNE_CACHE_DIR": str(self.folder / "cache")} | more
@@ -67,16 +71,17 @@ class Card:
         assert found.returncode == ends, f"exit code {found.returncode}: {last}"
         return found
 
-    def autotune(self, *words: object, **options: object) -> "subprocess.CompletedProcess[str]":
+    def autotune(self, *words: object, **options: object) -> Ended:
         return self.run("-m", "autotune", *words, **options)  # type: ignore[arg-type]
 
-    def toml(self, name: str, layers: int = 2, width: int = 256, batch: int = 8, micro: int = 4, compile: str = "off") -> Path:
+    def toml(self, name: str, **changes: object) -> Path:
+        """A candidate file: the small model, with other values for the words of SMALL."""
         path = self.folder / f"{name}.toml"
-        values = {"layers": layers, "width": width, "batch": batch, "micro": micro, "compile": compile}
+        values = {"layers": 2, "width": 256, "batch": 8, "micro": 4, "compile": "off", **changes}
         path.write_text(SMALL.format(**values, dtype=self.dtype, attention=self.attention))
         return path
 
-    def trial(self, toml: Path, ends: int = 0, **more: str) -> dict[str, object]:
+    def trial(self, toml: Path, ends: int = 0, **more: str) -> dict[str, Any]:
         found = json.loads(self.autotune("trial", toml, "--json", ends=ends, **more).stdout)
         assert isinstance(found, dict)
         return found
@@ -84,9 +89,10 @@ class Card:
     def data(self) -> Path:
         folder = self.folder / "data"
         folder.mkdir(exist_ok=True)
+        sizes = {"block_size": 256, "vocab_size": 8192}
         for name, rows in (("fineweb_val_000000.bin", 200), ("fineweb_train_000001.bin", 2_000)):
             if not (folder / name).exists():
-                tokens, _ = synthetic_batch(seed=rows, step=0, global_batch_size=rows, block_size=256, vocab_size=8192)
+                tokens, _ = synthetic_batch(seed=rows, step=0, global_batch_size=rows, **sizes)
                 write_shard(folder / name, tokens.ravel())
         return folder
 
@@ -95,14 +101,18 @@ class Card:
         return self.folder / "results" / "rehearsal"
 
 
+def given(choices: Sequence[str]) -> list[str]:
+    return [word for choice in choices for word in ("--choices", choice)]
+
+
 def search(card: Card) -> str:
     """A whole search: baseline, trials, finalists, verdict."""
     own = card.folder / "nanogpt.py"
     own.write_text(NANOGPT + f"dtype = '{card.dtype}'\n")
-    words = ("--from", own, "--vocab-size", 8192, "--budget", "150s", "--name", "rehearsal", "--device", "cuda:0")
-    choices = ("micro_batch_size=4,8", "compile=off,block", f"attention={card.attention}", "loss=full,chunked")
-    choices += ("loss_chunk_tokens=1024", "activation_checkpointing=none,block", "allocator=default,expandable_segments")
-    card.autotune("search", *words, "--data", card.data(), *(word for choice in choices for word in ("--choices", choice)))
+    words = ("--from", own, "--vocab-size", 8192, "--budget", "180s", "--name", "rehearsal", "--device", "cuda:0")
+    choices = ("micro_batch_size=4,8", "compile=off", f"attention={card.attention}", "loss=full,chunked")
+    choices += ("loss_chunk_tokens=1024", "activation_checkpointing=none", "allocator=default,expandable_segments")
+    card.autotune("search", *words, "--data", card.data(), *given(choices))
     best = tomllib.loads((card.best / "best.toml").read_text())
     assert best["measured"]["status"] == "stand-in"
     assert "tokens_per_second" not in best["measured"]
@@ -135,7 +145,8 @@ def training(card: Card) -> str:
 
 def refused(card: Card) -> str:
     """On another device its best.toml is not trained as if it had been measured."""
-    said = card.autotune("train", card.best, "--device", "cpu", "--out", card.folder / "other", real=True, ends=1).stderr
+    words = ("train", card.best, "--device", "cpu", "--out", card.folder / "other")
+    said = card.autotune(*words, real=True, ends=1).stderr
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, said
     assert "computes nothing" in lines[0], said
@@ -160,10 +171,12 @@ def estimate(card: Card) -> str:
 
 def limit(card: Card) -> str:
     """A smaller card emulated on this one."""
-    words = ("--model", "6x6x384x512", "--budget", "100s", "--name", "limited", "--memory-limit", "3GiB", "--device", "cuda:0")
-    choices = ("micro_batch_size=1,4,16,64", "compile=off", f"attention={card.attention}", "loss=full", "allocator=default")
+    own = card.folder / "large_batch.py"
+    own.write_text(NANOGPT.replace("batch_size = 8", "batch_size = 128") + f"dtype = '{card.dtype}'\n")
+    words = ("--from", own, "--budget", "120s", "--name", "limited", "--memory-limit", "3GiB", "--device", "cuda:0")
+    choices = ("micro_batch_size=4,128", "compile=off", f"attention={card.attention}", "loss=full", "allocator=default")
     choices += ("activation_checkpointing=none", f"dtype={card.dtype}")
-    card.autotune("search", *words, *(word for choice in choices for word in ("--choices", choice)))
+    card.autotune("search", *words, *given(choices))
     rows = list(csv.DictReader((card.folder / "results" / "limited" / "trials.csv").open()))
     peaks = [int(row["peak_device_bytes"]) for row in rows if row["status"] == "ok"]
     assert peaks, [row["message"] for row in rows]
@@ -179,9 +192,9 @@ def edge(card: Card) -> str:
     before, failed, after = card.trial(small), card.trial(large, ends=1), card.trial(small)
     assert failed["status"] == "oom", failed["message"]
     assert failed["wanted_bytes"], failed
-    peaks = [max(view["allocated_bytes"] for view in one["memory"].values()) for one in (before, after)]  # type: ignore[attr-defined]
+    peaks = [max(view["allocated_bytes"] for view in one["memory"].values()) for one in (before, after)]
     assert peaks[0] == peaks[1], peaks
-    return f"oom wanting {format_bytes(failed['wanted_bytes'])}; before and after {format_bytes(peaks[0])}"  # type: ignore[arg-type]
+    return f"oom wanting {format_bytes(failed['wanted_bytes'])}; before and after {format_bytes(peaks[0])}"
 
 
 def less_than_the_weights(card: Card) -> str:
@@ -194,7 +207,8 @@ def less_than_the_weights(card: Card) -> str:
 
 def without_a_driver(card: Card) -> str:
     """The CUDA build on a machine that has none."""
-    said = card.autotune("search", "--device", "cuda:0", "--model", "2x4x256", "--budget", "20s", real=True, ends=1).stderr
+    words = ("search", "--device", "cuda:0", "--model", "2x4x256", "--budget", "20s")
+    said = card.autotune(*words, real=True, ends=1).stderr
     lines = said.strip().splitlines()
     assert lines[-1].startswith("error: "), said
     assert "Traceback" not in said
@@ -223,7 +237,8 @@ def acceptance(card: Card) -> str:
 
 
 PARTS: tuple[Callable[[Card], str], ...] = (
-    search, training, refused, profile, estimate, limit, edge, less_than_the_weights, without_a_driver, kernels, acceptance,
+    search, training, refused, profile, estimate, limit, edge, less_than_the_weights, without_a_driver, kernels,
+    acceptance,
 )  # fmt: skip
 
 
@@ -243,7 +258,7 @@ def rehearse(card: Card, parts: Sequence[Callable[[Card], str]]) -> dict[str, di
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/cuda_rehearsal", description="Rehearse on stand-ins for cards.")
     parser.add_argument("cards", nargs="*", metavar="CARD", help=f"of {', '.join(CARDS)}; default: all")
-    parser.add_argument("--record", type=int, metavar="COUNT", help=f"add COUNT rows a card to {PEAKS.relative_to(ROOT)}")
+    parser.add_argument("--record", type=int, metavar="COUNT", help=f"add COUNT rows a card to {PEAKS.name}")
     parser.add_argument("--only", action="append", metavar="PART", help="; ".join(part.__name__ for part in PARTS))
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where rehearsal.json and .md go")
     asked = parser.parse_args()
@@ -275,16 +290,22 @@ def write(out: Path, found: Mapping[str, Mapping[str, Mapping[str, object]]]) ->
     cards = json.loads(path.read_text())["cards"] if path.exists() else {}
     for name, rows in found.items():
         cards[name] = {**cards.get(name, {}), **rows}
-    table = {"command": "scripts/cuda_rehearsal", "recorded_at": datetime.now(UTC).isoformat(timespec="seconds"), "cards": cards}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    table = {"command": "scripts/cuda_rehearsal", "recorded_at": now, "cards": cards}
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1) + "\n")
-    lines = ["# Rehearsal without a card", "", f"`{table['command']}`, {table['recorded_at']}. Nothing was computed.", ""]
+    lines = ["# Rehearsal without a card", "", f"`{table['command']}`, {now}. Nothing was computed.", ""]
     lines += ["| part | " + " | ".join(cards) + " |", "|---" * (len(cards) + 1) + "|"]
     for part in PARTS:
         cells = [cards[name].get(part.__name__) for name in cards]
-        texts = ["-" if cell is None else ("" if cell["ok"] else "**failed** ") + str(cell["saw"]).replace("|", "/") for cell in cells]
-        lines.append(f"| {part.__name__} | " + " | ".join(texts) + " |")
+        lines.append(f"| {part.__name__} | " + " | ".join(map(as_text, cells)) + " |")
     (out / "rehearsal.md").write_text("\n".join(lines) + "\n")
+
+
+def as_text(cell: Mapping[str, object] | None) -> str:
+    if cell is None:
+        return "not run"
+    return ("" if cell["ok"] else "**failed** ") + str(cell["saw"]).replace("|", "/")
 
 
 if __name__ == "__main__":

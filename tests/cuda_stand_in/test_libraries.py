@@ -56,7 +56,8 @@ def start(folder: Path, card: str, code: str, **more: str) -> "subprocess.Popen[
     wanted = {name: value for name, value in variables(folder, card).items() if name != "LD_PRELOAD"}
     return subprocess.Popen(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
-        env={**os.environ, **wanted, **more}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **wanted, **more}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
     )  # fmt: skip
 
 
@@ -123,11 +124,10 @@ def test_mapped_memory_counts_until_it_is_neither_held_nor_mapped(folder: Path) 
         context()
         before = information()[0]
         handle, address = ctypes.c_uint64(), ctypes.c_uint64()
-        size = ctypes.c_size_t(20 * MIB)
-        zero = ctypes.c_size_t(0)
-        codes = [cuda.cuMemAddressReserve(ctypes.byref(address), ctypes.c_size_t(1 << 34), zero, ctypes.c_uint64(0), ctypes.c_uint64(0)),
-                 cuda.cuMemCreate(ctypes.byref(handle), size, None, ctypes.c_uint64(0)),
-                 cuda.cuMemMap(address, size, zero, handle, ctypes.c_uint64(0)),
+        size, range, zero = ctypes.c_size_t(20 * MIB), ctypes.c_size_t(1 << 34), ctypes.c_uint64(0)
+        codes = [cuda.cuMemAddressReserve(ctypes.byref(address), range, zero, zero, zero),
+                 cuda.cuMemCreate(ctypes.byref(handle), size, None, zero),
+                 cuda.cuMemMap(address, size, zero, handle, zero),
                  cuda.cuMemRelease(handle)]
         held = before - information()[0]
         codes.append(cuda.cuMemUnmap(address, size))
@@ -144,7 +144,7 @@ def test_processes_share_the_card_and_a_killed_one_leaves_nothing(folder: Path) 
     code = """
         context()
         class Process(ctypes.Structure):
-            _fields_ = [("pid", ctypes.c_uint), ("bytes", ctypes.c_ulonglong), ("a", ctypes.c_uint), ("b", ctypes.c_uint)]
+            _fields_ = [("pid", ctypes.c_uint), ("bytes", ctypes.c_ulonglong), ("rest", ctypes.c_uint * 2)]
         count, found = ctypes.c_uint(8), (Process * 8)()
         nvml.nvmlInit_v2()
         assert nvml.nvmlDeviceGetComputeRunningProcesses_v3(None, ctypes.byref(count), found) == 0

@@ -22,8 +22,8 @@ def test_names_are_unique_and_every_row_loads() -> None:
 
 
 def test_no_row_is_itself_kept_out_of_graphs() -> None:
-    """plan.compile = block compiles the loss alone, and torch.compile ignores the mark on the function it is given: what
-    must not be compiled is marked one level below."""
+    """plan.compile = block compiles the loss alone, and torch.compile ignores the mark on the function it is given:
+    what must not be compiled is marked one level below."""
     for kernel in registry.KERNELS:
         assert not hasattr(registry.load(kernel), "_torchdynamo_orig_callable"), kernel.name
 
