@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import autotune
 from autotune import places
@@ -25,6 +25,9 @@ from autotune.config.candidate import plain_texts
 from autotune.config.tables import read_table
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
 from autotune.terminal import visible
+
+if TYPE_CHECKING:
+    import torch
 
 _STEERING = (
     "TORCH", "PYTORCH_", "INDUCTOR_", "AOT_", "ATEN_", "C10_", "TRITON_",  # torch and its compilers
@@ -56,6 +59,11 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 libraries ignore it). A step on the CPU touches hundreds of MiB, so small pages overflow the TLB: 1.03 times the
 tokens/s, faster in each of five pairs (tests/benchmarks/test_pages.py)."""
 EXPANDABLE = "expandable_segments:True"
+STAND_IN = "(stand-in)"
+"""Part of a device's name where no card computes: tests/cuda_stand_in. Speeds and losses there mean nothing, allocated
+and reserved bytes are the allocator's own."""
+STAND_IN_FINGERPRINT = "stand-in-"
+NOT_MEASURED = "the device is a stand-in for a card and computes nothing: only memory means something"
 _BUSY = 0.7
 """Smallest load average at which another program is assumed to run."""
 
@@ -96,9 +104,15 @@ class Environment:
         plain_texts("environment.", vars(self))
 
     @property
+    def stand_in(self) -> bool:
+        """Whether no card computes here."""
+        return STAND_IN in self.device_name
+
+    @property
     def fingerprint(self) -> str:
-        """Ten hexadecimal digits, equal for machines whose measurements are comparable."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        """Ten hexadecimal digits, equal for machines whose measurements are comparable; of a stand-in, marked so."""
+        digits = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        return STAND_IN_FINGERPRINT + digits if self.stand_in else digits
 
 
 def describe(device: str = "auto") -> Environment:
@@ -136,8 +150,10 @@ def _with_card(here: Environment, index: int) -> Environment:
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= found:
-        raise ConfigError(f"--device cuda:{index} does not exist, {found} are visible; see `autotune doctor`")
+        why = f"{found} are visible" if found else why_no_cuda(torch.__version__)
+        raise ConfigError(f"--device cuda:{index} does not exist, {why}; see `autotune doctor`")
     properties = torch.cuda.get_device_properties(index)
+    card = None if STAND_IN in properties.name else cards.of_device(properties.name)
     return replace(
         here,
         device=f"cuda:{index}",
@@ -147,7 +163,36 @@ def _with_card(here: Environment, index: int) -> Environment:
         driver=_driver_version(),
         power_limit_watts=_power_limit(str(properties.uuid)),
         cuda=torch.version.cuda or "",
-        peak_flops=card.peak_flops if (card := cards.of_device(properties.name)) else None,
+        peak_flops=card.peak_flops if card else None,
+    )
+
+
+def computes(device: "torch.device") -> bool:
+    """Whether results on the device mean something."""
+    import torch
+
+    return device.type != "cuda" or STAND_IN not in torch.cuda.get_device_name(device)
+
+
+def refuse_stand_in(recorded: Mapping[str, Any], here: Environment, what: str) -> None:
+    """Raise ConfigError where `what` was made on a stand-in and this is a real device: nothing in it was measured."""
+    name = str(recorded.get("device_name", ""))
+    if STAND_IN in name and not here.stand_in:
+        raise ConfigError(
+            f"{what} was made on {visible(name)}, which computes nothing, so nothing in it was measured; search on "
+            "this machine, or delete its tables [measured] and [environment] to train the plan as your own"
+        )
+
+
+def why_no_cuda(torch: str) -> str:
+    """Why this version of torch finds no card."""
+    if torch.endswith("+cpu"):
+        return f"torch {torch} is a build without CUDA"
+    if not Path("/proc/driver/nvidia").exists():
+        return "no NVIDIA driver is loaded"
+    return (
+        "torch finds none: compare `nvidia-smi` with CUDA_VISIBLE_DEVICES; "
+        "a CUDA 13 build needs a driver from 580 on, a CUDA 12 build one from 525 on"
     )
 
 

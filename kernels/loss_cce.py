@@ -6,12 +6,17 @@ from torch import Tensor
 from autotune.kernels.loss_chunked import matrix_dtype
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels that tune themselves while they run
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
     """Mean over targets other than -1, float32 scalar. Ignores `chunk_tokens`.
 
     Uses the variant for pretraining: the weight's gradient is unfiltered and summed with Kahan's correction.
     """
+    loss: Tensor = _cut(hidden, weight, targets)
+    return loss
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels that tune themselves while they run; see loss_liger
+def _cut(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     dtype = matrix_dtype(hidden)

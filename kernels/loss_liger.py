@@ -6,9 +6,16 @@ from torch import Tensor
 from autotune.kernels.loss_chunked import matrix_dtype
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it copies a count to the host, which a graph cannot contain
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
     """Mean over targets other than -1, float32 scalar. Liger chooses its chunks; ignores `chunk_tokens`."""
+    loss: Tensor = _fused(hidden, weight, targets)
+    return loss
+
+
+# It copies a count to the host, which a graph cannot contain. The kernel itself cannot be marked: plan.compile = block
+# compiles the loss alone, and torch.compile ignores the mark on what it is given.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _fused(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     dtype = matrix_dtype(hidden)

@@ -22,6 +22,7 @@ from autotune.environment import (
     describe,
     differences,
     probe,
+    refuse_stand_in,
     steering_variables,
     worker_environment,
 )
@@ -71,6 +72,19 @@ def test_a_torch_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(AutotuneError, match="torch does not start: ImportError: libcudart"):
         probe("cpu")
+
+
+def test_a_stand_in_is_never_taken_for_a_card() -> None:
+    card, stand_in = ENVIRONMENT, replace(ENVIRONMENT, device_name="Card (stand-in)")
+    assert (card.stand_in, stand_in.stand_in) == (False, True)
+    assert stand_in.fingerprint.startswith("stand-in-")
+    assert not card.fingerprint.startswith("stand-in-")
+    refuse_stand_in(asdict(card), card, "it")
+    refuse_stand_in({}, card, "it")
+    refuse_stand_in(asdict(stand_in), stand_in, "it")
+    with pytest.raises(ConfigError, match=r"it was made on Card \(stand-in\), which computes nothing") as caught:
+        refuse_stand_in(asdict(stand_in), card, "it")
+    assert "\n" not in str(caught.value)
 
 
 def test_every_field_counts_for_the_fingerprint() -> None:

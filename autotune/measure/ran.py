@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from autotune.config.candidate import Plan
-from autotune.environment import EXPANDABLE, steering_variables
+from autotune.environment import EXPANDABLE, computes, steering_variables
 from autotune.errors import UnsupportedError
 from autotune.kernels import registry
 
@@ -63,7 +63,7 @@ def _seen(part: str, ran: Mapping[str, int]) -> bool:
 
 def _precision(plan: Plan, device: torch.device) -> Iterator[str]:
     """Whether products are exact: float32 represents 1 + 2^-12, faster formats round it to 1."""
-    if plan.dtype == "float32":
+    if plan.dtype == "float32" and computes(device):
         sums = torch.full((256, 256), 1 + 2**-12, device=device) @ torch.ones(256, 256, device=device)
         if not torch.all(sums == 256.0625):
             names = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE")

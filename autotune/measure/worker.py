@@ -23,7 +23,7 @@ from torch import Tensor
 
 from autotune.config.candidate import Candidate
 from autotune.data.batches import micro_batches, open_batches, synthetic_batch
-from autotune.environment import describe
+from autotune.environment import NOT_MEASURED, computes, describe
 from autotune.errors import AutotuneError, UnsupportedError
 from autotune.files import write_atomically
 from autotune.measure.blame import remedy
@@ -96,7 +96,8 @@ def run(request: TrialRequest, outcome: Outcome) -> None:
     )
     outcome.enter(first_loss=verify(step, batches[0]))
     compiled = compile_step(step, batches[:2], outcome, meter)
-    check_loss(compiled, candidate, "compiled", batches[:2])
+    if computes(device):
+        check_loss(compiled, candidate, "compiled", batches[:2])
     stop_if_over_limit(request, outcome.result)
     measured = time_steps(step, batches, request, outcome)
     if request.final:
@@ -174,16 +175,18 @@ def live_bytes(step: TrainStep, batches: list[MicroBatch]) -> int:
     return step.state_bytes() + sum(x.nbytes + y.nbytes for x, y, _ in batches)
 
 
-def verify(step: TrainStep, batch: MicroBatch) -> float:
-    """The loss of one sequence, not compiled, before anything is timed. Raises TrialEnded if it is wrong."""
+def verify(step: TrainStep, batch: MicroBatch) -> float | None:
+    """The loss of one sequence, not compiled, before anything is timed; None where the device computes nothing.
+    Raises TrialEnded if it is wrong."""
     tokens, targets = batch[0][:1], batch[1][:1]
     torch.compiler.set_stance("force_eager")
     loss = step.evaluate(tokens, targets).item()
     torch.compiler.set_stance("default")
-    check_loss(loss, step.candidate, "first", [(tokens, targets, 1.0)])
+    if computes(step.device):
+        check_loss(loss, step.candidate, "first", [(tokens, targets, 1.0)])
     if step.device.type == "cuda":
         torch.cuda.empty_cache()  # a training runs no such forward: its reserved memory must not count
-    return loss
+    return loss if computes(step.device) else None
 
 
 def check_loss(loss: float, candidate: Candidate, which: str, batches: list[MicroBatch]) -> None:
@@ -242,7 +245,7 @@ def time_steps(step: TrainStep, batches: list[MicroBatch], request: TrialRequest
         if steady or time.monotonic() > deadline:
             break
     last = losses[-1].item() / batches[-1][2]
-    outcome.enter(last_loss=last if math.isfinite(last) else None)
+    outcome.enter(last_loss=last if math.isfinite(last) and computes(step.device) else None)
     if not math.isfinite(last):
         raise TrialEnded("incorrect", f"loss is {last} after {whole.samples} steps")
     return timings
@@ -343,7 +346,10 @@ def main(measure: Callable[[R, Outcome], None], kind: type[R], result: type[Tria
     except BaseException as error:
         traceback.print_exc()  # into the trial's log
         outcome.enter(**failure(error))
-    notes, grown = [outcome.result.message], outcome.meter.others_grown_bytes() if outcome.meter else None
+    notes = [outcome.result.message]
+    if outcome.result.status == "ok" and not computes(torch.device(request.device)):
+        notes.append(NOT_MEASURED)
+    grown = outcome.meter.others_grown_bytes() if outcome.meter else None
     if grown is not None and grown > OTHERS_TOLERANCE_BYTES:
         notes.append(f"other processes took {grown} more bytes of the device during the trial, measure it again alone")
     outcome.enter(message="; ".join(filter(None, notes)))  # also records the seconds of the last phase

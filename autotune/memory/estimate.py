@@ -52,6 +52,8 @@ def estimate(model: MemoryModel, candidates: Sequence[Candidate], limit_bytes: i
             spans.append((found.high_device_bytes - found.low_device_bytes) / 2)
         rows.append({**row, "largest": str(largest_micro_batch(model, candidate, limit_bytes))})
     source = f"calibrated by {model.trials} trials" if model.trials else "not calibrated by trials on a card"
+    if model.of_stand_in:
+        source += " on a stand-in for a card: allocated bytes are the allocator's own, the device's are not measured"
     span = f"95 % interval ±{format_bytes(min(spans))} to ±{format_bytes(max(spans))}"
     meaning = "19 of 20 measured peaks should lie within it"
     return rows, f"{source}; {span}: {meaning}\npriors ({model.device}): {priors.of(model.device).provenance}"

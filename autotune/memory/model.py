@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from autotune.config.candidate import Candidate, one_of
 from autotune.config.tables import read_json, read_table
-from autotune.environment import Environment
+from autotune.environment import STAND_IN_FINGERPRINT, Environment
 from autotune.errors import ConfigError
 from autotune.files import write_atomically
 from autotune.measure.types import Z95, TrialResult
@@ -81,6 +81,11 @@ class MemoryModel:
     """Measured trials behind the calibration; 0: priors only."""
     measured: Mapping[str, float] = field(default_factory=dict)
     """Allocated peaks of the calibration, by candidate family and micro batch: for extrapolation."""
+
+    @property
+    def of_stand_in(self) -> bool:
+        """Whether the trials ran where no card computes."""
+        return self.fingerprint.startswith(STAND_IN_FINGERPRINT)
 
     @functools.cached_property
     def families(self) -> Mapping[str, Mapping[int, float]]:

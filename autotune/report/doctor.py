@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from autotune.data import tokenizer
-from autotune.environment import Environment, busy_machine, probe
+from autotune.environment import Environment, busy_machine, probe, why_no_cuda
 from autotune.errors import AutotuneError, ConfigError, DataError
 from autotune.kernels import registry
 from autotune.model.compile_cache import compile_cache_dir, make_cache
@@ -99,23 +99,12 @@ def _torch() -> Iterator[Check]:
     memory = format_bytes(machine.device_memory_bytes)
     if machine.device == "cpu":
         cores = f"searches run on the CPU: {machine.device_name}, {machine.cpu_count} cores, {memory}"
-        yield _useful("CUDA device", None, f"{_why_no_cuda(machine.torch)}; {cores}")
+        yield _useful("CUDA device", None, f"{why_no_cuda(machine.torch)}; {cores}")
         return
     capability = ".".join(map(str, machine.capability))
     text = f"{machine.device_name}, {memory}, capability {capability}, driver {machine.driver or '-'}"
     yield _useful("CUDA device", f"{text}, CUDA {machine.cuda}", "")
     yield _nvml()
-
-
-def _why_no_cuda(torch: str) -> str:
-    if torch.endswith("+cpu"):
-        return f"torch {torch} is a build without CUDA"
-    if not Path("/proc/driver/nvidia").exists():
-        return "no NVIDIA driver is loaded"
-    return (
-        "torch finds none: compare `nvidia-smi` with CUDA_VISIBLE_DEVICES; "
-        "a CUDA 13 build needs a driver from 580 on, a CUDA 12 build one from 525 on"
-    )
 
 
 def _nvml() -> Check:

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 
 from autotune.config.candidate import Shape
 from autotune.config.toml import BEST_TOML
+from autotune.environment import NOT_MEASURED
 from autotune.kernels import registry
 from autotune.measure.types import cache_text
 from autotune.report.table import Line, Prose, cell, command, fmt, make_table
@@ -76,6 +77,7 @@ def verdict_lines(run: Run) -> list[str]:
     verdict, winner, baseline = run.verdict, run.verdict.winner, run.verdict.baseline
     lines = [f"damaged: {line}" for line in run.damage]
     lines.append(f"trials: {len(run.rows)}, of which {_ok(run)} ran to their end")
+    lines += [f"warning: {NOT_MEASURED}; no speed or loss below was measured"] * run.environment.stand_in
     lines += [line] if (line := state(run)) else []
     if winner is None and not run.rows:
         lines.append("nothing has been measured yet")
@@ -126,6 +128,8 @@ def state(run: Run) -> str:
 
 def _status(verdict: Verdict) -> str:
     """`confirmed in 2 processes`"""
+    if verdict.status == "stand-in":
+        return "not measured"
     if not verdict.confirmed or verdict.winner is None or verdict.speed is None:
         return "not confirmed in a second process"
     composed = " by composed steps" if verdict.winner.result.steps == "composed" else ""  # whole ones did not fit

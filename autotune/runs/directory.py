@@ -101,6 +101,9 @@ def _best(
         "compile_cache_hits": result.compile_cache_hits,
         "compile_cache_misses": result.compile_cache_misses,
     }
+    if environment.stand_in:  # speeds and losses of a device that computes nothing are written nowhere as measured
+        peaks = {name: value for name, value in measured.items() if name.startswith("peak_")}
+        measured = {name: measured[name] for name in ("trial", "status", "objective")} | peaks
     return CandidateFile(candidate=candidate, measured=measured, environment=_with_fingerprint(environment))
 
 

@@ -20,7 +20,8 @@ STEPPING = ("compile", "warmup", "measure", RACING)
 IDLE = "idle"
 """Key of the time between trials, beside the phases of trials."""
 
-VerdictStatus = Literal["nothing feasible", "not confirmed", "not settled", "confirmed"]
+VerdictStatus = Literal["nothing feasible", "not confirmed", "not settled", "confirmed", "stand-in"]
+"""`stand-in`: the device computes nothing, so only peak memory was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,8 @@ def conclude(
         seconds={**seconds, IDLE: max(0.0, idle)},
         notes=(*notes, *verdict.notes),
     )
+    if verdict.winner is not None and environment.stand_in:
+        verdict = replace(verdict, status="stand-in")
     if study is None or verdict.winner is not None:
         return verdict
     advice = nothing_found(settings, environment, records)

@@ -18,7 +18,7 @@ from autotune import files
 from autotune.config.toml import format_candidate
 from autotune.config.train_settings import CHECKPOINTS, RECIPE, TrainSettings
 from autotune.data.batches import open_batches
-from autotune.environment import Environment, describe, differences
+from autotune.environment import NOT_MEASURED, Environment, describe, differences, refuse_stand_in
 from autotune.errors import AutotuneError, ConfigError, InterruptedByUser
 from autotune.files import write_atomically
 from autotune.measure.memory import MemoryMeter, out_of_memory
@@ -53,6 +53,7 @@ def run(settings: TrainSettings, context: DistributedContext, notes: tuple[str, 
     recipe, shape = candidate.recipe, candidate.shape
     by_rank = context.world_size > 1 and settings.device != "cpu" and torch.cuda.is_available()
     machine = describe(f"cuda:{context.local_rank}" if by_rank else settings.device)
+    refuse_stand_in(settings.file.environment, machine, "the candidate")
     data = open_batches(
         Path(recipe.data), seed=recipe.seed, global_batch_size=recipe.global_batch_size,
         block_size=shape.block_size, vocab_size=shape.vocab_size,
@@ -63,6 +64,8 @@ def run(settings: TrainSettings, context: DistributedContext, notes: tuple[str, 
     initial = candidate.checkpointing.init_from
     if initial and not (settings.resume and checkpoints(settings.out / CHECKPOINTS)):
         notes += load_initial(Path(initial), step.model)
+    if machine.stand_in:
+        notes += (f"warning: {NOT_MEASURED}",)
     if different := "; ".join(differences(settings.file.environment, machine)):
         notes += (
             f"warning: the candidate was measured on another machine ({different}); "

@@ -21,6 +21,13 @@ def test_names_are_unique_and_every_row_loads() -> None:
             assert callable(registry.load(kernel))
 
 
+def test_no_row_is_itself_kept_out_of_graphs() -> None:
+    """plan.compile = block compiles the loss alone, and torch.compile ignores the mark on the function it is given:
+    what must not be compiled is marked one level below."""
+    for kernel in registry.KERNELS:
+        assert not hasattr(registry.load(kernel), "_torchdynamo_orig_callable"), kernel.name
+
+
 def test_the_reason_for_an_absence_names_what_is_needed() -> None:
     flash = registry.find("attention", "sdpa_flash")
     old, new = (registry.machine("cuda:0", capability, "2.13.0+cu130") for capability in ((7, 5), (9, 0)))

@@ -76,6 +76,14 @@ def test_the_verdict_is_rendered_and_not_computed_again(write_run: WriteRun) -> 
     assert any(line.startswith("gain: 7.00x") for line in verdict_lines(run))
 
 
+def test_a_run_on_a_stand_in_is_not_called_measured(write_run: WriteRun) -> None:
+    run = load_run(write_run(device_name="Card (stand-in)"))
+    assert (run.verdict.status, run.verdict.confirmed) == ("stand-in", False)
+    lines = verdict_lines(run)
+    assert any("computes nothing" in line and line.startswith("warning: ") for line in lines)
+    assert any(line.startswith("best: trial 6, not measured") for line in lines)
+
+
 def test_a_verdict_of_the_last_version_names_the_command_that_rewrites_it(write_run: WriteRun) -> None:
     path = write_run(best=candidate(24))
     (path / "verdict.json").write_text('{"confirmed": true, "at_first_speed": {}, "steps": []}')

@@ -115,6 +115,13 @@ def test_another_machine_is_said(candidate: Candidate, tmp_path: Path, capsys: p
     assert "measured on another machine (device_name 'NVIDIA H200' there" in capsys.readouterr().err
 
 
+def test_a_candidate_of_a_stand_in_is_not_trained_as_measured(candidate: Candidate, tmp_path: Path) -> None:
+    file = CandidateFile(candidate=candidate, environment={"device_name": "NVIDIA GeForce RTX 4090 (stand-in)"})
+    with pytest.raises(ConfigError, match=r"made on NVIDIA GeForce RTX 4090 \(stand-in\), which computes nothing"):
+        train(TrainSettings(file=file, out=tmp_path / "train", device="cpu"))
+    assert not (tmp_path / "train").exists()
+
+
 def test_a_nan_loss_is_not_saved(candidate: Candidate, tmp_path: Path) -> None:
     wild = changed(candidate, learning_rate=1e30, min_lr=1e30, warmup_iters=0, grad_clip=0.0, log_interval=100)
     with pytest.raises(AutotuneError, match=r"is nan at iteration \d+, there is no checkpoint to go back to; lower"):
