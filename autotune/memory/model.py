@@ -25,7 +25,7 @@ from autotune.files import write_atomically
 from autotune.measure.types import Z95, TrialResult
 from autotune.memory import priors, regression
 from autotune.memory.regression import Normal
-from autotune.memory.structure import Arrays, arrays, keys, logits_bytes, overhead, peak_points
+from autotune.memory.structure import Arrays, arrays, keys, logits_bytes, overhead, peak_points, settled
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
@@ -184,7 +184,7 @@ def _sizes(candidate: Candidate, device: str) -> tuple[Arrays, Arrays]:
 def _noise(candidate: Candidate, device: str, peak: float) -> float:
     """Standard deviation of a measured allocated peak around the structure's, in bytes."""
     noise = priors.of(device).noise
-    return peak * (noise.peak if candidate.plan.memory_budget is None else noise.budget)
+    return peak * (noise.peak if settled(candidate.plan) else noise.unsettled)
 
 
 def _overhead_noise(candidate: Candidate, device: str, allocated: float) -> float:

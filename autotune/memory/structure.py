@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from autotune.config.candidate import AUTOCAST, Candidate
+from autotune.config.candidate import AUTOCAST, Candidate, Plan
 from autotune.kernels import registry
 
 Array = NDArray[np.float64]
@@ -66,6 +66,12 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Kinds of coefficients, and the choices that each depends on. Dependences that did not lower the error under
 cross-validation (`scripts/fit_priors --check`) were removed."""
+
+def settled(plan: Plan) -> bool:
+    """Whether the sums below describe the plan well: not what a partitioner keeps within a memory budget, which is not
+    monotone in it, nor the buffers of a library's loss."""
+    return plan.memory_budget is None and plan.loss not in VALUES["library"]
+
 
 _ABSENT = {"cpu": ("workspaces", "context", "unused"), "cuda": ("process",)}
 

@@ -47,8 +47,8 @@ class Noise:
 
     peak: float
     """Noise of the allocated peak, as a fraction of it."""
-    budget: float
-    """The same for plans with a memory budget: what the partitioner keeps is not monotone in the budget."""
+    unsettled: float
+    """The same for plans that the structure does not describe well (`structure.settled`)."""
     overhead_bytes: float
     """Noise of the device memory beyond the allocated bytes."""
     overhead_share: float
