@@ -58,7 +58,7 @@ def test_every_candidate_has_its_coefficients(device: str) -> None:
                         assert overhead(candidate, device).sizes.keys() <= keys(device).keys()
 
 
-@pytest.mark.parametrize(("records", "tolerance"), [("cpu_peaks", 0.15), ("stand_in", 0.05)])
+@pytest.mark.parametrize(("records", "tolerance"), [("cpu_peaks", 0.15), ("stand_in", 0.06)])
 def test_known_peaks_are_predicted_before_any_trial(records: str, tolerance: float, script: Any) -> None:
     """The records behind the priors: exact counts of the CPU's and of CUDA's allocator."""
     for record in getattr(script, records)():
