@@ -47,7 +47,7 @@ def candidates_for_race(records: Sequence[TrialRecord], settings: SearchSettings
 
     Each choice is a list in the order of its plausibility: shapes by the law at their measured speeds, optimizers,
     learning rates around the rule, batches around the rule. The center has the first of all; then come those that
-    differ from it in one place, then in two.
+    differ from it in one place, the optimizer before the shape, the rate and the batch; then those that do in two.
     """
     ranked = best_first([record for record in records if record.role not in ("race", "final")], maximise=False)
     fastest = {record.candidate.shape: record for record in reversed(ranked)}
@@ -55,7 +55,7 @@ def candidates_for_race(records: Sequence[TrialRecord], settings: SearchSettings
     own = [record for record in shapes if record.candidate.shape == settings.recipe.shape]
     shapes = shapes[:SHAPES] + [record for record in own if record not in shapes[:SHAPES]]
     optimizers: tuple[Optimizer, ...] = ("adamw",) if settings.target == "nanogpt" else ("muon", "adamw")
-    found: dict[tuple[object, ...], tuple[int, Candidate, float, float]] = {}
+    found: dict[tuple[object, ...], tuple[tuple[int, ...], Candidate, float, float]] = {}
     for place, record in enumerate(shapes):
         speed = record.result.tokens_per_second or 0.0
         tokens = training_tokens(settings, speed)
@@ -65,10 +65,11 @@ def candidates_for_race(records: Sequence[TrialRecord], settings: SearchSettings
             for k, factor in enumerate(_RATES[optimizer]):
                 candidate = _rival(record.candidate, optimizer, batch, factor, tokens, settings)
                 key = (candidate.shape, optimizer, batch, factor)
-                found.setdefault(key, (place + i + j + k, candidate, factor, tokens / speed))
+                order = (place + i + j + k, -i, -place, -k)
+                found.setdefault(key, (order, candidate, factor, tokens / speed))
     for name, rival in _baseline(own[0], settings).items() if own else ():
         found.setdefault(name, rival)
-    ordered = sorted(found.values(), key=lambda rival: rival[0])  # stable: shapes before optimizers before batches
+    ordered = sorted(found.values(), key=lambda rival: rival[0])
     rivals = [
         Rival(rival=number, candidate=candidate, rate_factor=factor, seconds=seconds)
         for number, (_, candidate, factor, seconds) in enumerate(ordered)
@@ -78,12 +79,12 @@ def candidates_for_race(records: Sequence[TrialRecord], settings: SearchSettings
 
 def _baseline(
     record: TrialRecord, settings: SearchSettings
-) -> dict[tuple[object, ...], tuple[int, Candidate, float, float]]:
+) -> dict[tuple[object, ...], tuple[tuple[int, ...], Candidate, float, float]]:
     """The baseline's recipe: its shape, optimizer and batch."""
     recipe, speed = settings.recipe, record.result.tokens_per_second or 0.0
     tokens, batch = training_tokens(settings, speed), recipe.global_batch_size
     candidate = _rival(record.candidate, recipe.optimizer, batch, 1.0, tokens, settings)
-    return {(recipe.shape, recipe.optimizer, batch, 1.0): (MOST_RIVALS, candidate, 1.0, tokens / speed)}
+    return {(recipe.shape, recipe.optimizer, batch, 1.0): ((MOST_RIVALS,), candidate, 1.0, tokens / speed)}
 
 
 def _with_baseline_early(rivals: list[Rival], settings: SearchSettings) -> tuple[Rival, ...]:

@@ -23,7 +23,7 @@ from autotune.measure.runner import run_trial, trials_in_a_row
 from autotune.measure.types import Steps, TrialRequest, TrialResult, from_json, to_json
 from autotune.measure.worker import failure
 
-WORKER = "autotune.measure.worker"
+WORKER = "autotune.measure.child"
 SHAPE = Shape(n_layer=2, n_head=2, n_embd=64, block_size=64)
 RECIPE = Recipe(shape=SHAPE, global_batch_size=7)
 REQUEST = TrialRequest(

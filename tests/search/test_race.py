@@ -389,6 +389,8 @@ def test_rivals_are_ordered_by_plausibility(tmp_path: Path, text: Path) -> None:
     assert sum(is_baseline(rival, wanted) for rival in found[:5]) == 1
     keys = [(r.candidate.id, r.candidate.recipe.learning_rate) for r in found]
     assert len(keys) == len(set(keys))
-    assert {rival.candidate.recipe.optimizer for rival in found[:4]} == {"muon", "adamw"}
+    first, second = (rival.candidate for rival in found[:2])
+    assert second.recipe.optimizer == "adamw"  # what matters most is compared first, and alone
+    assert (second.shape, second.recipe.global_batch_size) == (first.shape, first.recipe.global_batch_size)
     assert len({rival.candidate.shape for rival in found}) >= 3
     assert all(r.candidate.plan.micro_batch_size <= r.candidate.recipe.global_batch_size for r in found)
