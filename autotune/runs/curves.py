@@ -55,6 +55,8 @@ class Priors:
     """Scatter of one training around its recipe's curve."""
     early_sd: float
     """Further scatter of a training of EARLY_STEPS steps; it falls with their number: the first ones follow no law."""
+    widening: float = 1.0
+    """Factor of predicted standard deviations, with which intervals held what they should on held-out trainings."""
     provenance: str
 
 
@@ -78,11 +80,13 @@ class Posterior:
     """(n, n), without the scatter of one training."""
     scatter: Array
     """(n,): variance of one training around its curve."""
+    widening: float
+    """Factor of `sd`."""
 
     @property
     def sd(self) -> Array:
         """(n,): of the loss that such a training will show."""
-        sd: Array = np.sqrt(np.diag(self.covariance) + self.scatter)
+        sd: Array = self.widening * np.sqrt(np.diag(self.covariance) + self.scatter)
         return sd
 
 
@@ -109,6 +113,7 @@ def predict(known: Priors, shown: Sequence[tuple[Training, float]], wanted: Sequ
         means=means[n:] + gain.T @ (losses - means[:n]),
         covariance=joint[n:, n:] - joint[n:, :n] @ gain,
         scatter=scatter[n:],
+        widening=known.widening,
     )
 
 
@@ -173,14 +178,15 @@ def _variance(known: Priors) -> Array:
 def law_loss(c: Mapping[str, float], f: Mapping[str, Array]) -> Array:
     """Loss by the law with constants `c` of trainings with features `f`: (n,) nats.
 
-    Muon has a term of tokens of its own. The best rate is Step Law's power of N and D, times a factor, and another one
-    for Muon; it changes with the batch. The best batch is Step Law's power of D, times a factor. Either costs nats by
-    the square of its logarithmic distance; the curvatures are logarithms, so that they stay positive.
+    Muon has a term of tokens and a constant of its own. The best rate is Step Law's power of N and D, times a factor,
+    and another one for Muon; it changes with the batch. The best batch is Step Law's power of D, times a factor. Either
+    costs nats by the square of its logarithmic distance; the curvatures are logarithms, so that they stay positive.
     """
     best_rate, best_batch = _optimum(c, f)
     data = c["b"] * np.exp(-(c["beta"] + c["beta_muon"] * f["muon"]) * f["log_tokens"] - c["muon"] * f["muon"])
     late = np.exp(-data)  # size and a longer block show last: before, few tokens are what limits a training
-    loss = c["e"] + data + late * (f["context"] + c["a"] * np.exp(-c["alpha"] * f["log_n"]))
+    size = c["a"] * np.exp(-c["alpha"] * f["log_n"])
+    loss = c["e"] + c["muon_offset"] * f["muon"] + data + late * (f["context"] + size)
     off = np.exp(c["rate_curve"]) * (f["log_rate"] - best_rate) ** 2
     off = off + np.exp(c["batch_curve"]) * (f["log_batch"] - best_batch) ** 2
     return np.asarray(bounded(loss, f["untrained"]) + off)

@@ -50,7 +50,7 @@ def test_a_training_that_was_shown_is_known_up_to_its_scatter() -> None:
     known, one = priors(2**19), training(2**17)
     found = predict(known, [(one, 7.0)], [one])
     assert found.means[0] == pytest.approx(7.0, abs=0.1)
-    assert found.sd[0] < 1.5 * math.sqrt(found.scatter[0])
+    assert found.sd[0] < 1.5 * found.widening * math.sqrt(found.scatter[0])
 
 
 def test_without_evidence_an_interval_is_wide_and_with_it_narrower() -> None:
