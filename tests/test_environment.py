@@ -90,7 +90,7 @@ def test_a_stand_in_is_never_taken_for_a_card() -> None:
 
 
 @pytest.mark.parametrize(
-    ("torch", "said"), [("2.13.0+cpu", "torch 2.13.0+cpu is a build without CUDA"), ("2.14.1+cu130", "no NVIDIA driver")]
+    ("torch", "said"), [("2.13.0+cpu", "2.13.0+cpu is a build without CUDA"), ("2.14.1+cu130", "no NVIDIA driver")]
 )
 def test_why_torch_finds_no_card(torch: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "exists", lambda path: False)  # no driver here
