@@ -24,6 +24,7 @@ from autotune.environment import (
     probe,
     refuse_stand_in,
     steering_variables,
+    why_no_cuda,
     worker_environment,
 )
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
@@ -85,6 +86,14 @@ def test_a_stand_in_is_never_taken_for_a_card() -> None:
     with pytest.raises(ConfigError, match=r"it was made on Card \(stand-in\), which computes nothing") as caught:
         refuse_stand_in(asdict(stand_in), card, "it")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("torch", "said"), [("2.13.0+cpu", "2.13.0+cpu is a build without CUDA"), ("2.14.1+cu130", "no NVIDIA driver")]
+)
+def test_why_torch_finds_no_card(torch: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # no driver here
+    assert said in why_no_cuda(torch)
 
 
 def test_every_field_counts_for_the_fingerprint() -> None:

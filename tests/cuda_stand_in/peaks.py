@@ -84,7 +84,7 @@ def main(count: int, path: Path) -> None:
     here = describe("cuda:0")
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = [row["candidate"] for row in known if row["card"] == here.device_name]
-    for candidate in drawn(count, here):
+    for candidate in sorted(drawn(count, here), key=lambda one: ("off", "block", "full").index(one.plan.compile)):
         if (table := json.loads(json.dumps(asdict(candidate)))) in done:
             continue
         try:

@@ -193,3 +193,11 @@ def test_a_model_survives_its_file(tmp_path: Path) -> None:
     assert load(tmp_path / "memory_model.json") == model
     with pytest.raises(ConfigError, match=r"give a run, or the memory_model\.json that a search writes"):
         load(tmp_path / "missing.json")
+
+
+def test_an_estimate_says_that_it_rests_on_a_stand_in() -> None:
+    known = MemoryModel(device="cuda", fingerprint="stand-in-0123456789", trials=3)
+    _, certainty = estimate(known, estimates.candidates(["2x4x256"], ()), 24 * GIB)
+    assert "by 3 trials on a stand-in for a card" in certainty
+    _, certainty = estimate(replace(known, fingerprint="0123456789"), estimates.candidates(["2x4x256"], ()), 24 * GIB)
+    assert "stand-in" not in certainty.splitlines()[0]
