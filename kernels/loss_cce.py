@@ -11,7 +11,8 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens:
 
     Uses the variant for pretraining: the weight's gradient is unfiltered and summed with Kahan's correction.
     """
-    return _cut(hidden, weight, targets)
+    loss: Tensor = _cut(hidden, weight, targets)
+    return loss
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels that tune themselves while they run; see loss_liger

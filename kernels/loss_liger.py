@@ -8,7 +8,8 @@ from autotune.kernels.loss_chunked import matrix_dtype
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
     """Mean over targets other than -1, float32 scalar. Liger chooses its chunks; ignores `chunk_tokens`."""
-    return _fused(hidden, weight, targets)
+    loss: Tensor = _fused(hidden, weight, targets)
+    return loss
 
 
 # It copies a count to the host, which a graph cannot contain. The kernel itself cannot be marked: plan.compile = block
