@@ -217,9 +217,13 @@ def search(
     ] = "additive",
     name: Annotated[str, typer.Option(metavar="NAME", help="The run is results/NAME. [default: date and time]")] = "",
     law: Annotated[str, typer.Option(metavar="NAME", help="Scaling law that predicts the loss.")] = "lingle",
-    calibrate_loss: Annotated[
-        bool, typer.Option("--calibrate-loss", help="Spend 1/5 of the budget on two pilots to fit the law.")
-    ] = False,
+    race: Annotated[
+        str, typer.Option(metavar="off|on", help="Train the best few on --data. [default: on for loss with data]")
+    ] = "",
+    keep: Annotated[str, typer.Option(metavar="learning", help="Change speed and memory only.")] = "",
+    target: Annotated[
+        str, typer.Option("--for", metavar="nanogpt", help="Race only what nanoGPT's train.py can run.")
+    ] = "autotune",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the settings and the search space, then stop.")
     ] = False,
@@ -273,7 +277,9 @@ def search(
         sampler=sampler,
         name=name,
         law=law,
-        calibrate_loss=calibrate_loss,
+        race=race,
+        keep=keep,
+        target=target,
     )
     for note in (*asked.notes, *tracker_notes(asked.tracking)):
         terminal.say(f"note: {note}")
@@ -283,7 +289,7 @@ def search(
     if not name:
         asked = replace(asked, name=run_directory.claim_name(Path("results"), asked.name))
     directory = Path("results", asked.name)
-    begin = partial(loop.search, asked, directory, found, started=started, calibrate_loss=calibrate_loss)
+    begin = partial(loop.search, asked, directory, found, started=started)
     _watch(directory, partial(begin, storage_url=storage, remarks=remarks), remarks)
 
 
@@ -315,8 +321,8 @@ def _watch(directory: Path, go: "Callable[..., object]", remarks: tuple[str, ...
     make_cache(compile_cache_dir())
     show = partial(_report, [directory], html=True, json=False, top=10)
     try:
-        with progress.show_progress(remarks) as notify, trials_in_a_row() as measure:
-            go(notify=notify, measure=measure)
+        with progress.show_progress(remarks) as notify, trials_in_a_row() as (measure, train_rung):
+            go(notify=notify, measure=measure, train_rung=train_rung)
     except NoFeasibleError:
         show()
         raise

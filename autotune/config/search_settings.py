@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import tomli_w
 
@@ -28,6 +28,8 @@ from autotune.kernels.registry import device_kind
 from autotune.terminal import visible
 
 Objective = Literal["throughput", "loss"]
+Race = Literal["off", "on"]
+Target = Literal["autotune", "nanogpt"]
 
 SAMPLERS = ("additive", "tpe", "gp", "random")
 """Ours, and three of Optuna's."""
@@ -74,10 +76,12 @@ class SearchSettings:
     """Keep the recipe's iterations and learning rate; otherwise they are derived from model size and tokens."""
     law: str = "lingle"
     """The scaling law of `loss`: a row of `autotune.runs.objective.LAWS`."""
-    law_offset: float = 0.0
-    """Nats to add to the law's constant term, from --calibrate-loss."""
-    law_band: float | None = None
-    """Uncertainty in nats of the law with this offset; None: the law's own."""
+    race: Race = "off"
+    """`loss`: the most plausible candidates are trained on the data and compete by their validation loss."""
+    race_share: float = 0.4
+    """Fraction of the budget for the race."""
+    target: Target = "autotune"
+    """Who trains the winner; `nanogpt` leaves out of the race what its train.py cannot run."""
     workers: int = 1
     storage: str = ""
     """An Optuna storage URL, kept without its password; empty: study.db in the run directory."""
@@ -92,6 +96,8 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         one_of("--objective", self.objective, get_args(Objective))
+        one_of("--race", self.race, get_args(Race))
+        one_of("--for", self.target, get_args(Target))
         plain_texts("--", {"name": self.name})
         plain_texts("search.", {key: value for key, value in vars(self).items() if key != "storage"})
         if visible(self.storage) != self.storage:  # not shown, as it may contain a password
@@ -115,7 +121,14 @@ class SearchSettings:
         if self.objective == "loss" and self.train_seconds is None and self.train_tokens is None:
             raise ConfigError("--objective loss needs the length of the training; give --train-time or --train-tokens")
 
-    upgrade = staticmethod(split_training)
+        if not 0.0 < self.race_share < 1.0:
+            raise ConfigError(f"search.race_share = {self.race_share} must lie between 0 and 1")
+
+    @staticmethod
+    def upgrade(table: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A table in today's form: earlier versions could shift the law by pilots."""
+        kept = {key: value for key, value in table.items() if key not in ("law_offset", "law_band")}
+        return split_training(kept)
 
     def completed(self, candidate: Candidate) -> Candidate:
         """The candidate with the evaluation, checkpoints and trackers of its training."""

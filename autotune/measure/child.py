@@ -1,8 +1,9 @@
 """Entry point of worker processes: ends with its parent, loads torch before its request arrives, runs its module.
 
-python -P -m autotune.measure.child PARENT autotune.measure.worker [standby] < request.json
+python -P -m autotune.measure.child PARENT autotune.measure.worker < request.json
 
-`autotune.environment.child_command` builds this command; PARENT is the parent's process id.
+`autotune.environment.child_command` builds this command; PARENT is the parent's process id. With `standby` in the place
+of the module, the module's name is the first line of stdin.
 """
 
 import ctypes
@@ -11,6 +12,8 @@ import os
 import runpy
 import signal
 import sys
+
+STANDBY = "standby"
 
 
 def die_with(parent: int) -> None:
@@ -26,11 +29,12 @@ def die_with(parent: int) -> None:
 if __name__ == "__main__":
     _, parent, module, *rest = sys.argv
     die_with(int(parent))  # before torch loads, which takes seconds
-    sys.argv = [module, *rest]
-    if rest == ["standby"]:
+    if module == STANDBY:
         # Loaded by torch.compile in the first step otherwise; takes twice as long as torch itself. Starts no process
         # and creates no CUDA context.
         importlib.import_module("torch._inductor.compile_fx")
+        module = sys.stdin.readline().strip()
+    sys.argv = [module, *rest]
     try:
         runpy.run_module(module, run_name="__main__")
     except SystemExit as end:

@@ -13,13 +13,15 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from autotune.cgroup import ControlGroups
 from autotune.environment import child_command, worker_environment
 from autotune.errors import ConfigError, one_line
 from autotune.measure.blame import start_remedy
+from autotune.measure.child import STANDBY
 from autotune.measure.scratch import remove_leftovers, trial_folder
-from autotune.measure.types import MemoryProfile, TrialRequest, TrialResult, from_json, to_json
+from autotune.measure.types import MemoryProfile, RungRequest, RungResult, TrialRequest, TrialResult, from_json, to_json
 from autotune.model.compile_cache import compile_cache_dir
 
 LOG_BYTES = 16 << 20
@@ -31,10 +33,11 @@ _POLL_SECONDS = 0.1
 _TIMED = (b'"phase": "warmup"', b'"phase": "measure"', b'"phase": "done"')
 
 _Process = subprocess.Popen[bytes]
+R = TypeVar("R", bound=TrialResult)
 
 
 class Standby:
-    """At most one worker process that has loaded torch and its compiler, and waits for its request.
+    """At most one worker process that has loaded torch and its compiler, and waits for its module and its request.
 
     It is paused while another worker warms up or measures, so that it does not disturb the timing. It has no CUDA
     context and dies with this process.
@@ -48,7 +51,7 @@ class Standby:
         """Start a worker, unless one is waiting, for a trial whose log will be in the directory of `log`."""
         if self._worker is None or self._worker.poll() is not None:
             self._log = log.with_name(STANDBY_LOG)
-            self._worker = _start(_WORKER, self._log, "default", "standby")
+            self._worker = _start(STANDBY, self._log, "default")
 
     def take(self, request: TrialRequest, log: Path) -> _Process | None:
         """The waiting worker, now logging to `log`; None if there is none that suits the request. The allocator is
@@ -76,12 +79,17 @@ class Standby:
             self._log.unlink(missing_ok=True)
 
 
+Measure = Callable[[TrialRequest, Path], TrialResult]
+TrainRung = Callable[[RungRequest, Path], RungResult]
+
+
 @contextmanager
-def trials_in_a_row() -> Iterator[Callable[[TrialRequest, Path], TrialResult]]:
-    """`run_trial` with a standby worker, which ends with the block. Removes leftovers of killed searches first."""
+def trials_in_a_row() -> Iterator[tuple[Measure, TrainRung]]:
+    """`run_trial` and `run_rung` with a standby worker, which ends with the block. Removes leftovers of killed searches
+    first."""
     remove_leftovers()
     with closing(Standby()) as standby:
-        yield partial(run_trial, standby=standby)
+        yield partial(run_trial, standby=standby), partial(run_rung, standby=standby)
 
 
 def run_trial(
@@ -94,7 +102,16 @@ def run_trial(
     group and is raised again.
     """
     with trial_folder() as directory:
-        return _run(_WORKER, request, directory, log, standby, groups or ControlGroups())
+        return _run(_WORKER, request, _DEAD, directory, log, standby, groups or ControlGroups())
+
+
+def run_rung(
+    request: RungRequest, log: Path, standby: Standby | None = None, groups: ControlGroups | None = None
+) -> RungResult:
+    """Train one rung of a race in a fresh worker process; otherwise as `run_trial`."""
+    with trial_folder() as directory:
+        dead = RungResult(status="crashed", phase="start")
+        return _run("autotune.train.rung", request, dead, directory, log, standby, groups or ControlGroups())
 
 
 def run_profile(request: TrialRequest, directory: Path, log: Path) -> tuple[TrialResult, MemoryProfile | None]:
@@ -109,22 +126,27 @@ def run_profile(request: TrialRequest, directory: Path, log: Path) -> tuple[Tria
             (directory / name).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{directory} cannot be written: {error.strerror}; choose another with --out") from None
-    result = _run("autotune.profile.recorder", request, directory, log, None, ControlGroups())
+    result = _run("autotune.profile.recorder", request, _DEAD, directory, log, None, ControlGroups())
     written = directory / "profile.json"
     return result, from_json(MemoryProfile, written.read_text()) if result.status == "ok" else None
 
 
+_DEAD = TrialResult(status="crashed", phase="start")
+
+
 def _run(
-    module: str, request: TrialRequest, directory: Path, log: Path, standby: Standby | None, groups: ControlGroups
-) -> TrialResult:
-    """Run a worker whose files go to `directory`, and complete its result with what only the parent knows."""
+    module: str, request: TrialRequest, dead: R, directory: Path, log: Path, standby: Standby | None,
+    groups: ControlGroups,
+) -> R:  # fmt: skip
+    """Run a worker whose files go to `directory`, and complete its result with what only the parent knows. `dead`: the
+    result of a worker that leaves none."""
     started_at, started = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     file, kills = directory / "result.json", groups.oom_kills()
     returncode = _run_worker(module, replace(request, result_path=str(file)), log, standby)
-    result = TrialResult(status="crashed", phase="start")
+    result = dead
     if file.exists():
         try:
-            result = from_json(TrialResult, file.read_text(encoding="utf-8"))
+            result = from_json(type(dead), file.read_text(encoding="utf-8"))
         except (ValueError, OSError, ConfigError) as error:
             result = replace(result, message=f"the worker's result cannot be read: {one_line(str(error))}")
     seconds = time.monotonic() - started
@@ -153,13 +175,13 @@ def _run(
 def _run_worker(module: str, request: TrialRequest, log: Path, standby: Standby | None) -> int | None:
     """Return code of the worker (negative: a signal's number); None if it exceeded its time or its log."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    worker = standby.take(request, log) if standby else None
+    worker, words = standby.take(request, log) if standby else None, f"{module}\n"
     if worker is None:
-        worker = _start(module, log, request.candidate.plan.allocator)
+        worker, words = _start(module, log, request.candidate.plan.allocator), ""
     try:
         assert worker.stdin is not None
         with suppress(BrokenPipeError), worker.stdin as pipe:  # a dead worker is reported below
-            pipe.write(to_json(request).encode())
+            pipe.write((words + to_json(request)).encode())
         if standby:
             standby.start(log)
         return _wait(worker, request, log, standby)
@@ -169,10 +191,10 @@ def _run_worker(module: str, request: TrialRequest, log: Path, standby: Standby 
             standby.resume()
 
 
-def _start(module: str, log: Path, allocator: str, *words: str) -> _Process:
+def _start(module: str, log: Path, allocator: str) -> _Process:
     with log.open("ab") as output:
         return subprocess.Popen(
-            child_command(module, *words),
+            child_command(module),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -138,6 +138,41 @@ class TrialResult:
         return sum(known) if known else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class RungRequest(TrialRequest):
+    """One rung of a race: train a candidate to a length, let its rate decay, evaluate."""
+
+    checkpoints: str = ""
+    """Directory of the level phase's checkpoint (schedule `wsd`), from which the next rung continues; empty: none."""
+    target_tokens: int
+    """Tokens of the training at its end, those of earlier rungs and the decay included."""
+    target_seconds: float | None = None
+    """The same in seconds of steps: as many tokens as this process's own speed gives. None: `target_tokens`."""
+    chunk_tokens: int
+    """Validation tokens by which losses are recorded: a multiple of every rival's block size."""
+    chunks: int
+    """Number of chunks to evaluate."""
+    evaluations: int = 1
+    """Evaluations along the way, evenly spaced; the last is at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungResult(TrialResult):
+    """Outcome of a rung."""
+
+    iterations: int | None = None
+    """Optimizer steps at the end of the decay, those of earlier rungs included."""
+    level_iterations: int | None = None
+    """Optimizer steps in the level phase's checkpoint."""
+    stepping_seconds: float = 0.0
+    """Time of this process's steps; the rest of `trial_seconds` is overhead."""
+    chunk_losses: tuple[float, ...] = ()
+    """Mean validation loss of each chunk, in nats; the same tokens for all rivals."""
+    curve_tokens: tuple[int, ...] = ()
+    curve_losses: tuple[float, ...] = ()
+    """Validation losses along the way, and the tokens trained until then."""
+
+
 def cache_text(hits: int | None, misses: int | None) -> str:
     """`4 of 6 graphs`: graphs found in the compile cache; empty if nothing was compiled."""
     return "" if hits is None or misses is None else f"{hits} of {hits + misses} graphs"

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ CUDA_MARGIN_BYTES = 256 << 20
 was set."""
 
 MicroBatch = tuple[Tensor, Tensor, float]
+R = TypeVar("R", bound=TrialRequest)
 
 
 class TrialEnded(Exception):  # noqa: N818 - an outcome, not a fault
@@ -328,10 +330,11 @@ def wanted_bytes(message: str) -> int | None:
     return None
 
 
-def main(measure: Callable[[TrialRequest, Outcome], None]) -> int:
-    """Read a request from stdin, run `measure`, and leave the outcome in result.json. Returns the exit code."""
-    request = from_json(TrialRequest, sys.stdin.read())
-    outcome = Outcome(Path(request.result_path), TrialResult(status="crashed", phase="start"))
+def main(measure: Callable[[R, Outcome], None], kind: type[R], result: type[TrialResult] = TrialResult) -> int:
+    """Read a request of that kind from stdin, run `measure`, and leave the outcome, a `result`, in result.json. Returns
+    the exit code."""
+    request = from_json(kind, sys.stdin.read())
+    outcome = Outcome(Path(request.result_path), result(status="crashed", phase="start"))
     try:
         measure(request, outcome)
     except KeyboardInterrupt:
@@ -348,4 +351,4 @@ def main(measure: Callable[[TrialRequest, Outcome], None]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(main(run, TrialRequest))

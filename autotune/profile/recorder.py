@@ -198,4 +198,4 @@ def _timeline(described: list[tuple[Allocation, LiveTensor]], events: int) -> di
 
 
 if __name__ == "__main__":
-    sys.exit(main(profile))
+    sys.exit(main(profile, TrialRequest))

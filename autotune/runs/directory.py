@@ -33,6 +33,8 @@ SEARCH_TOML, ENVIRONMENT_JSON = "search.toml", "environment.json"
 STUDY_DB, LOGS = "study.db", "logs"
 """Optuna's database; folder of the trials' requests and output."""
 TRIALS_CSV, VERDICT_JSON, MEMORY_MODEL_JSON = "trials.csv", "verdict.json", "memory_model.json"
+RACES_CSV, RACE = "races.csv", "race"
+"""One row for each rung of the race; folder of its level phases' checkpoints."""
 BEST_NANOGPT = "best_nanogpt.py"
 """Beside BEST_TOML: the same as a configuration file of nanoGPT."""
 REPORT_HTML, PLOTS = "report.html", "plots"
@@ -69,9 +71,12 @@ def _write_if_changed(path: Path, text: str) -> None:
 def _best(
     verdict: Verdict, winner: TrialRecord, speed: Speed, settings: SearchSettings, environment: Environment
 ) -> CandidateFile:
-    result, candidate = winner.result, settings.completed(winner.candidate)
+    result, candidate = winner.result, winner.candidate
+    rival = verdict.race.rival_of(candidate.id) if verdict.race else None
+    candidate = settings.completed(rival.candidate if rival else candidate)
     if not settings.keep_schedule:
-        candidate = finish_candidate(candidate, training_tokens(settings, speed.tokens_per_second))
+        tokens = training_tokens(settings, speed.tokens_per_second)
+        candidate = finish_candidate(candidate, tokens, rival.rate_factor if rival else 1.0)
     measured = {
         "trial": winner.trial,
         "status": verdict.status,
@@ -84,7 +89,7 @@ def _best(
         "steps": result.steps,
         "mfu": result.mfu,
         **{f"peak_{view}": result.peak(view) for view in reversed(PEAK_VIEWS)},
-        "predicted_loss": loss_at(settings, winner.candidate, speed.tokens_per_second),
+        "predicted_loss": None if rival else loss_at(settings, winner.candidate, speed.tokens_per_second),
         "compile_cache_hits": result.compile_cache_hits,
         "compile_cache_misses": result.compile_cache_misses,
     }

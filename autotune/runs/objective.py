@@ -74,6 +74,7 @@ _SPEED_WEIGHT = 1e-3  # a convention
 _SOFT = 8.0  # exponent of the soft minimum in `predict_loss`: a convention
 
 
+@functools.cache
 def find_law(name: str) -> Law:
     """Entry of LAWS by name. Raises ConfigError."""
     laws = {law.name: law for law in LAWS}
@@ -83,26 +84,14 @@ def find_law(name: str) -> Law:
 
 
 def law_of(settings: SearchSettings) -> Law:
-    """Law of a search, shifted to the user's data if that was calibrated."""
-    return _shifted(settings.law, settings.law_offset, settings.law_band)
-
-
-@functools.cache
-def _shifted(name: str, offset: float, band: float | None) -> Law:
-    law = find_law(name)
-    return replace(law, e=law.e + offset, band=law.band if band is None else band)
+    """Law of a search."""
+    return find_law(settings.law)
 
 
 def raw_loss(law: Law, shape: Shape, tokens: float) -> float:
     """Loss by `law` and the length of the block, without the bound of `predict_loss`."""
     parameters = shape.parameters if law.counts == "all" else shape.parameters_non_embedding
     return law.loss(parameters, tokens) + _context_loss(shape.block_size) - _context_loss(_REFERENCE_BLOCK)
-
-
-def unlimited(loss: float, shape: Shape) -> float:
-    """Inverse of the bound in `predict_loss`: `raw_loss` of a predicted loss; infinite from ln(vocabulary) up."""
-    ratio = math.log(shape.vocab_size) / loss
-    return math.log(shape.vocab_size) * (ratio**_SOFT - 1.0) ** (-1 / _SOFT) if ratio > 1.0 else math.inf
 
 
 def predict_loss(law: Law, shape: Shape, tokens: float) -> float:
@@ -189,19 +178,24 @@ def pareto_front(points: Iterable[tuple[float, float, T]]) -> list[T]:
     return [item for _, item in front]
 
 
-def finish_candidate(candidate: Candidate, tokens: float) -> Candidate:
+def batch_tokens(tokens: float) -> float:
+    """Tokens of a step for a training over `tokens`: 0.58 D^0.571 (Step Law, see `finish_candidate`)."""
+    return float(0.58 * tokens**0.571)
+
+
+def finish_candidate(candidate: Candidate, tokens: float, rate_factor: float = 1.0) -> Candidate:
     """Candidate with iterations, learning rate, warm-up and intervals for a training over `tokens`.
 
     Learning rate: 1.79 N^-0.713 D^0.307 (Step Law, Li et al. 2025, arXiv:2503.04715; N non-embedding parameters,
-    D tokens), clamped to [1e-4, 3e-3] because it was fitted from 60M parameters up. Warm-up is a tenth of
-    the iterations, at most llm.c's 700; the final rate is a tenth of it, as in nanoGPT. Evaluations take about a
-    tenth of the time at most: a forward pass costs a third of a step, so each covers at most a quarter of the tokens
-    trained since the last one.
+    D tokens), clamped to [1e-4, 3e-3] because it was fitted from 60M parameters up, times
+    `rate_factor`. Warm-up is a tenth of the iterations, at most llm.c's 700; the final rate is a tenth of it, as in
+    nanoGPT. Evaluations take about a tenth of the time at most: a forward pass costs a third of a step, so each covers
+    at most a quarter of the tokens trained since the last one.
     """
     recipe, evaluation = candidate.recipe, candidate.evaluation
     iterations = max(1, round(tokens / recipe.tokens_per_step))
     rate = 1.79 * recipe.shape.parameters_non_embedding**-0.713 * (iterations * recipe.tokens_per_step) ** 0.307
-    rate = float(f"{min(max(rate, 1e-4), 3e-3):.2g}")  # the rule is not more precise than that
+    rate = float(f"{rate_factor * min(max(rate, 1e-4), 3e-3):.2g}")  # the rule is not more precise than that
     interval = max(1, min(250, iterations // 5))
     rows = evaluation.eval_batch_size or candidate.plan.micro_batch_size
     evaluated = round(0.25 * interval * recipe.global_batch_size / rows)

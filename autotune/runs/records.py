@@ -14,7 +14,7 @@ from autotune.config.candidate import Candidate, Plan
 from autotune.files import write_atomically
 from autotune.measure.types import PEAK_VIEWS, TrialResult
 
-Role = Literal["baseline", "guide", "search", "final"]
+Role = Literal["baseline", "guide", "search", "race", "final"]
 
 PLAN_FIELDS = tuple(field.name for field in fields(Plan))
 _SHOWN_FIRST = ("micro_batch_size", "attention", "loss", "activation_checkpointing", "compile", "dtype")
@@ -51,7 +51,7 @@ class TrialRecord:
     @functools.cached_property
     def csv_line(self) -> str:
         """Line of trials.csv, formatted once although the file is rewritten after every trial."""
-        return _csv_line(map(_cell, row(self).values()))
+        return csv_line(map(csv_cell, row(self).values()))
 
 
 def row(record: TrialRecord) -> dict[str, object]:
@@ -72,17 +72,19 @@ def row(record: TrialRecord) -> dict[str, object]:
 
 def write_csv(path: Path, records: Iterable[TrialRecord]) -> None:
     """Replace trials.csv atomically. Unknown values are empty cells; bytes, seconds and tokens are plain numbers."""
-    write_atomically(path, _csv_line(COLUMNS), *(record.csv_line for record in records), durable=False)
+    write_atomically(path, csv_line(COLUMNS), *(record.csv_line for record in records), durable=False)
 
 
-def _csv_line(cells: Iterable[object]) -> str:
+def csv_line(cells: Iterable[object]) -> str:
+    """One line of CSV."""
     # csv.writer quotes a carriage return only if it is part of the line terminator; readers would end the line there.
     text = io.StringIO()
     csv.writer(text, lineterminator="\r\n").writerow(cells)
     return text.getvalue().removesuffix("\r\n") + "\n"
 
 
-def _cell(value: object) -> object:
+def csv_cell(value: object) -> object:
+    """A value as it is written: unknown ones are empty."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, str):

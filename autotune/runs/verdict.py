@@ -10,9 +10,12 @@ from typing import Literal
 from autotune.config.tables import read_json, read_table
 from autotune.files import write_atomically
 from autotune.measure.types import Z95
+from autotune.runs.races import RaceVerdict
 from autotune.runs.records import TrialRecord
 
-STEPPING = ("compile", "warmup", "measure")
+RACING = "race"
+"""Key of the time of a race's steps, beside the phases of trials."""
+STEPPING = ("compile", "warmup", "measure", RACING)
 """Phases that a budget is for; all others are overhead."""
 IDLE = "idle"
 """Key of the time between trials, beside the phases of trials."""
@@ -52,7 +55,7 @@ class Gain:
     memory: float | None
     """Ratio of peak memory, both in the widest view known for both."""
     loss: float | None
-    """Difference of predicted loss, in nats."""
+    """Difference of predicted loss, in nats; None too where a race measured losses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +120,8 @@ class Verdict:
     importance: Mapping[str, float] = field(default_factory=dict)
     """Share of each choice in being among the best trials (PED-ANOVA, Watanabe et al. 2023, arXiv:2304.10255); empty
     with too few trials, and before the end."""
+    race: RaceVerdict | None = None
+    """The race that elected the winner; None: there was none, and the objective did."""
     law: str = ""
     """Scaling law of the predicted losses, with band and source; empty for `throughput`."""
     trials: int = 0

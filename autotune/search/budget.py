@@ -58,6 +58,8 @@ def final_seconds(record: TrialRecord, budget: Budget, steps: Steps = "whole") -
     """Expected wall clock of confirming `record`: its trial again (compilation now cached), the timed part
     twice as long, and at least six optimizer steps where those are timed whole."""
     again = record.result.trial_seconds or 0.0
+    if record.role == "race":
+        again -= record.result.phase_seconds.get("measure", 0.0)  # a training
     whole = 6 * (record.result.step_seconds_p50 or 0.0) if steps == "whole" else 0.0
     return 1.1 * again + max(measure_seconds(budget), whole)
 

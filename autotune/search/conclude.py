@@ -11,8 +11,9 @@ from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
 from autotune.measure.types import PEAK_VIEWS, TrialResult
 from autotune.runs.objective import law_of, maximised, pareto_front
+from autotune.runs.races import RaceVerdict
 from autotune.runs.records import TrialRecord
-from autotune.runs.verdict import IDLE, Failure, Gain, Neighbour, Verdict
+from autotune.runs.verdict import IDLE, RACING, Failure, Gain, Neighbour, Verdict
 from autotune.search.advice import nothing_found
 from autotune.search.decide import decide, searched
 from autotune.search.space import Space, ordered, values_of
@@ -32,21 +33,27 @@ def conclude(
     spent_seconds: float = 0.0,
     notes: Sequence[str] = (),
     study: "optuna.Study | None" = None,
+    race: RaceVerdict | None = None,
 ) -> Verdict:
-    """Verdict over all records so far. `study` is given once the search has ended: importance takes some 0.1 s."""
-    verdict = decide(records, settings)
-    ran = [record.result for record in records if record.result.trial_seconds is not None]
+    """Verdict over all records so far. `study` is given once the search has ended: importance takes some 0.1 s.
+    `race`: its outcome, which decides."""
+    verdict = replace(decide(records, settings, race.candidates if race else ()), race=race)
+    ran = [r.result for r in records if r.result.trial_seconds is not None and r.role != "race"]
     seconds: Counter[str] = Counter()
     for result in ran:
         seconds.update(result.phase_seconds)
     idle = spent_seconds - sum(result.trial_seconds or 0.0 for result in ran)
+    if race:  # its trials are rungs
+        racing = sum(reading.stepping_seconds for reading in race.readings)
+        seconds.update({RACING: racing, "start": race.seconds - racing})
+        idle -= race.seconds
     verdict = replace(
         verdict,
         ended=study is not None,
         gain=_gain(verdict),
         trade_offs=_trade_offs(records, settings),
         failures=_failures(records),
-        neighbours=_neighbours(verdict.winner, records, settings, space) if verdict.winner else (),
+        neighbours=_neighbours(verdict.winner, records, settings, space) if verdict.winner and not race else (),
         importance=_importance(study, len(searched(records))) if study else {},
         law=_law(settings),
         trials=len(ran),
@@ -75,7 +82,7 @@ def _gain(verdict: Verdict) -> Gain | None:
         speed=ratio,
         speed_ci95=ratio * (speed.relative_ci95**2 + base.relative_ci95**2) ** 0.5,
         memory=_peak_ratio(winner.result, baseline.result),
-        loss=None if losses[0] is None or losses[1] is None else losses[0] - losses[1],
+        loss=None if verdict.race or losses[0] is None or losses[1] is None else losses[0] - losses[1],
     )
 
 
@@ -111,8 +118,7 @@ def _law(settings: SearchSettings) -> str:
     if maximised(settings):
         return ""
     law = law_of(settings)
-    moved = f" shifted by {settings.law_offset:+.2f} nats to this data" if settings.law_band is not None else ""
-    return f"{law.name!r}{moved}, within ±{law.band:.2f} nats where it was fitted, good for ranking only ({law.source})"
+    return f"{law.name!r}, within ±{law.band:.2f} nats where it was fitted, good for ranking only ({law.source})"
 
 
 def _neighbours(

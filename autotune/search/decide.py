@@ -21,8 +21,8 @@ DRIFT = 0.05
 
 
 def searched(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Feasible trials other than confirmations."""
-    return [record for record in records if record.role != "final" and record.objective is not None]
+    """Feasible trials of the search itself: neither confirmations nor rungs of its race."""
+    return [record for record in records if record.role not in ("race", "final") and record.objective is not None]
 
 
 def _finals(records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
@@ -68,11 +68,14 @@ def drift_corrected(records: Sequence[TrialRecord], settings: SearchSettings) ->
     return [corrected(record) for record in records]
 
 
-def unconfirmed(records: Sequence[TrialRecord], settings: SearchSettings) -> list[TrialRecord]:
+def unconfirmed(
+    records: Sequence[TrialRecord], settings: SearchSettings, elected: Sequence[str] = ()
+) -> list[TrialRecord]:
     """Finalists that still need a confirmation, most urgent first.
 
     The best one leads, then the baseline, whose drift may reorder the others. The next best replaces a finalist whose
-    confirmation failed. Those that were confirmed but are not settled come last.
+    confirmation failed. Those that were confirmed but are not settled come last. `elected`: ids of the candidates that
+    a race prefers, of which the first is the only finalist beside the baseline.
     """
     finals = [record for record in records if record.role == "final"]
     failed = _failed(finals)
@@ -81,6 +84,8 @@ def unconfirmed(records: Sequence[TrialRecord], settings: SearchSettings) -> lis
     ranked = _ranked(searched(corrected), speeds, settings)
     ranked = [record for record in ranked if record.candidate.id not in failed]
     baseline = [record for record in ranked if record.role == "baseline"]
+    if elected:
+        ranked = [record for record in raced(records, elected) if record.candidate.id not in failed][:1]
     wanted = {record.candidate.id: record for record in (*ranked[:1], *baseline, *ranked[1:FINALISTS])}
     times = {name: sum(r.candidate.id == name and r.objective is not None for r in finals) for name in wanted}
     settled = _settled(corrected, speeds)
@@ -88,13 +93,24 @@ def unconfirmed(records: Sequence[TrialRecord], settings: SearchSettings) -> lis
     return [wanted[name] for name in (*(name for name in wanted if not times[name]), *unsettled)]
 
 
-def decide(records: Sequence[TrialRecord], settings: SearchSettings) -> Verdict:
-    """Winner, estimates, ranking and status over all records so far; `conclude` adds the rest of the verdict."""
+def raced(records: Sequence[TrialRecord], elected: Sequence[str]) -> list[TrialRecord]:
+    """Feasible measurements of a race's candidates, in the order of their ids in `elected`."""
+    ran = (record for record in records if record.role == "race" and record.objective is not None)
+    by_id = {record.candidate.id: record for record in ran}
+    return [by_id[name] for name in elected if name in by_id]
+
+
+def decide(records: Sequence[TrialRecord], settings: SearchSettings, elected: Sequence[str] = ()) -> Verdict:
+    """Winner, estimates, ranking and status over all records so far; `conclude` adds the rest of the verdict.
+    `elected`: ids of the candidates that a race prefers, best first; empty: the objective decides."""
     corrected, finals = drift_corrected(records, settings), _finals(records)
     speeds, failed = estimate_speeds(corrected, settings), _failed(finals.values())
     search, settled = _ranked(searched(records), speeds, settings), _settled(corrected, speeds)
     cautious = {name: speed if name in settled else _lowest(speed, finals.get(name)) for name, speed in speeds.items()}
     confirmed = _ranked([record for record in finals.values() if record.objective is not None], cautious, settings)
+    if rivals_first := raced(records, elected):
+        search = rivals_first
+        confirmed = [final for r in search if (final := finals.get(r.candidate.id)) and final.objective is not None][:1]
     pool = confirmed or [record for record in search if record.candidate.id not in failed]
     ranking, first = [record.trial for record in best_first(corrected, maximised(settings))], _baseline(records)
     drift = _drift(searched(records), finals)

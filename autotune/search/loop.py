@@ -4,6 +4,7 @@ The study is written before any file, and every file is replaced atomically: a s
 files stay readable, and `resume` continues.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass, replace
@@ -14,11 +15,12 @@ from autotune.config.candidate import Candidate
 from autotune.config.search_settings import SearchSettings, read_settings
 from autotune.environment import Environment
 from autotune.errors import ConfigError, InterruptedByUser, MachineError, NoFeasibleError
-from autotune.measure.runner import run_trial
+from autotune.measure.runner import Measure, TrainRung, run_rung, run_trial
 from autotune.measure.types import Steps, TrialRequest, TrialResult
 from autotune.memory.model import Prediction, calibrate, predict, save
 from autotune.runs import directory as files
-from autotune.runs.objective import loss_at, score, speed_needed
+from autotune.runs.objective import best_first, loss_at, maximised, score, speed_needed
+from autotune.runs.races import RaceVerdict, Reading, write_races
 from autotune.runs.records import Role, TrialRecord, write_csv
 from autotune.runs.verdict import Verdict
 from autotune.search import storage
@@ -35,21 +37,32 @@ from autotune.search.budget import (
     measure_seconds,
     next_allowance,
 )
-from autotune.search.calibrate import calibrate_law
 from autotune.search.conclude import conclude
 from autotune.search.decide import searched, unconfirmed
+from autotune.search.halving import Step, cost, next_rung
 from autotune.search.outliers import suspected_outliers
 from autotune.search.pool import by_candidate
 from autotune.search.posterior import NOISY
 from autotune.search.propose import Proposer
+from autotune.search.race import (
+    as_trial,
+    as_trial_request,
+    candidates_for_race,
+    conclude_race,
+    first_overhead,
+    make_lineup,
+    overhead,
+    patience,
+    race_notes,
+    reading_of,
+    rung_request,
+)
 from autotune.search.space import Space, baseline, build_space, guide_candidate
 from autotune.search.timekeeping import Part
 from autotune.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
     import optuna
-
-Measure = Callable[[TrialRequest, Path], TrialResult]
 
 PASSED_OVER = 4
 """Candidates in a row that may be skipped because of their predicted peak."""
@@ -60,15 +73,18 @@ HOPELESS = 0.7
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A trial begins or has ended, for whoever watches the search."""
+    """A trial or a rung of the race begins or has ended, for whoever watches the search."""
 
     elapsed_seconds: float
     budget_seconds: float
     trial: int
+    """Number of the trial, or of the rung where the role is `race`."""
     role: Role
     candidate: Candidate
     record: TrialRecord | None = None
     """Record of the trial that has ended; None where it begins."""
+    reading: Reading | None = None
+    """Reading of the rung that has ended."""
     verdict: Verdict
     """Verdict so far."""
 
@@ -93,10 +109,10 @@ def search(
     environment: Environment,
     *,
     measure: Measure = run_trial,
+    train_rung: TrainRung = run_rung,
     notify: Notify = lambda event: None,
     clock: Callable[[], float] = time.monotonic,
     started: float | None = None,
-    calibrate_loss: bool = False,
     storage_url: str = "",
     study_storage: "optuna.storages.BaseStorage | None" = None,
     remarks: tuple[str, ...] = (),
@@ -104,17 +120,14 @@ def search(
 ) -> Verdict:
     """Search within the settings' budget and leave a run in `run_dir`, which must be new.
 
-    `measure` runs one trial: a worker process, or a table of recorded answers. `clock` counts seconds; the budget
-    counts from `started` on that clock, or from now. `calibrate_loss` trains two pilots first, see `calibrate_law`.
+    `measure` runs one trial and `train_rung` one rung of the race: worker processes, or recorded answers. `clock`
+    counts seconds; the budget counts from `started` on that clock, or from now.
     `storage_url`: with the password, which settings do not hold; `study_storage`: an open one, in its place.
     `remarks`: notes from before the search.
     Raises ConfigError, NoFeasibleError when nothing fits, InterruptedByUser after Ctrl-C.
     """
     budget = begin(settings.budget_seconds, started, clock)
     with files.new_directory(run_dir):
-        if calibrate_loss:
-            settings, line = calibrate_law(settings, run_dir, budget, measure)
-            remarks = (*remarks, line)
         if not settings.storage and (note := storage.lock_note(run_dir / files.STUDY_DB)):
             remarks = (*remarks, note)
         space = build_space(settings, environment)
@@ -131,7 +144,7 @@ def search(
         files.publish(run_dir, settings, environment, [], Verdict())
     with files.locked(run_dir), Part(run_dir, budget.started, clock) as part:
         part.follows(run_dir, 0.0)
-        return run.run(measure, notify, remarks)
+        return run.run(measure, train_rung, notify, remarks)
 
 
 @storage.storage_errors()
@@ -142,6 +155,7 @@ def resume(
     budget_seconds: float | None = None,
     same_machine: bool = True,
     measure: Measure = run_trial,
+    train_rung: TrainRung = run_rung,
     notify: Notify = lambda event: None,
     clock: Callable[[], float] = time.monotonic,
     started: float | None = None,
@@ -181,7 +195,7 @@ def resume(
                 f"the budget of {run_dir} ({format_duration(settings.budget_seconds)}) is used up; "
                 f"give more time with --budget, for example {enough_for(run.trial_seconds())}"
             )
-        return run.run(measure, notify, remarks)
+        return run.run(measure, train_rung, notify, remarks)
 
 
 @storage.storage_errors()
@@ -227,6 +241,8 @@ class Search:
         self.directory, self.settings, self.environment, self.space = directory, settings, environment, space
         self.study, self.budget, self.knowledge = study, budget, knowledge
         self.records = studies.records(study)
+        self.lineup, self.readings = studies.lineup_of(study), studies.readings_of(study)
+        self._not_raced = ""  # why there is no race although there should be one
         self._numbers = studies.numbers(study)
         self._spent_before = spent_before
         self._notes = studies.notes_of(study)
@@ -242,22 +258,25 @@ class Search:
     def _conclude(self, *, ended: bool = False) -> Verdict:
         return conclude(
             self.records, self.settings, self.environment, self.space, spent_seconds=self._spent(), notes=self._notes,
-            study=self.study if ended else None,
+            study=self.study if ended else None, race=self._race_verdict(),
         )  # fmt: skip
+
+    def _race_verdict(self) -> RaceVerdict | None:
+        return conclude_race(self.lineup, self.readings, self.settings) if self.lineup else None
 
     def sampler_from_settings(self) -> None:
         """Give the study the sampler that the settings name. Raises ConfigError."""
         self._proposer = Proposer(self.study, self.space, self.settings, self.environment, self.knowledge.priors)
 
-    def run(self, measure: Measure, notify: Notify, remarks: tuple[str, ...]) -> Verdict:
+    def run(self, measure: Measure, train_rung: TrainRung, notify: Notify, remarks: tuple[str, ...]) -> Verdict:
         """Search until the budget's end. `remarks` come before the search's own notes."""
-        self._run_trial, self._notify, self._remarks = measure, notify, remarks
+        self._run_trial, self._train_rung, self._notify, self._remarks = measure, train_rung, notify, remarks
         notes: list[str] = []
         try:
             while True:  # time that confirming did not need is searched in
-                before = len(self.records)
-                notes = self._explore() + self._confirm()
-                if len(self.records) == before:
+                before = len(self.records), len(self.readings)
+                notes = self._explore() + self._race() + self._confirm()
+                if (len(self.records), len(self.readings)) == before:
                     break
         except KeyboardInterrupt:
             studies.close_stale(self.study, self.directory / studies.PENDING, self.settings.memory_limit_bytes)
@@ -289,6 +308,8 @@ class Search:
     def publish(self, *, ended: bool = False) -> None:
         """Conclude, replace the files that change with a trial, and mark the leader in the study."""
         self.verdict = self._conclude(ended=ended)
+        if self.lineup and self.readings:
+            write_races(self.directory / files.RACES_CSV, self.lineup.rivals, self.readings)
         files.publish(self.directory, self.settings, self.environment, self.records, self.verdict)
         if _leader(self.verdict) != _leader(self._marked):
             studies.mark_verdict(self.study, self.verdict, self._numbers)
@@ -303,7 +324,9 @@ class Search:
         return 2 * (max(lasted) if lasted else trial_seconds(baseline(self.settings), self.environment, None))
 
     def _explore(self) -> list[str]:
-        """Baseline, guide, then what the sampler proposes, until the budget's reserve. Returns notes."""
+        """Baseline, guide, then what the sampler proposes, until the budget's reserve or the race. Returns notes."""
+        if self.lineup is not None:
+            return []
         first: dict[Role, Candidate | None] = {
             "baseline": baseline(self.settings),
             "guide": guide_candidate(self.settings, self.environment),
@@ -313,7 +336,8 @@ class Search:
             role: Role = next((role for role, c in first.items() if c is not None and c.id not in known), "search")
             candidate, trial = first.pop(role, None), None  # once is enough, even if it is interrupted
             if candidate is None:
-                if next_allowance(self.budget, self.records, self.settings, max(self._proposals, default=0.0)) is None:
+                ahead = max(self._proposals, default=0.0) + self._race_seconds()
+                if next_allowance(self.budget, self.records, self.settings, ahead) is None:
                     return []
                 before = self.budget.elapsed()
                 proposal = self._proposer.propose(self.records, self.model if self.knowledge.memory_model else None)
@@ -321,11 +345,109 @@ class Search:
                 if proposal is None:
                     return [f"all {len(known)} candidates of the space were measured before the budget's end"]
                 trial, candidate = proposal
-            allowance = next_allowance(self.budget, self.records, self.settings)  # proposing has taken its time from it
+            # proposing has taken its time from it
+            ahead = self._race_seconds() if role == "search" else 0.0
+            allowance = next_allowance(self.budget, self.records, self.settings, ahead)
             if allowance is None:
                 self._proposer.withdraw(trial)
                 return [] if role == "search" else [f"the budget ended before the {role} was measured"]
             self._measure(role, candidate, allowance, trial)
+
+    def _race_seconds(self) -> float:
+        """Part of the budget that is kept for the race, once there is something to race."""
+        raced = self.settings.race == "on" and not self._not_raced and searched(self.records)
+        return self.settings.race_share * self.budget.seconds if raced else 0.0
+
+    def _race(self) -> list[str]:
+        """Train rivals as the rule says, as time permits. Returns notes."""
+        if self.settings.race == "off" or not searched(self.records):
+            return []
+        if self.lineup is None and not self._not_raced:
+            self._line_up()
+        if self.lineup is None:
+            return [self._not_raced]
+        while (step := self._next_rung()) is not None:
+            self._rung(step)
+        race = self._race_verdict()
+        kept = {} if race is None else {self._checkpoints(number) for number in race.order[:1]}
+        for folder in (self.directory / files.RACE).glob("*"):
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+        return [] if race is None else race_notes(self.lineup, race)
+
+    def _line_up(self) -> None:
+        """Choose the rivals, unless two of them take more time than there is."""
+        best = best_first(searched(self.records), maximised(self.settings))[0]
+        beside = first_overhead(self.records)
+        rivals = candidates_for_race(self.records, self.settings)
+        left = self._left_for_race()
+        if next_rung(rivals, [], left, beside) is None:
+            wanted = 2 * (beside + min(beside, min(rival.seconds for rival in rivals)))
+            self._not_raced = (
+                f"the budget is too short for a race: two rungs take about {format_duration(wanted)}, "
+                f"{format_duration(max(0.0, left))} were left; the winner is by the law, not raced; give --budget "
+                f"{enough_for(self.budget.seconds + wanted / self.settings.race_share)}"
+            )
+            return
+        speed = best.result.tokens_per_second or 0.0
+        self.lineup = make_lineup(rivals, Path(self.settings.recipe.data), speed, beside)
+        studies.keep_lineup(self.study, self.lineup)
+
+    def _left_for_race(self) -> float:
+        """Seconds until the winner must be confirmed."""
+        waiting = unconfirmed(self.records, self.settings, self._elected()) or searched(self.records)
+        return self.budget.remaining() - final_seconds(waiting[0], self.budget)
+
+    def _elected(self) -> tuple[str, ...]:
+        race = self._race_verdict()
+        return race.candidates if race else ()
+
+    def _next_rung(self) -> Step | None:
+        assert self.lineup is not None
+        beside = overhead(self.readings, first_overhead(self.records))
+        return next_rung(self.lineup.rivals, self.readings, self._left_for_race(), beside)
+
+    def _rung(self, step: Step) -> None:
+        """Run one rung and record it; the first of a candidate is its trial too, as it measures speed and memory."""
+        assert self.lineup is not None
+        rival = next(rival for rival in self.lineup.rivals if rival.rival == step.rival)
+        number, beside = len(self.readings), overhead(self.readings, first_overhead(self.records))
+        self._write_spent()  # a kill must not return the time
+        event = Event(
+            elapsed_seconds=self.budget.elapsed(), budget_seconds=self.budget.seconds, trial=number, role="race",
+            candidate=rival.candidate, verdict=self.verdict,
+        )  # fmt: skip
+        self._notify(event)
+        expected = cost(rival, step.fraction, self.readings, beside)
+        allowance = allow(max(0.0, self._left_for_race()), patience(expected))
+        request = rung_request(
+            rival, step, self.lineup, device=self.settings.device, checkpoints=self._checkpoints(step.rival),
+            memory_limit_bytes=self.settings.memory_limit_bytes, timeout_seconds=allowance.seconds,
+            result_path=self.directory / files.LOGS / f"rung-{number:04d}.json",
+            train_seconds=self.settings.train_seconds,
+        )  # fmt: skip
+        result = self._train_rung(request, Path(request.result_path).with_suffix(".log"))
+        if result.status == "timeout" and allowance.ends_budget:
+            result = replace(result, status="interrupted", message="the budget ended during this rung")
+        reading = reading_of(number, step, result, rival)
+        studies.keep_reading(self.study, reading)
+        self.readings.append(reading)
+        if any(record.role == "race" and record.candidate.id == rival.candidate.id for record in self.records):
+            self.publish()
+        else:
+            trial = 1 + max(record.trial for record in self.records)
+            attributes = studies.requested(trial, "race", as_trial_request(request))
+            found = predict(self.model, rival.candidate)
+            record = self._record(trial, "race", rival.candidate, as_trial(result), found)
+            self._keep(self._proposer.enqueue(rival.candidate, attributes), record)
+        self._notify(
+            replace(event, elapsed_seconds=self.budget.elapsed(), reading=reading, verdict=self.verdict)
+        )
+        if result.remedy:
+            raise MachineError(result.remedy)
+
+    def _checkpoints(self, rival: int) -> Path:
+        return self.directory / files.RACE / f"rival-{rival:02d}"
 
     def _confirm(self) -> list[str]:
         """Run the best candidates and the baseline again in fresh processes, as time permits. Returns notes."""
@@ -354,7 +476,8 @@ class Search:
         unless it was run again; then the other finalists."""
         again = {record.candidate.id for record in self.records if record.role == "final"}
         suspects = suspected_outliers(self.space.choices, searched(self.records), self.settings)[:1]
-        finalists = unconfirmed(self.records, self.settings)
+        suspects = [] if self.lineup else suspects
+        finalists = unconfirmed(self.records, self.settings, self._elected())
         leading = finalists[: 0 if again else 1]
         waiting = [*leading, *(r for r in suspects if r.candidate.id not in again), *finalists[len(leading) :]]
         return next((record for record in waiting if record.candidate.id not in skipped), None)
@@ -386,16 +509,20 @@ class Search:
         prediction = predict(self.model, candidate)
         result = (self._skipped(prediction) if role == "search" else None) or self._result(request, allowance)
         record = self._record(number, role, candidate, result, prediction)
-        pending = self.directory / studies.PENDING
-        studies.finish(self.study, trial, record, self.settings.memory_limit_bytes, pending)
-        self._numbers[number] = trial.number
-        self.records.append(record)
-        self._calibrate()
-        self.publish()
+        self._keep(trial, record)
         self._notify(replace(event, elapsed_seconds=self.budget.elapsed(), record=record, verdict=self.verdict))
         if result.remedy:
             raise MachineError(result.remedy)
         return record
+
+    def _keep(self, trial: "optuna.Trial", record: TrialRecord) -> None:
+        """Give the study and all files the record of a trial that has ended."""
+        pending = self.directory / studies.PENDING
+        studies.finish(self.study, trial, record, self.settings.memory_limit_bytes, pending)
+        self._numbers[record.trial] = trial.number
+        self.records.append(record)
+        self._calibrate()
+        self.publish()
 
     def _request(
         self, number: int, role: Role, candidate: Candidate, allowance: Allowance, steps: Steps

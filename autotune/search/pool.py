@@ -108,8 +108,10 @@ def _neighbours(space: Space, device_kind: str, candidate: Candidate) -> Pool:
 
 
 def by_candidate(records: Iterable[TrialRecord]) -> dict[str, TrialRecord]:
-    """Searched candidates by id. Interrupted trials have no answer yet; confirmations are always run again."""
-    return {r.candidate.id: r for r in records if r.role != "final" and r.result.status != "interrupted"}
+    """Searched candidates by id. Interrupted trials have no answer yet; confirmations are always run again, and a race
+    changes the recipe."""
+    searched = (record for record in records if record.role not in ("race", "final"))
+    return {record.candidate.id: record for record in searched if record.result.status != "interrupted"}
 
 
 def unanswered(everything: Pool, known: Mapping[str, TrialRecord]) -> Pool:

@@ -82,7 +82,8 @@ def _estimated(key: _Identical) -> dict[str, Speed]:
     means = {name: _combined(group, process_sd) for name, group in groups.items()}
     sign = -1.0 if maximised(settings) else 1.0
     objective = {n: score(settings, group[0].candidate, math.exp(means[n].value)) for n, group in groups.items()}
-    leaders = sorted(groups, key=lambda name: sign * objective[name])[:_LEADERS]
+    same_recipe = [name for name, group in groups.items() if all(record.role != "race" for record in group)]
+    leaders = sorted(same_recipe, key=lambda name: sign * objective[name])[:_LEADERS]
     merged = [_merged(groups[name][0], means[name], objective[name]) for name in leaders]
     expected = expected_speeds(merged, settings)
     speeds = {name: _speed(mean, None, process_sd) for name, mean in means.items()}

@@ -6,11 +6,14 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from autotune.config.candidate import Candidate
+from autotune.runs.races import Reading
 from autotune.runs.records import TrialRecord
 from autotune.search.loop import Event, Notify
+from autotune.search.race import shape_words
 from autotune.search.space import in_words
 from autotune.terminal import say, visible
-from autotune.units import format_bytes, format_duration
+from autotune.units import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,8 +39,8 @@ def show_progress(remarks: Sequence[str] = ()) -> Iterator[Notify]:
 
         def notify(event: Event) -> None:
             seen[:] = [(time.monotonic(), event)]
-            if event.record is not None:
-                live.console.print(visible(_ended(event, event.record)), markup=False, highlight=False)
+            if ended := _ended(event):
+                live.console.print(visible(ended), markup=False, highlight=False)
 
         yield _after(remarks, notify)
 
@@ -54,15 +57,37 @@ def _after(remarks: Sequence[str], notify: Notify) -> Notify:
 
 
 def print_event(event: Event) -> None:
-    """One plain line for each trial that has ended."""
-    if event.record is not None:
+    """One plain line for each trial and rung that has ended."""
+    if ended := _ended(event):
         clock = f"[{format_duration(event.elapsed_seconds)}/{format_duration(event.budget_seconds)}]"
-        say(f"{clock} {_ended(event, event.record)}")
+        say(f"{clock} {ended}")
 
 
-def _ended(event: Event, record: TrialRecord) -> str:
-    best = event.verdict.winner is not None and event.verdict.winner.trial == record.trial
+def _ended(event: Event) -> str:
+    """What has ended, on one line; empty where something begins."""
+    verdict, record = event.verdict, event.record
+    if event.reading is not None:
+        first = verdict.race is not None and verdict.race.order[:1] == (event.reading.rival,)
+        return reading_line(event.reading, event.candidate) + ("  <- first" if first else "")
+    if record is None:
+        return ""
+    best = verdict.winner is not None and verdict.winner.trial == record.trial
     return trial_line(record) + ("  <- best" if best else "")
+
+
+def reading_line(reading: Reading, candidate: Candidate) -> str:
+    """A rung on one line: number, rival, length, outcome, recipe."""
+    recipe = candidate.recipe
+    if reading.loss is None:
+        outcome = reading.status + (f" ({reading.message})" if reading.message else "")
+    else:
+        outcome = f"loss {reading.loss:.3f} after {format_count(reading.tokens or 0)} tokens"
+    words = f"{shape_words(recipe.shape)}, {recipe.optimizer}, rate {recipe.learning_rate:g}"
+    length = f"{reading.fraction:.1%} of the training"
+    return (
+        f"rung {reading.reading:>4} rival {reading.rival:>2} {length}, {outcome}: {words}, "
+        f"{format_count(recipe.tokens_per_step)} tokens a step"
+    )
 
 
 def trial_line(record: TrialRecord) -> str:
@@ -90,8 +115,9 @@ def _picture(since: float, event: Event) -> "RenderableType":
     bar = Table.grid(padding=(0, 1))
     clock = f"{format_duration(elapsed)} of {format_duration(event.budget_seconds)}"
     bar.add_row("budget", ProgressBar(total=event.budget_seconds, completed=elapsed), clock)
-    now = f"trial {event.trial} {event.role} for {format_duration(waited)}: {in_words(event.candidate)}"
-    lines = [Text(visible(now), style="cyan") if event.record is None else Text("between trials")]
+    what = f"rung {event.trial}" if event.role == "race" else f"trial {event.trial} {event.role}"
+    now = f"{what} for {format_duration(waited)}: {in_words(event.candidate)}"
+    lines = [Text("between trials") if _ended(event) else Text(visible(now), style="cyan")]
     if event.verdict.winner is not None:
         lines.append(Text(visible("best so far: " + trial_line(event.verdict.winner)), style="green"))
     return Group(bar, *lines)

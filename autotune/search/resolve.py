@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from autotune.config.candidate import TRAINING_PARTS, Plan, Recipe, Shape, at_least, parse_shape
+from autotune.config.candidate import TRAINING_PARTS, Plan, Recipe, Shape, at_least, one_of, parse_shape
 from autotune.config.nanogpt import NanoGPTFile, dataset_dir, nanogpt_dtype, read_nanogpt
-from autotune.config.search_settings import Objective, SearchSettings
+from autotune.config.search_settings import Objective, Race, SearchSettings, Target
 from autotune.data.batches import open_batches
 from autotune.data.sources import how_to_prepare
 from autotune.data.vocabulary import check_ids, data_vocabulary
@@ -46,19 +46,22 @@ def resolve(
     law: str = "lingle",
     vocab_size: int | None = None,
     choices: Sequence[str] = (),
-    calibrate_loss: bool = False,
+    race: str = "",
+    keep: str = "",
+    target: str = "autotune",
 ) -> SearchSettings:
     """The command line's words (empty: not given) as settings for the machine of `environment`.
     Raises ConfigError for a word that is not understood and for flags that contradict each other, DataError for
     a data directory that cannot be trained on."""
+    if keep:
+        one_of("--keep", keep, ("learning",))
+        if objective == "loss":
+            raise ConfigError("--objective loss changes what is learned, --keep learning does not; leave one out")
+        objective = "throughput"
     _refuse_contradictions(objective, model, from_file, workers, environment.device)
     fixed = bool(model or from_file)
     chosen = objective or ("throughput" if fixed else "loss")
-    if calibrate_loss and (chosen != "loss" or data is None):
-        raise ConfigError(
-            "--calibrate-loss trains on your data to predict its loss; add --data, and leave out "
-            "--model, --from and --objective throughput"
-        )
+    race = _race(race, chosen, data)
     recipe, baseline, source, read = _start(environment, model, from_file)
     data, dataset, notes = _dataset(data, from_file, read)
     words = _vocabulary(vocab_size, recipe.shape, read is not None and read.vocab_size_given, data)
@@ -93,10 +96,12 @@ def resolve(
         baseline_source=source,
         dataset=dataset,
         out_dir=read.out_dir if read else "",
-        notes=notes,
+        notes=notes if chosen == "throughput" or data is not None else (*notes, _NO_TEXT),
         # A length given on the command line replaces the file's, and the schedule must follow it.
         keep_schedule=from_file is not None and not given,
         law=find_law(law).name,
+        race=cast("Race", race),
+        target=cast("Target", target),
         workers=workers,
         storage=storage,
         seed=seed,
@@ -104,6 +109,20 @@ def resolve(
     )
     build_space(settings, environment)  # raises for choices that it does not have
     return settings
+
+
+_NO_TEXT = "no race without text: the winner is by the law, not raced; give --data DIR"
+
+
+def _race(word: str, objective: str, data: Path | None) -> str:
+    """Whether candidates are raced: as given, else wherever the loss is sought and there is text."""
+    if word:
+        one_of("--race", word, ("off", "on"))
+    if word == "on" and objective != "loss":
+        raise ConfigError("--race on seeks the lowest loss, which changes what is learned; add --objective loss")
+    if word == "on" and data is None:
+        raise ConfigError("--race on trains on your text; add --data DIR, or use --race off")
+    return word or ("on" if objective == "loss" and data is not None else "off")
 
 
 def _choices(words: str) -> tuple[str, tuple[str, ...]]:
@@ -214,6 +233,14 @@ def _data_dir(data: Path | None, recipe: Recipe) -> str:
     return str(data.resolve())
 
 
+def _how(settings: SearchSettings) -> str:
+    if settings.objective == "throughput":
+        return ""
+    if settings.race == "off":
+        return f" by the law {settings.law!r}, not raced"
+    return f" by a race in {settings.race_share:.0%} of the budget, of the best by the law {settings.law!r}"
+
+
 def describe_settings(settings: SearchSettings, environment: Environment) -> str:
     """Settings and space in plain lines: what `--dry-run` prints."""
     recipe, shape, baseline = settings.recipe, settings.recipe.shape, settings.baseline
@@ -224,7 +251,7 @@ def describe_settings(settings: SearchSettings, environment: Environment) -> str
         "name": settings.name,
         "device": f"{environment.device} ({environment.device_name})",
         "budget": format_duration(settings.budget_seconds),
-        "objective": settings.objective + (f" by the law {settings.law!r}" if settings.objective == "loss" else ""),
+        "objective": settings.objective + _how(settings),
         "memory limit": format_bytes(settings.memory_limit_bytes),
         "training": f"{length}, {recipe.tokens_per_step:,} tokens a step",
         "data": recipe.data or "synthetic tokens",

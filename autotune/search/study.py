@@ -24,6 +24,7 @@ from autotune.files import write_atomically
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.runs.directory import STUDY_DB
 from autotune.runs.objective import maximised
+from autotune.runs.races import Lineup, Reading
 from autotune.runs.records import Role, TrialRecord
 from autotune.runs.verdict import Verdict
 from autotune.search.space import Space
@@ -38,6 +39,8 @@ _MARK, _VERSION = "autotune", 2
 SETTINGS, ENVIRONMENT, SPENT = "settings", "environment", "spent_seconds"
 NOTES, REMARKS = "notes", "remarks"
 _CHOICES, _VERDICT = "choices", "verdict"
+_LINEUP, _RIVAL, _READING = "race", "race_rival_", "race_reading_"
+"""Attributes of a race: what it is evaluated on, and with a number behind, one for each rival and each reading."""
 _REQUEST, _ROLE, _NUMBER, _RECORD = "request", "role", "trial", "record"
 
 PENDING = "pending_record.json"
@@ -189,6 +192,39 @@ def as_begun(study: "optuna.Study", space: Space) -> Space:
     if not isinstance(begun, dict) or begun.keys() - knobs != space.choices.keys() - knobs or not all(begun.values()):
         raise ConfigError(f"the study is damaged: its choices are {shown(begun)}; start a new search")
     return replace(space, choices={name: tuple(choices) for name, choices in begun.items()})
+
+
+def keep_lineup(study: "optuna.Study", lineup: Lineup) -> None:
+    """Write a race's lineup into the study, each rival as an attribute of its own: some storages limit their size."""
+    for rival in lineup.rivals:
+        study.set_user_attr(f"{_RIVAL}{rival.rival:02d}", json.dumps(asdict(rival), allow_nan=False))
+    rest = {"chunk_tokens": lineup.chunk_tokens, "chunks": lineup.chunks, "rivals": len(lineup.rivals)}
+    study.set_user_attr(_LINEUP, rest)  # last: a lineup in part does not count
+
+
+def keep_reading(study: "optuna.Study", reading: Reading) -> None:
+    """Write a reading into the study."""
+    study.set_user_attr(f"{_READING}{reading.reading:04d}", json.dumps(asdict(reading), allow_nan=False))
+
+
+def lineup_of(study: "optuna.Study") -> Lineup | None:
+    """The race's lineup; None where none has begun. Raises ConfigError for a damaged study."""
+    attributes = study.user_attrs
+    rest = attributes.get(_LINEUP)
+    if rest is None:
+        return None
+    if not isinstance(rest, dict) or not isinstance(rest.get("rivals"), int):
+        raise ConfigError(f"the study is damaged: its race is {shown(rest)}; start a new search")
+    names = [f"{_RIVAL}{number:02d}" for number in range(rest["rivals"])]
+    rivals = [_parsed(attributes.get(name), f"the study's {name}") for name in names]
+    return read_table(Lineup, {**rest, "rivals": rivals}, "the study's race")
+
+
+def readings_of(study: "optuna.Study") -> list[Reading]:
+    """The race's readings so far. Raises ConfigError for a damaged study."""
+    attributes = study.user_attrs
+    names = sorted(name for name in attributes if name.startswith(_READING))
+    return [read_table(Reading, _parsed(attributes[name], name), f"the study's {name}") for name in names]
 
 
 def requested(number: int, role: Role, request: TrialRequest) -> dict[str, object]:

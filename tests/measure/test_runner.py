@@ -120,7 +120,7 @@ def test_losses_that_are_not_finite_are_incorrect(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_trials_in_a_row_start_in_a_worker_that_has_loaded_torch(tmp_path: Path) -> None:
     compiled = with_plan(compile="block")
-    with trials_in_a_row() as measure:
+    with trials_in_a_row() as (measure, _):
         first = measure(compiled, tmp_path / "1.log")
         waiting = workers()
         assert len(waiting) == 1

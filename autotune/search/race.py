@@ -1,0 +1,310 @@
+"""The race of a search: who takes part, what each rung is asked, and what the race shows.
+
+The law that ranks shapes knows neither the user's text nor the optimizer, its rate and the batch. So real trainings of
+the most plausible candidates compete, by the rule in `autotune.search.halving`.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from autotune.config.candidate import Candidate, Optimizer, Shape
+from autotune.config.search_settings import SearchSettings
+from autotune.data.shards import open_split
+from autotune.measure.types import RungRequest, RungResult, TrialRequest, TrialResult
+from autotune.runs.objective import batch_tokens, best_first, finish_candidate, training_tokens
+from autotune.runs.races import Change, Lineup, RaceVerdict, Reading, Rival, by_rival, difference
+from autotune.runs.records import TrialRecord
+from autotune.search.halving import Step, order_of, tied
+from autotune.search.space import canonical
+from autotune.units import format_count
+
+SHAPES = 4
+"""Shapes that compete: the law errs about their order by more than they differ."""
+MOST_RIVALS = 27
+_RATES: dict[Optimizer, tuple[float, ...]] = {"muon": (2.0, 1.0, 4.0, 0.5), "adamw": (1.0, 2.0, 0.5)}
+"""Factors of the rule's learning rate, the most plausible first; optimizers likewise."""
+_BASELINE_PLACE = 4
+"""Place of the baseline's recipe among the rivals: it shows what was gained, and hardly ever wins."""
+_SMALLEST_PART = 4
+"""A batch may be this many times smaller than the plan's micro batch: smaller ones leave the device idle."""
+
+_EVALUATED_SHARE, _FORWARD_SPEED = 0.2, 3.0
+"""An evaluation takes this fraction of a rung's overhead; a forward alone is about so many times as fast as a step."""
+_CHUNKS = (8, 64)
+"""Fewest and most chunks of validation tokens: fewer give no interval, more no narrower one worth the time."""
+_CHUNK_TOKENS = 2048
+_PATIENCE = 3.0
+"""Multiple of its expected time after which a rung is considered to hang, but not before..."""
+_PATIENCE_SECONDS = 60.0
+
+
+def candidates_for_race(records: Sequence[TrialRecord], settings: SearchSettings) -> tuple[Rival, ...]:
+    """Rivals, the most plausible first.
+
+    Each choice is a list in the order of its plausibility: shapes by the law at their measured speeds, optimizers,
+    learning rates around the rule, batches around the rule. The center has the first of all; then come those that
+    differ from it in one place, then in two.
+    """
+    ranked = best_first([record for record in records if record.role not in ("race", "final")], maximise=False)
+    fastest = {record.candidate.shape: record for record in reversed(ranked)}
+    shapes = [fastest[shape] for shape in dict.fromkeys(record.candidate.shape for record in ranked)]
+    own = [record for record in shapes if record.candidate.shape == settings.recipe.shape]
+    shapes = list(dict.fromkeys((*shapes[:SHAPES], *own)))
+    optimizers: tuple[Optimizer, ...] = ("adamw",) if settings.target == "nanogpt" else ("muon", "adamw")
+    found: dict[tuple[object, ...], tuple[int, Candidate, float, float]] = {}
+    for place, record in enumerate(shapes):
+        speed = record.result.tokens_per_second or 0.0
+        tokens = training_tokens(settings, speed)
+        for (i, optimizer), (j, batch) in itertools.product(
+            enumerate(optimizers), enumerate(_batches(record.candidate, tokens, settings))
+        ):
+            for k, factor in enumerate(_RATES[optimizer]):
+                candidate = _rival(record.candidate, optimizer, batch, factor, tokens, settings)
+                key = (candidate.shape, optimizer, batch, factor)
+                found.setdefault(key, (place + i + j + k, candidate, factor, tokens / speed))
+    for name, rival in _baseline(own[0], settings).items() if own else ():
+        found.setdefault(name, rival)
+    ordered = sorted(found.values(), key=lambda rival: rival[0])  # stable: shapes before optimizers before batches
+    rivals = [
+        Rival(rival=number, candidate=candidate, rate_factor=factor, seconds=seconds)
+        for number, (_, candidate, factor, seconds) in enumerate(ordered)
+    ]
+    return _with_baseline_early(rivals, settings)[:MOST_RIVALS]
+
+
+def _baseline(
+    record: TrialRecord, settings: SearchSettings
+) -> dict[tuple[object, ...], tuple[int, Candidate, float, float]]:
+    """The baseline's recipe: its shape, optimizer and batch."""
+    recipe, speed = settings.recipe, record.result.tokens_per_second or 0.0
+    tokens, batch = training_tokens(settings, speed), recipe.global_batch_size
+    candidate = _rival(record.candidate, recipe.optimizer, batch, 1.0, tokens, settings)
+    return {(recipe.shape, recipe.optimizer, batch, 1.0): (MOST_RIVALS, candidate, 1.0, tokens / speed)}
+
+
+def _with_baseline_early(rivals: list[Rival], settings: SearchSettings) -> tuple[Rival, ...]:
+    own = next((rival for rival in rivals if is_baseline(rival, settings)), None)
+    if own is not None and own.rival > _BASELINE_PLACE:
+        rivals.remove(own)
+        rivals.insert(_BASELINE_PLACE, own)
+    return tuple(replace(rival, rival=number) for number, rival in enumerate(rivals))
+
+
+def is_baseline(rival: Rival, settings: SearchSettings) -> bool:
+    """Whether the rival learns with the baseline's recipe, schedule aside."""
+    recipe, own = rival.candidate.recipe, settings.recipe
+    return (recipe.shape, recipe.optimizer, recipe.global_batch_size, rival.rate_factor) == (
+        own.shape, own.optimizer, own.global_batch_size, 1.0,
+    )  # fmt: skip
+
+
+def _rival(
+    candidate: Candidate, optimizer: Optimizer, batch: int, factor: float, tokens: float, settings: SearchSettings
+) -> Candidate:
+    schedule = settings.recipe.schedule if settings.target == "nanogpt" else "wsd"
+    recipe = replace(candidate.recipe, optimizer=optimizer, global_batch_size=batch, schedule=schedule)
+    plan = replace(candidate.plan, micro_batch_size=min(candidate.plan.micro_batch_size, batch))
+    return finish_candidate(canonical(replace(candidate, recipe=recipe, plan=plan)), tokens, factor)
+
+
+def _batches(candidate: Candidate, tokens: float, settings: SearchSettings) -> list[int]:
+    """Sequences of a step: the power of two nearest to the rule's tokens, the baseline's tokens, twice and half the
+    rule's; without those for which the plan would have to run in far smaller parts."""
+    block = candidate.shape.block_size
+    rule = 2 ** round(math.log2(batch_tokens(tokens)))
+    smallest = max(1, candidate.plan.micro_batch_size // _SMALLEST_PART)
+    wanted = (rule, settings.recipe.tokens_per_step, 2 * rule, rule // 2)
+    return list(dict.fromkeys(max(smallest, size // block) for size in wanted))
+
+
+def make_lineup(rivals: Sequence[Rival], data: Path, speed: float, overhead_seconds: float) -> Lineup:
+    """The rivals with the validation tokens on which all are evaluated. `speed`: tokens/s of a typical rival."""
+    blocks = math.lcm(*(rival.candidate.shape.block_size for rival in rivals))
+    forward = max(
+        _CHUNK_TOKENS, *(r.candidate.plan.micro_batch_size * r.candidate.shape.block_size for r in rivals)
+    )
+    there = (len(open_split(data, "val")[0]) - 1) // blocks  # windows of another file would not be the same for all
+    size = max(1, min(-(-forward // blocks), there // _CHUNKS[0]))
+    wanted = _FORWARD_SPEED * speed * max(1.0, _EVALUATED_SHARE * overhead_seconds)
+    chunks = min(max(_CHUNKS[0], round(wanted / (size * blocks))), _CHUNKS[1], max(1, there // size))
+    return Lineup(rivals=tuple(rivals), chunk_tokens=size * blocks, chunks=chunks)
+
+
+def first_overhead(records: Sequence[TrialRecord]) -> float:
+    """Expected time of a rung beside its steps before any was run: that of trials, whose code is compiled by now."""
+    ran = [record.result for record in records if record.objective is not None and record.role != "race"]
+    beside = [
+        (result.trial_seconds or 0.0) - result.phase_seconds.get("measure", 0.0)
+        - 0.5 * result.phase_seconds.get("compile", 0.0) for result in ran
+    ]  # fmt: skip
+    return statistics.median(beside) if beside else 0.0
+
+
+def overhead(readings: Sequence[Reading], before: float) -> float:
+    """Expected time of a rung beside its steps: the mean so far, else `before`."""
+    beside = [reading.seconds - reading.stepping_seconds for reading in readings if reading.loss is not None]
+    return statistics.fmean(beside) if beside else before
+
+
+def rung_request(
+    rival: Rival, step: Step, lineup: Lineup, *, device: str, memory_limit_bytes: int | None, checkpoints: Path | None,
+    result_path: Path, timeout_seconds: float, train_seconds: float | None, evaluations: int = 1,
+) -> RungRequest:  # fmt: skip
+    """What the worker of one rung is asked. `train_seconds`: the full training's, if it was given in time."""
+    kept = checkpoints is not None and rival.kept_share > 0.0
+    return RungRequest(
+        candidate=rival.candidate, device=device, result_path=str(result_path),
+        memory_limit_bytes=memory_limit_bytes, timeout_seconds=timeout_seconds,
+        checkpoints=str(checkpoints) if kept else "",
+        target_tokens=max(1, round(step.fraction * rival.candidate.recipe.max_tokens)),
+        target_seconds=None if train_seconds is None else step.fraction * train_seconds,
+        chunk_tokens=lineup.chunk_tokens, chunks=lineup.chunks, evaluations=evaluations,
+    )  # fmt: skip
+
+
+def patience(expected_seconds: float) -> float:
+    """Seconds after which a rung that should take `expected_seconds` is considered to hang."""
+    return max(_PATIENCE_SECONDS, _PATIENCE * expected_seconds)
+
+
+def reading_of(number: int, step: Step, result: RungResult, rival: Rival) -> Reading:
+    """The reading of a rung that has ended."""
+    losses = result.chunk_losses if result.status == "ok" else ()
+    return Reading(
+        reading=number, rival=step.rival, fraction=step.fraction, status=result.status, message=result.message,
+        iterations=result.iterations,
+        tokens=None if result.iterations is None else result.iterations * rival.candidate.recipe.tokens_per_step,
+        loss=statistics.fmean(losses) if losses else None, chunk_losses=losses,
+        tokens_per_second=result.tokens_per_second, tokens_per_second_ci95=result.tokens_per_second_ci95,
+        peak_allocated_bytes=result.peak("allocated_bytes"), peak_device_bytes=result.peak("device_bytes"),
+        seconds=result.trial_seconds or 0.0, stepping_seconds=result.stepping_seconds, started_at=result.started_at,
+        curve_tokens=result.curve_tokens, curve_losses=result.curve_losses,
+    )  # fmt: skip
+
+
+def as_trial_request(request: RungRequest) -> TrialRequest:
+    """The request of a trial of the rung's candidate, for the study."""
+    return TrialRequest(**{field.name: getattr(request, field.name) for field in fields(TrialRequest)})
+
+
+def as_trial(result: RungResult) -> TrialResult:
+    """What a rung measured of its candidate's speed and memory."""
+    return TrialResult(**{field.name: getattr(result, field.name) for field in fields(TrialResult)})
+
+
+def conclude_race(lineup: Lineup, readings: Sequence[Reading], settings: SearchSettings) -> RaceVerdict | None:
+    """What the race shows so far; None while nothing was read."""
+    if not readings:
+        return None
+    order, raced = order_of(readings), {reading.rival for reading in readings}
+    rivals = {rival.rival: rival for rival in lineup.rivals if rival.rival in raced}
+    told = RaceVerdict(
+        rivals=tuple(rivals.values()), order=order, seconds=sum(reading.seconds for reading in readings),
+        readings=tuple(replace(reading, chunk_losses=()) for reading in readings),
+    )  # fmt: skip
+    if not order:
+        return told
+    winner, found = rivals[order[0]], by_rival(readings)
+    own = next((rival for rival in rivals.values() if is_baseline(rival, settings) and rival.rival in found), None)
+    widths = [
+        apart.ci95 for rival in order[1:]
+        if (apart := difference(found[rival][0], found[order[0]][0])) is not None and math.isfinite(apart.ci95)
+    ]  # fmt: skip
+    return replace(
+        told,
+        tied_with=tied(readings),
+        against_baseline=_compared("all of it", "baseline", "best", [own], winner, readings)
+        if own is not None and own.rival != winner.rival else None,
+        changes=_changes(winner, list(rivals.values()), readings, settings),
+        noise_ci95=statistics.median(widths) if widths else None,
+    )  # fmt: skip
+
+
+def race_notes(lineup: Lineup, race: RaceVerdict) -> list[str]:
+    """What the user should know about a race's outcome; one line each."""
+    if not race.order:
+        return ["no rival of the race came to the end of a rung: the winner is by the law, not raced"]
+    if lineup.chunks >= _CHUNKS[0]:
+        return []
+    tokens = lineup.chunks * lineup.chunk_tokens
+    noise = "unknown" if race.noise_ci95 is None else f"±{race.noise_ci95:.3f} nats"
+    return [
+        f"the validation split is small: rivals were compared on {tokens:,} tokens, the noise of a difference is "
+        f"{noise}; prepare more data"
+    ]
+
+
+def _changes(
+    winner: Rival, rivals: Sequence[Rival], readings: Sequence[Reading], settings: SearchSettings
+) -> tuple[Change, ...]:
+    """Each thing in which the winner's recipe differs from the baseline's, compared with a rival in which only that is
+    as in the baseline. An optimizer is compared at its own best rate."""
+    recipe, own = winner.candidate.recipe, settings.recipe
+
+    def alike(**changed: object) -> list[Rival]:
+        """Rivals with the winner's values but for those `changed`; None: any value."""
+        wanted = {**_recipe_values(winner), **changed}
+        return [
+            rival for rival in rivals
+            if all(value in (None, _recipe_values(rival)[name]) for name, value in wanted.items())
+        ]  # fmt: skip
+
+    found = []
+    if recipe.shape != own.shape:
+        before, after = shape_words(own.shape), shape_words(recipe.shape)
+        found.append(_compared("shape", before, after, alike(shape=own.shape), winner, readings))
+    if recipe.optimizer != own.optimizer:
+        others = alike(optimizer=own.optimizer, rate_factor=None)
+        found.append(_compared("optimizer", own.optimizer, recipe.optimizer, others, winner, readings))
+    if winner.rate_factor != 1.0:
+        after = f"{winner.rate_factor:g} x rule"
+        found.append(_compared("learning rate", "rule", after, alike(rate_factor=1.0), winner, readings))
+    if recipe.tokens_per_step != own.tokens_per_step:
+        before, after = (f"{format_count(one.tokens_per_step)} tokens" for one in (own, recipe))
+        found.append(_compared("batch", before, after, alike(batch=own.tokens_per_step), winner, readings))
+    if recipe.schedule != own.schedule:
+        found.append(Change(what="schedule", before=own.schedule, after=recipe.schedule, rivals=()))
+    return tuple(found)
+
+
+def _recipe_values(rival: Rival) -> dict[str, object]:
+    recipe = rival.candidate.recipe
+    return {
+        "shape": recipe.shape, "optimizer": recipe.optimizer, "rate_factor": rival.rate_factor,
+        "batch": recipe.tokens_per_step,
+    }  # fmt: skip
+
+
+def _compared(
+    what: str, before: str, after: str, others: Sequence[Rival], winner: Rival, readings: Sequence[Reading]
+) -> Change:
+    """The winner against the best of `others`, each at the longest length that both were trained to."""
+    pairs = [
+        (theirs.fraction, theirs.loss or 0.0, other.rival, apart)
+        for other in others
+        for theirs, ours in itertools.product(by_rival(readings).get(other.rival, []), by_rival(readings)[winner.rival])
+        if theirs.fraction == ours.fraction and (apart := difference(ours, theirs)) is not None
+    ]
+    if not pairs:
+        return Change(what=what, before=before, after=after, rivals=())
+    fraction, _, other, apart = min(pairs, key=lambda pair: (-pair[0], pair[1]))
+    return Change(
+        what=what, before=before, after=after, rivals=(other, winner.rival), nats=apart.nats,
+        ci95=apart.ci95 if math.isfinite(apart.ci95) else None, fraction=fraction,
+    )  # fmt: skip
+
+
+def shape_words(shape: Shape) -> str:
+    """`4x4x128, block 64`"""
+    return f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}, block {shape.block_size}"
+
+
+def rival_words(rival: Rival) -> str:
+    """A rival's recipe on one line."""
+    recipe = rival.candidate.recipe
+    batch = format_count(recipe.tokens_per_step)
+    return f"{shape_words(recipe.shape)}, {recipe.optimizer}, rate {recipe.learning_rate:g}, {batch} tokens a step"
