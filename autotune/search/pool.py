@@ -6,7 +6,7 @@ The whole space where it is small; of a large one random candidates, and all tha
 import functools
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -114,9 +114,9 @@ def by_candidate(records: Iterable[TrialRecord]) -> dict[str, TrialRecord]:
     return {record.candidate.id: record for record in searched if record.result.status != "interrupted"}
 
 
-def unanswered(everything: Pool, known: Mapping[str, TrialRecord]) -> Pool:
-    """The candidates whose answer does not follow from the known ones."""
-    answered = np.array([candidate.id in known for candidate in everything.candidates], dtype=bool)
+def unanswered(everything: Pool, known: Mapping[str, TrialRecord], pending: Container[str] = ()) -> Pool:
+    """The candidates whose answer does not follow from the known ones, without those that are `pending`, by id."""
+    answered = np.array([c.id in known or c.id in pending for c in everything.candidates], dtype=bool)
     for kernels, records in _out_of_memory(known.values()).items():
         same = np.array([key == kernels for key in everything.kernels], dtype=bool)
         for record in records:
@@ -170,11 +170,15 @@ class CandidateProblem:
         self._priors = priors
         self.update([], None)
 
-    def update(self, records: Iterable[TrialRecord], model: MemoryModel | None) -> None:
-        """The trials so far, and the memory model that they calibrate; None: memory is not considered."""
+    def update(
+        self, records: Iterable[TrialRecord], model: MemoryModel | None, pending: Sequence[Candidate] = ()
+    ) -> None:
+        """The trials so far, the memory model that they calibrate (None: memory is not considered), and candidates that
+        are being measured."""
         self.known, self._model = by_candidate(records), model
+        self._pending = {c.id: c for c in pending if c.id not in self.known}
         self._everything = pool(self.space, self.known, self.settings)
-        self.left = unanswered(self._everything, self.known)
+        self.left = unanswered(self._everything, self.known, self._pending)
 
     def observed(self) -> Observed:
         records = list(self.known.values())
@@ -183,7 +187,11 @@ class CandidateProblem:
         rows = [records[i] for i in acquisition.subset(ranked, len(records))]
         features = self._features([record.candidate for record in rows])
         results = [record.result for record in rows]
+        pending = self._features(list(self._pending.values())) if self._pending else None
         return Observed(
+            pending=None
+            if pending is None
+            else Choices(parameters=pending.parameters, prior=pending.prior * self._priors),
             parameters=features.parameters,
             answers=np.log([result.tokens_per_second or np.nan for result in results]),
             log_seconds=np.log([result.trial_seconds or np.nan for result in results]),

@@ -84,16 +84,22 @@ class AdditiveGPSampler(optuna.samplers.BaseSampler):
             maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
             rng = random.Random(self._seed + trial.number)
             problem = StudyProblem(search_space, trials, rng, maximize=maximize)
-        observed, choices = problem.observed(), problem.choices()
-        if not len(choices.parameters):
-            return {}
-        values = acquisition.value(observed, choices, problem.categorical(), problem.objective, problem.best())
-        return problem.parameters(acquisition.most_valuable(values, problem.p_fits))
+        row = choose(problem)
+        return {} if row is None else problem.parameters(row)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         return draw(random.Random(f"{self._seed} {trial.number} {param_name}"), param_distribution)
+
+
+def choose(problem: Problem) -> int | None:
+    """Index of the most valuable choice; None where there is none."""
+    observed, choices = problem.observed(), problem.choices()
+    if not len(choices.parameters):
+        return None
+    values = acquisition.value(observed, choices, problem.categorical(), problem.objective, problem.best())
+    return acquisition.most_valuable(values, problem.p_fits)
 
 
 class StudyProblem:
