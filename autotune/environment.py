@@ -198,7 +198,7 @@ def steering_variables(variables: Mapping[str, str]) -> dict[str, str]:
 def differences(there: Mapping[str, Any], here: Environment) -> list[str]:
     """Differences between a recorded environment and this one, in words. Fields that an older version did not record
     are not compared."""
-    now = json.loads(json.dumps(asdict(here)))  # tuples become lists, as in JSON and TOML
+    there, now = (json.loads(json.dumps(one)) for one in (there, asdict(here)))  # tuples become lists, as in TOML
     after, complete = now.pop("variables"), "threads" in there  # TOML omits None
     lines = []
     for key, value in now.items():
@@ -261,6 +261,8 @@ def probe(device: str = "auto") -> Environment:
 
 def make_slots(device: str, workers: int) -> tuple[Slot, ...]:
     """The slots of `--device` and `--workers`: a card each, or parts of the cores. Raises ConfigError."""
+    if workers < 1:
+        raise ConfigError(f"--workers {workers} is not allowed; give 1 or more")
     names = [f"{name}:0" if name == "cuda" else name for name in device.split(",")]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"--device {device} names {min(twice)} twice, where trials would disturb each other; once")

@@ -57,11 +57,17 @@ def value(
     categorical: Mask,
     objective: Callable[[Array], Array],
     best: float | None,
+    believed: Callable[[Array], float] | None = None,
 ) -> Array:
     """Value of each choice, (n,). `objective` maps answers (n,) of the choices to what is maximised; `best`: the
-    largest so far, None while nothing is feasible."""
-    at = gp.points(choices.parameters)
-    mean, sd = _predict(observed, 0, observed.answers, categorical, at, choices, observed.pending)
+    largest so far, None while nothing is feasible. `believed` maps answers of the pending trials to the largest
+    objective among them."""
+    at, pending = gp.points(choices.parameters), observed.pending
+    if pending is not None:
+        expected, _ = _predict(observed, 0, observed.answers, categorical, gp.points(pending.parameters), pending)
+        assert believed is not None
+        best = max(believed(expected), -math.inf if best is None else best)
+    mean, sd = _predict(observed, 0, observed.answers, categorical, at, choices, pending)
     seconds, _ = _predict(observed, 1, observed.log_seconds, categorical, at, choices)
     improvement = _expected_improvement(mean, sd, objective, best)
     return np.asarray(improvement * _p_runs(observed, categorical, at) / np.exp(seconds))

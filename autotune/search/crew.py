@@ -105,8 +105,8 @@ class Crew:
         return some
 
     def stop(self) -> list[Job]:
-        """Kill what runs. Returns what was not recorded."""
-        stopped = self.jobs
+        """Kill what runs, and return it."""
+        stopped = [job for job, _ in self._running.values()]
         for _, running in self._running.values():
             running.close()
         self._running, self._ended = {}, []

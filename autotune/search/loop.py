@@ -310,6 +310,7 @@ class Search:
                 if (self._measured, len(self.readings)) == before:
                     break
         except KeyboardInterrupt:
+            self._keep_on_disk()  # what has ended is not lost
             for job in crew.stop():
                 studies.interrupt(self.study, job.trial)
             studies.close_stale(self.study, self.directory, self.settings.memory_limit_bytes)
@@ -439,7 +440,7 @@ class Search:
             self._peers.beat(job.trial for job in self._crew.jobs)
 
     def _keep_on_disk(self) -> None:
-        """While the study's server is away: keep what ends in the run's directory, and go on waiting."""
+        """Keep in the run's directory what has ended and cannot be told to the study now: its server is away."""
         for job, result in self._crew.look():
             self._journal.add(self._record_of(job, self._judged(job, result)))
 

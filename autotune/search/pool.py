@@ -211,9 +211,15 @@ class CandidateProblem:
 
     def objective(self, answers: Array) -> Array:
         """The objective at log speeds (n,), larger is better."""
+        return self._objective(self.left.candidates, answers)
+
+    def believed(self, answers: Array) -> float:
+        return float(self._objective(list(self._pending.values()), answers).max())
+
+    def _objective(self, candidates: Sequence[Candidate], answers: Array) -> Array:
         if maximised(self.settings):
             return np.exp(answers)
-        speeds = zip(self.left.candidates, np.exp(answers).tolist(), strict=True)
+        speeds = zip(candidates, np.exp(answers).tolist(), strict=True)
         return np.array([-score(self.settings, candidate, speed) for candidate, speed in speeds])
 
     def best(self) -> float | None:

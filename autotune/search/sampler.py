@@ -36,6 +36,9 @@ class Problem(Protocol):
     def objective(self, answers: Array) -> Array:
         """What is maximised, (n,), from the answers (n,) of the choices."""
 
+    def believed(self, answers: Array) -> float:
+        """The largest objective of the pending trials, from their answers."""
+
     def best(self) -> float | None:
         """The largest objective so far; None while nothing is feasible."""
 
@@ -98,7 +101,9 @@ def choose(problem: Problem) -> int | None:
     observed, choices = problem.observed(), problem.choices()
     if not len(choices.parameters):
         return None
-    values = acquisition.value(observed, choices, problem.categorical(), problem.objective, problem.best())
+    values = acquisition.value(
+        observed, choices, problem.categorical(), problem.objective, problem.best(), problem.believed
+    )
     return acquisition.most_valuable(values, problem.p_fits)
 
 
@@ -144,6 +149,9 @@ class StudyProblem:
 
     def objective(self, answers: Array) -> Array:
         return answers
+
+    def believed(self, answers: Array) -> float:
+        return float(answers.max())
 
     def best(self) -> float | None:
         return self._best
