@@ -301,6 +301,8 @@ def search(
     if not name:
         asked = replace(asked, name=run_directory.claim_name(Path("results"), asked.name))
     directory, again = run_directory.own_directory(Path("results"), asked)
+    if asked.objective == "loss" and not (asked.recipe.data or race):
+        remarks = (*remarks, resolve.NO_TEXT)
     if again:  # the same command, after a kill
         go_on = partial(_resume, directory, device, seconds=None, other_machine=other_machine)
         _watch(directory, partial(go_on, started=started, remarks=remarks), remarks)
@@ -404,6 +406,65 @@ def _report(runs: list[Path], html: bool, json: bool, top: int) -> None:
             table.print_text(training.training_table(trained))
     for written in pages:
         terminal.say(f"wrote {written}")
+
+
+@_command(app.command, "Search")
+def race(
+    context: typer.Context,
+    candidates: Annotated[
+        list[Path], typer.Argument(metavar="RUN|FILE...", help="Runs, candidate files, nanoGPT config files.")
+    ],
+    seconds: Annotated[str, typer.Option("--time", metavar="TIME", help="Training time of each. [default: 3m]")] = "",
+    tokens: Annotated[str, typer.Option(metavar="COUNT", help="Tokens of each training instead: 10M.")] = "",
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Trainings of each, for an interval.")] = 1,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Data directory. [default: the candidates']")] = None,
+    budget: Annotated[
+        str, typer.Option(metavar="TIME", help="Wall clock of it all. [default: as long as needed]")
+    ] = "",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory.")] = Path("results/race"),
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Train candidates for equal time or tokens: which learns most?
+
+    Each keeps its recipe, with the schedule scaled to the length. After an interruption, the same command continues.
+
+    Examples:
+      autotune race results/A results/B --time 3m --seeds 3
+      autotune race mine.py results/A --tokens 10M --data data/fineweb
+    """
+    from autotune.environment import probe
+    from autotune.measure.runner import trials_in_a_row
+    from autotune.model.compile_cache import compile_cache_dir, make_cache
+    from autotune.report import race as pages
+    from autotune.report import table
+    from autotune.runs.directory import LOGS
+    from autotune.search import user_race
+    from autotune.search.resolve import memory_limit_of
+
+    if seconds and tokens:
+        raise ConfigError("--time and --tokens exclude each other; give one")
+    here = probe(device)
+    settings = user_race.RaceSettings(
+        candidates=user_race.read_candidates(candidates, data, here),
+        device=here.device,
+        seconds=None if tokens else parse_duration(seconds or "3m"),
+        tokens=parse_count(tokens) if tokens else None,
+    )
+    make_cache(compile_cache_dir())
+    with trials_in_a_row() as (measure, train_rung):
+        raced = user_race.run_race(
+            settings, out, seeds=seeds, budget_seconds=parse_duration(budget) if budget else None,
+            memory_limit_bytes=memory_limit_of(here), measure=measure, train_rung=train_rung, say=terminal.say,
+            started=context.obj,
+        )  # fmt: skip
+    pages.write_curves(out / pages.CURVES_PNG, raced.rivals, raced.readings)
+    if json:
+        terminal.write(json_module.dumps(pages.as_json(raced.rivals, raced.readings, raced.told), allow_nan=False))
+    else:
+        table.print_text(pages.race_report(raced.rivals, raced.readings, raced.told))
+    if not any(reading.loss is not None for reading in raced.readings):
+        raise NoFeasibleError(f"no training came to its end; see {out / LOGS}")
 
 
 @_command(app.command, "Understand")

@@ -12,15 +12,17 @@ from autotune.kernels import registry
 from autotune.measure.types import cache_text
 from autotune.report.table import Line, Prose, cell, command, fmt, make_table
 from autotune.runs.directory import TRIALS_CSV
+from autotune.runs.races import Change, RaceVerdict, Rival, by_rival
 from autotune.runs.read import Row, Run, peak_bytes
 from autotune.runs.records import COLUMNS, PLAN_FIELDS, TrialRecord
-from autotune.runs.verdict import IDLE, Speed, Verdict
+from autotune.runs.verdict import IDLE, RACING, Speed, Verdict
 from autotune.units import format_bytes, format_count, format_duration
 
 _SPENT = {
     "compiling": ("compile",),
     "warming up": ("warmup",),
     "measuring": ("measure",),
+    "racing": (RACING,),
     "between trials": (IDLE,),
     "starting trials": ("start", "build", "verify", "done"),
 }
@@ -66,6 +68,7 @@ def heading(run: Run) -> str:
     """Objective, limits and machine of the search."""
     settings, machine = run.settings, run.environment
     objective = "least predicted loss" if run.lower_is_better else "most tokens/s"
+    objective = "lowest loss, raced" if run.verdict.race else objective
     limit, budget = format_bytes(settings.memory_limit_bytes), format_duration(settings.budget_seconds)
     return (
         f"{run.path}: {objective} within {limit} on {machine.device_name} ({machine.device}), "
@@ -85,13 +88,15 @@ def verdict_lines(run: Run) -> list[str]:
     else:
         cached = cache_text(winner.result.compile_cache_hits, winner.result.compile_cache_misses)
         graphs = f", {cached} from the compile cache" if cached else ""
-        lines.append(f"best: trial {winner.trial}, {_status(verdict)}: {_figures(winner, verdict.speed)}{graphs}")
+        figures = _figures(winner, verdict.speed, raced=verdict.race is not None)
+        lines.append(f"best: trial {winner.trial}, {_status(verdict)}: {figures}{graphs}")
+        lines += race_lines(verdict.race) if verdict.race else []
         if verdict.unsettled:
             lines.append(f"warning: not settled: {verdict.unsettled}")
         if run.best is not None and run.best.candidate.id != winner.candidate.id:
             lines.append(f"warning: {BEST_TOML} is not the best trial: repair it with `autotune report --rebuild`")
-    figures = f"trial {baseline.trial}: {_figures(baseline, verdict.baseline_speed)}" if baseline else "not measured"
-    lines.append(f"baseline: {figures}")
+    figures = _figures(baseline, verdict.baseline_speed, raced=verdict.race is not None) if baseline else ""
+    lines.append(f"baseline: trial {baseline.trial}: {figures}" if baseline else "baseline: not measured")
     lines += _gain(verdict)
     if verdict.tied_with:
         trials = ", ".join(map(str, verdict.tied_with))
@@ -105,7 +110,8 @@ def verdict_lines(run: Run) -> list[str]:
             "changed during the search" + ("; the ranking is corrected for it" if verdict.drift_corrected else "")
         )
     if verdict.law:
-        lines.append(f"predicted losses are by the law {verdict.law}")
+        how = "" if verdict.race else "the winner is by the law, not raced; "
+        lines.append(f"{how}predicted losses are by the law {verdict.law}")
     lines += _time(verdict)
     return lines + [f"note: {note}" for note in verdict.notes]
 
@@ -120,11 +126,54 @@ def _status(verdict: Verdict) -> str:
     return f"confirmed{composed} in {verdict.speed.measurements} processes"
 
 
-def _figures(record: TrialRecord, speed: Speed | None) -> str:
-    """Loss, speed and peak memory, or why there are none."""
+def race_lines(race: RaceVerdict) -> list[str]:
+    """What was raced, who is first, and by how much."""
+    lines = [
+        f"race: {len(race.rivals)} rivals in {len(race.readings)} trainings of "
+        f"{min(r.fraction for r in race.readings):.2%} to {max(r.fraction for r in race.readings):.2%} of the whole, "
+        f"{format_duration(race.seconds)}, on {race.rivals[0].candidate.recipe.data}"
+    ]
+    if not race.order:
+        return lines
+    best = race.best
+    lines.append(
+        f"first: rival {race.winner.rival}, {recipe_words(race.winner)}: validation loss {best.loss:.3f} after "
+        f"{format_count(best.tokens or 0)} tokens"
+    )
+    if (against := race.against_baseline) is not None and against.nats is not None:
+        lines.append(
+            f"against the baseline's recipe: {_nats(against)} nats, both trained for {against.fraction:.2%} of the time"
+        )
+    elif all(change.what == "schedule" for change in race.changes):
+        lines.append("against the baseline's recipe: it is the same, but for the schedule")
+    else:
+        lines.append("against the baseline's recipe: not raced")
+    if race.tied_with:
+        rivals = ", ".join(map(str, race.tied_with))
+        lines.append(f"tie: rival {rivals} cannot be distinguished from the first on this validation text")
+    return lines
+
+
+def recipe_words(rival: Rival) -> str:
+    """What a rival learns with, on one line."""
+    recipe, shape = rival.candidate.recipe, rival.candidate.shape
+    return (
+        f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}, block {shape.block_size}, {recipe.optimizer}, rate "
+        f"{recipe.learning_rate:g} ({rival.rate_factor:g} x rule), {format_count(recipe.tokens_per_step)} tokens a step"
+    )
+
+
+def _nats(change: Change) -> str:
+    if change.nats is None:
+        return "not raced"
+    return f"{change.nats:+.3f}" + ("" if change.ci95 is None else f" ± {change.ci95:.3f}")
+
+
+def _figures(record: TrialRecord, speed: Speed | None, *, raced: bool = False) -> str:
+    """Loss, speed and peak memory, or why there are none. A race's losses take the place of the law's."""
     if record.result.status != "ok" or speed is None:
         return f"{record.result.status}: {record.result.message or '-'}"
-    loss = "" if record.predicted_loss is None else f"predicted loss {record.predicted_loss:.3f}, "
+    loss = "" if record.predicted_loss is None or raced else f"predicted loss {record.predicted_loss:.3f}, "
     peak = format_bytes(record.result.peak_bytes)
     return f"{loss}{_rate(speed.tokens_per_second, speed.ci95)} tokens/s, peak {peak}"
 
@@ -147,6 +196,7 @@ def _time(verdict: Verdict) -> list[str]:
     if verdict.overhead is None:
         return []
     spent = {name: sum(verdict.seconds.get(phase, 0.0) for phase in phases) for name, phases in _SPENT.items()}
+    spent = {name: seconds for name, seconds in spent.items() if seconds or name != "racing"}
     shares = ", ".join(f"{name} {seconds / verdict.spent_seconds:.0%}" for name, seconds in spent.items())
     return [
         f"time: {format_duration(verdict.spent_seconds)}: {shares}; harness overhead {verdict.overhead:.0%}, "
@@ -161,6 +211,7 @@ def sections(run: Run) -> dict[str, list[Line]]:
     shown = {"tokens/s", "predicted loss", "batch", *_SHARED} - same.keys()
     objective, change = ("predicted loss", "+.3f") if run.lower_is_better else ("tokens/s", "+.1%")
     return {
+        **(_race_sections(verdict.race) if verdict.race else {}),
         # a single trial that beats all others in both leaves nothing to choose
         "Speed against memory": [
             {"least memory": format_bytes(peak_bytes(row)), "trial": str(row["trial"])}
@@ -187,6 +238,35 @@ def sections(run: Run) -> dict[str, list[Line]]:
                 "reason": failure.reason or "-",
             }
             for failure in verdict.failures
+        ],
+    }
+
+
+def _race_sections(race: RaceVerdict) -> dict[str, list[Line]]:
+    """The rivals, best first, and what each change of the recipe gained alone."""
+    known, found = {rival.rival: rival for rival in race.rivals}, by_rival(race.readings)
+    failed = {reading.rival: reading for reading in race.readings if reading.loss is None}
+    return {
+        "Race": [
+            {
+                "": "*" if number in race.order[:1] else "",
+                "rival": str(number),
+                "loss": f"{found[number][-1].loss:.3f}" if number in found else failed[number].status,
+                "length": f"{(found[number][-1] if number in found else failed[number]).fraction:.2%}",
+                "recipe": recipe_words(known[number]),
+            }
+            for number in (*race.order, *(number for number in known if number not in found))
+        ],
+        "What each change gained alone": [
+            {
+                "gained alone": change.what,
+                "nats": _nats(change),
+                "length": fmt(change.fraction, ".2%"),
+                "from": change.before,
+                "to": change.after,
+                "rivals": ", ".join(map(str, change.rivals)) or "-",
+            }
+            for change in race.changes
         ],
     }
 

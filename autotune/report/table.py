@@ -19,7 +19,7 @@ Line = Mapping[str, str]
 FIGURES = {
     "trial", "predicted loss", "tokens/s", "MFU", "peak", "allocated", "predicted", "batch", "count",
     "ok/trials", "best", "gain", "least memory", "share", "reserved", "device", "retries",
-    "without drift", "chunk tokens",
+    "without drift", "chunk tokens", "rival", "loss", "length", "nats",
 }  # fmt: skip
 """Headers of numeric columns: right-aligned, never broken."""
 _WORD = 20

@@ -91,6 +91,7 @@ def _best(
         "mfu": result.mfu,
         **{f"peak_{view}": result.peak(view) for view in reversed(PEAK_VIEWS)},
         "predicted_loss": None if rival else loss_at(settings, winner.candidate, speed.tokens_per_second),
+        "raced_loss": verdict.race.best.loss if rival and verdict.race and rival == verdict.race.winner else None,
         "compile_cache_hits": result.compile_cache_hits,
         "compile_cache_misses": result.compile_cache_misses,
     }
@@ -142,7 +143,7 @@ def new_directory(run_dir: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # another search may have started in one of them
             for folder in made[1:]:
                 folder.rmdir()
-        if not isinstance(error, KeyboardInterrupt):  # pilots are the only part long enough for Ctrl-C
+        if not isinstance(error, KeyboardInterrupt):
             raise
         raise InterruptedByUser("interrupted before the first trial; nothing is kept, start the search again") from None
 

@@ -104,6 +104,22 @@ def difference(one: Reading, other: Reading) -> Difference | None:
     return Difference(nats=statistics.fmean(apart), ci95=half)
 
 
+def interval95(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and the half width of its 95 % interval by Student's distribution; None of a single value."""
+    mean, freedom = statistics.fmean(values), len(values) - 1
+    if freedom == 0:
+        return mean, None
+    if freedom == 1:
+        quantile = math.tan(0.475 * math.pi)
+    elif freedom == 2:
+        quantile = 0.95 * math.sqrt(2.0 / (4 * 0.975 * 0.025))
+    else:  # Abramowitz and Stegun 26.7.5, within 1 %
+        z, v = Z95, freedom
+        quantile = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        quantile += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def by_rival(readings: Sequence[Reading]) -> dict[int, list[Reading]]:
     """Readings that have a loss, by rival, shortest rung first."""
     found: dict[int, list[Reading]] = {}
@@ -121,7 +137,7 @@ class Change:
     before: str
     after: str
     rivals: tuple[int, ...]
-    """The rival with `before`, and the one with `after`, which are otherwise alike; empty: no such pair was raced."""
+    """One with `before` and one with `after`, which are otherwise alike; empty: no such pair was raced."""
     nats: float | None = None
     """Difference of the loss; negative is a gain. None: not raced."""
     ci95: float | None = None
@@ -140,7 +156,7 @@ class RaceVerdict:
     order: tuple[int, ...]
     """Rivals, best first."""
     tied_with: tuple[int, ...] = ()
-    """Rivals that cannot be told from the best by the validation text."""
+    """Rivals that cannot be distinguished from the best by the validation text."""
     against_baseline: Change | None = None
     """The winner against the baseline's recipe. None: the baseline was not raced, or is the winner."""
     changes: tuple[Change, ...] = ()
@@ -157,8 +173,9 @@ class RaceVerdict:
         return tuple(dict.fromkeys(by_number[number].candidate.id for number in self.order))
 
     def rival_of(self, candidate_id: str) -> Rival | None:
-        """The best rival with a candidate."""
-        best = sorted(self.rivals, key=lambda rival: [*self.order, rival.rival].index(rival.rival))
+        """The best rival with a candidate; None: it was not raced, or only failed."""
+        by_number = {rival.rival: rival for rival in self.rivals}
+        best = (by_number[number] for number in self.order)
         return next((rival for rival in best if rival.candidate.id == candidate_id), None)
 
     @property

@@ -26,8 +26,9 @@ def searched(records: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def _finals(records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
-    """Last confirmation of each candidate, by candidate id."""
-    return {record.candidate.id: record for record in records if record.role == "final"}
+    """Last confirmation of each candidate, by candidate id; one that the budget interrupted says nothing."""
+    finals = (record for record in records if record.role == "final" and record.result.status != "interrupted")
+    return {record.candidate.id: record for record in finals}
 
 
 def _baseline(records: Sequence[TrialRecord]) -> TrialRecord | None:

@@ -68,7 +68,7 @@ def order_of(readings: Sequence[Reading]) -> tuple[int, ...]:
 
 
 def tied(readings: Sequence[Reading]) -> tuple[int, ...]:
-    """Rivals that were trained as far as the best one and cannot be told from it."""
+    """Rivals that were trained as far as the best one and cannot be distinguished from it."""
     order, found = order_of(readings), by_rival(readings)
     if not order:
         return ()

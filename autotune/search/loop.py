@@ -43,7 +43,7 @@ from autotune.search.budget import (
 from autotune.search.conclude import conclude
 from autotune.search.crew import Crew, Job
 from autotune.search.decide import searched, unconfirmed
-from autotune.search.halving import Step, cost, next_rung
+from autotune.search.halving import ETA, Step, cost, next_rung
 from autotune.search.outliers import suspected_outliers
 from autotune.search.pool import by_candidate
 from autotune.search.posterior import NOISY
@@ -54,6 +54,7 @@ from autotune.search.race import (
     candidates_for_race,
     conclude_race,
     first_overhead,
+    known_speed,
     make_lineup,
     overhead,
     patience,
@@ -464,7 +465,7 @@ class Search:
         while (step := self._next_rung()) is not None:
             self._rung(step)
         race = self._race_verdict()
-        kept = {} if race is None else {self._checkpoints(number) for number in race.order[:1]}
+        kept = {self._checkpoints(number) for number in race.order[:ETA]} if race else set()
         for folder in (self.directory / files.RACE).glob("*"):
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -520,19 +521,19 @@ class Search:
             memory_limit_bytes=self.settings.memory_limit_bytes, timeout_seconds=allowance.seconds,
             result_path=self.directory / files.LOGS / f"rung-{number:04d}.json",
             train_seconds=self.settings.train_seconds,
+            speed=known_speed(rival, self.lineup, self.readings, self.records),
         )  # fmt: skip
         result = self._train_rung(request, Path(request.result_path).with_suffix(".log"))
         if result.status == "timeout" and allowance.ends_budget:
             result = replace(result, status="interrupted", message="the budget ended during this rung")
-        reading = reading_of(number, step, result, rival)
-        studies.keep_reading(self.study, reading)
-        self.readings.append(reading)
-        if any(record.role == "race" and record.candidate.id == rival.candidate.id for record in self.records):
-            self.publish()
-        else:
+        if not any(record.role == "race" and record.candidate.id == rival.candidate.id for record in self.records):
             attributes = studies.requested("race", as_trial_request(request), self._fingerprint, self._spent())
             trial, found = self._proposer.claim(rival.candidate, attributes), predict(self.model, rival.candidate)
             self._keep(trial, self._record(trial.number, "race", rival.candidate, as_trial(result), found))
+        reading = reading_of(number, step, result, rival)
+        studies.keep_reading(self.study, reading)
+        self.readings.append(reading)
+        self.publish()
         self._notify(replace(event, elapsed_seconds=self.budget.elapsed(), reading=reading, verdict=self.verdict))
         if result.remedy:
             raise MachineError(result.remedy)

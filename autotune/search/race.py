@@ -53,7 +53,7 @@ def candidates_for_race(records: Sequence[TrialRecord], settings: SearchSettings
     fastest = {record.candidate.shape: record for record in reversed(ranked)}
     shapes = [fastest[shape] for shape in dict.fromkeys(record.candidate.shape for record in ranked)]
     own = [record for record in shapes if record.candidate.shape == settings.recipe.shape]
-    shapes = list(dict.fromkeys((*shapes[:SHAPES], *own)))
+    shapes = shapes[:SHAPES] + [record for record in own if record not in shapes[:SHAPES]]
     optimizers: tuple[Optimizer, ...] = ("adamw",) if settings.target == "nanogpt" else ("muon", "adamw")
     found: dict[tuple[object, ...], tuple[int, Candidate, float, float]] = {}
     for place, record in enumerate(shapes):
@@ -107,26 +107,26 @@ def _rival(
 ) -> Candidate:
     schedule = settings.recipe.schedule if settings.target == "nanogpt" else "wsd"
     recipe = replace(candidate.recipe, optimizer=optimizer, global_batch_size=batch, schedule=schedule)
+    # the plan stays as it was measured and compiled, unless the batch is smaller than its micro batch
     plan = replace(candidate.plan, micro_batch_size=min(candidate.plan.micro_batch_size, batch))
-    return finish_candidate(canonical(replace(candidate, recipe=recipe, plan=plan)), tokens, factor)
+    rival = replace(candidate, recipe=recipe, plan=plan)
+    return finish_candidate(rival if plan == candidate.plan else canonical(rival), tokens, factor)
 
 
 def _batches(candidate: Candidate, tokens: float, settings: SearchSettings) -> list[int]:
-    """Sequences of a step: the power of two nearest to the rule's tokens, the baseline's tokens, twice and half the
-    rule's; without those for which the plan would have to run in far smaller parts."""
-    block = candidate.shape.block_size
-    rule = 2 ** round(math.log2(batch_tokens(tokens)))
-    smallest = max(1, candidate.plan.micro_batch_size // _SMALLEST_PART)
-    wanted = (rule, settings.recipe.tokens_per_step, 2 * rule, rule // 2)
-    return list(dict.fromkeys(max(smallest, size // block) for size in wanted))
+    """Sequences of a step: the plan's micro batch times the power of two that comes nearest to the rule's tokens, the
+    baseline's tokens, twice and half the first; none for which the plan would have to run in far smaller parts."""
+    block, micro = candidate.shape.block_size, candidate.plan.micro_batch_size
+    rule = micro * 2.0 ** round(math.log2(batch_tokens(tokens) / block / micro))
+    smallest = max(1, micro // _SMALLEST_PART)
+    wanted = (rule, settings.recipe.tokens_per_step / block, 2 * rule, rule / 2)
+    return list(dict.fromkeys(max(smallest, int(size)) for size in wanted))
 
 
 def make_lineup(rivals: Sequence[Rival], data: Path, speed: float, overhead_seconds: float) -> Lineup:
     """The rivals with the validation tokens on which all are evaluated. `speed`: tokens/s of a typical rival."""
     blocks = math.lcm(*(rival.candidate.shape.block_size for rival in rivals))
-    forward = max(
-        _CHUNK_TOKENS, *(r.candidate.plan.micro_batch_size * r.candidate.shape.block_size for r in rivals)
-    )
+    forward = max(_CHUNK_TOKENS, *(r.candidate.plan.micro_batch_size * r.candidate.shape.block_size for r in rivals))
     there = (len(open_split(data, "val")[0]) - 1) // blocks  # windows of another file would not be the same for all
     size = max(1, min(-(-forward // blocks), there // _CHUNKS[0]))
     wanted = _FORWARD_SPEED * speed * max(1.0, _EVALUATED_SHARE * overhead_seconds)
@@ -150,18 +150,34 @@ def overhead(readings: Sequence[Reading], before: float) -> float:
     return statistics.fmean(beside) if beside else before
 
 
+def known_speed(
+    rival: Rival, lineup: Lineup, readings: Sequence[Reading], records: Sequence[TrialRecord]
+) -> float | None:
+    """Tokens/s by which a rival's time is converted to tokens: one figure for all rivals that execute the same step, so
+    that they get the same tokens even if another program disturbs one of them. None: not measured yet."""
+    same = {other.rival for other in lineup.rivals if other.candidate.id == rival.candidate.id}
+    rungs = [reading.tokens_per_second for reading in readings if reading.rival in same and reading.tokens_per_second]
+    if rungs:
+        return statistics.median(rungs)
+    trials = (record for record in records if record.candidate.id == rival.candidate.id and record.role != "race")
+    return next((record.result.tokens_per_second for record in trials if record.result.tokens_per_second), None)
+
+
 def rung_request(
     rival: Rival, step: Step, lineup: Lineup, *, device: str, memory_limit_bytes: int | None, checkpoints: Path | None,
-    result_path: Path, timeout_seconds: float, train_seconds: float | None, evaluations: int = 1,
+    result_path: Path, timeout_seconds: float, train_seconds: float | None, speed: float | None = None,
+    evaluations: int = 1,
 ) -> RungRequest:  # fmt: skip
-    """What the worker of one rung is asked. `train_seconds`: the full training's, if it was given in time."""
+    """What the worker of one rung is asked. `train_seconds`: the full training's, if it was given in time; `speed`: the
+    tokens/s that convert it. None: the worker's own speed does."""
+    tokens = train_seconds * speed if train_seconds and speed else rival.candidate.recipe.max_tokens
     kept = checkpoints is not None and rival.kept_share > 0.0
     return RungRequest(
         candidate=rival.candidate, device=device, result_path=str(result_path),
         memory_limit_bytes=memory_limit_bytes, timeout_seconds=timeout_seconds,
         checkpoints=str(checkpoints) if kept else "",
-        target_tokens=max(1, round(step.fraction * rival.candidate.recipe.max_tokens)),
-        target_seconds=None if train_seconds is None else step.fraction * train_seconds,
+        target_tokens=max(1, round(step.fraction * tokens)),
+        target_seconds=step.fraction * train_seconds if train_seconds and not speed else None,
         chunk_tokens=lineup.chunk_tokens, chunks=lineup.chunks, evaluations=evaluations,
     )  # fmt: skip
 
@@ -217,7 +233,7 @@ def conclude_race(lineup: Lineup, readings: Sequence[Reading], settings: SearchS
     return replace(
         told,
         tied_with=tied(readings),
-        against_baseline=_compared("all of it", "baseline", "best", [own], winner, readings)
+        against_baseline=_compared("all of it", "baseline", "best", [(own, winner)], winner, readings)
         if own is not None and own.rival != winner.rival else None,
         changes=_changes(winner, list(rivals.values()), readings, settings),
         noise_ci95=statistics.median(widths) if widths else None,
@@ -241,31 +257,22 @@ def race_notes(lineup: Lineup, race: RaceVerdict) -> list[str]:
 def _changes(
     winner: Rival, rivals: Sequence[Rival], readings: Sequence[Reading], settings: SearchSettings
 ) -> tuple[Change, ...]:
-    """Each thing in which the winner's recipe differs from the baseline's, compared with a rival in which only that is
-    as in the baseline. An optimizer is compared at its own best rate."""
-    recipe, own = winner.candidate.recipe, settings.recipe
-
-    def alike(**changed: object) -> list[Rival]:
-        """Rivals with the winner's values but for those `changed`; None: any value."""
-        wanted = {**_recipe_values(winner), **changed}
-        return [
-            rival for rival in rivals
-            if all(value in (None, _recipe_values(rival)[name]) for name, value in wanted.items())
-        ]  # fmt: skip
-
+    """Each thing in which the winner's recipe differs from the baseline's, and what it gained alone: by two rivals that
+    differ in it and in nothing else. An optimizer is compared at its own best rate."""
+    values = {rival.rival: _recipe_values(rival) for rival in rivals}
+    ours, recipe, own = values[winner.rival], winner.candidate.recipe, settings.recipe
+    theirs = {"shape": own.shape, "optimizer": own.optimizer, "learning rate": 1.0, "batch": own.tokens_per_step}
     found = []
-    if recipe.shape != own.shape:
-        before, after = shape_words(own.shape), shape_words(recipe.shape)
-        found.append(_compared("shape", before, after, alike(shape=own.shape), winner, readings))
-    if recipe.optimizer != own.optimizer:
-        others = alike(optimizer=own.optimizer, rate_factor=None)
-        found.append(_compared("optimizer", own.optimizer, recipe.optimizer, others, winner, readings))
-    if winner.rate_factor != 1.0:
-        after = f"{winner.rate_factor:g} x rule"
-        found.append(_compared("learning rate", "rule", after, alike(rate_factor=1.0), winner, readings))
-    if recipe.tokens_per_step != own.tokens_per_step:
-        before, after = (f"{format_count(one.tokens_per_step)} tokens" for one in (own, recipe))
-        found.append(_compared("batch", before, after, alike(batch=own.tokens_per_step), winner, readings))
+    for what in [name for name in ours if ours[name] != theirs[name]]:
+        free = {what, "learning rate"} if what == "optimizer" else {what}
+        pairs = [
+            (one, other)
+            for one, other in itertools.permutations(rivals, 2)
+            if values[one.rival][what] == theirs[what] and values[other.rival][what] == ours[what]
+            and all(values[one.rival][name] == values[other.rival][name] for name in ours.keys() - free)
+        ]  # fmt: skip
+        before, after = (_in_words(what, value[what]) for value in (theirs, ours))
+        found.append(_compared(what, before, after, pairs, winner, readings))
     if recipe.schedule != own.schedule:
         found.append(Change(what="schedule", before=own.schedule, after=recipe.schedule, rivals=()))
     return tuple(found)
@@ -274,26 +281,37 @@ def _changes(
 def _recipe_values(rival: Rival) -> dict[str, object]:
     recipe = rival.candidate.recipe
     return {
-        "shape": recipe.shape, "optimizer": recipe.optimizer, "rate_factor": rival.rate_factor,
+        "shape": recipe.shape, "optimizer": recipe.optimizer, "learning rate": rival.rate_factor,
         "batch": recipe.tokens_per_step,
     }  # fmt: skip
 
 
+def _in_words(what: str, value: object) -> str:
+    if isinstance(value, Shape):
+        return shape_words(value)
+    if what == "learning rate":
+        return f"{value:g} x rule"
+    return f"{format_count(value)} tokens a step" if isinstance(value, int) else str(value)
+
+
 def _compared(
-    what: str, before: str, after: str, others: Sequence[Rival], winner: Rival, readings: Sequence[Reading]
-) -> Change:
-    """The winner against the best of `others`, each at the longest length that both were trained to."""
-    pairs = [
-        (theirs.fraction, theirs.loss or 0.0, other.rival, apart)
-        for other in others
-        for theirs, ours in itertools.product(by_rival(readings).get(other.rival, []), by_rival(readings)[winner.rival])
-        if theirs.fraction == ours.fraction and (apart := difference(ours, theirs)) is not None
-    ]
-    if not pairs:
+    what: str, before: str, after: str, pairs: Sequence[tuple[Rival, Rival]], winner: Rival,
+    readings: Sequence[Reading],
+) -> Change:  # fmt: skip
+    """The second of a pair against the first, at the longest length that both were trained to. Of several pairs, the
+    one most like the winner counts, then the longest, then that with the best first."""
+    read, ours = by_rival(readings), _recipe_values(winner)
+    found = []
+    for one, other in pairs:
+        alike = sum(value == ours[name] for name, value in _recipe_values(other).items())
+        for a, b in itertools.product(read.get(one.rival, []), read.get(other.rival, [])):
+            if a.fraction == b.fraction and (apart := difference(b, a)) is not None:
+                found.append(((-alike, -a.fraction, a.loss or 0.0), (one.rival, other.rival), a.fraction, apart))
+    if not found:
         return Change(what=what, before=before, after=after, rivals=())
-    fraction, _, other, apart = min(pairs, key=lambda pair: (-pair[0], pair[1]))
+    _, rivals, fraction, apart = min(found, key=lambda pair: pair[0])
     return Change(
-        what=what, before=before, after=after, rivals=(other, winner.rival), nats=apart.nats,
+        what=what, before=before, after=after, rivals=rivals, nats=apart.nats,
         ci95=apart.ci95 if math.isfinite(apart.ci95) else None, fraction=fraction,
     )  # fmt: skip
 

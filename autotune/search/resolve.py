@@ -85,7 +85,7 @@ def resolve(
         device=environment.device,
         budget_seconds=parse_duration(budget),
         objective=cast("Objective", chosen),
-        memory_limit_bytes=_memory_limit(environment, memory_limit),
+        memory_limit_bytes=memory_limit_of(environment, memory_limit),
         train_seconds=seconds,
         train_tokens=tokens,
         recipe=replace(recipe, data=_data_dir(data, recipe)),
@@ -96,7 +96,7 @@ def resolve(
         baseline_source=source,
         dataset=dataset,
         out_dir=read.out_dir if read else "",
-        notes=notes if chosen == "throughput" or data is not None else (*notes, _NO_TEXT),
+        notes=notes,
         # A length given on the command line replaces the file's, and the schedule must follow it.
         keep_schedule=from_file is not None and not given,
         law=find_law(law).name,
@@ -112,7 +112,8 @@ def resolve(
     return settings
 
 
-_NO_TEXT = "no race without text: the winner is by the law, not raced; give --data DIR"
+NO_TEXT = "there is no race without text: the winner is by the law, not raced; give --data DIR"
+"""Remark on a search for the lowest loss without data."""
 
 
 def _race(word: str, objective: str, data: Path | None) -> str:
@@ -186,7 +187,7 @@ def _dataset(
     return folder, read.dataset, (*read.notes, f"{from_file}: dataset {read.dataset!r} {found}")
 
 
-def _memory_limit(environment: Environment, word: str) -> int:
+def memory_limit_of(environment: Environment, word: str = "") -> int:
     """As given; else all of a card but what its driver and desktop need, 80 % of main memory."""
     whole = environment.device_memory_bytes
     if not word:

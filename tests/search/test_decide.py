@@ -55,6 +55,24 @@ def test_the_ranking_starts_with_the_winner() -> None:
     assert decided([*SEARCH, record(4, 2, 150, "final"), record(5, 3, 191, "final")]).ranking == (5, 1, 2, 3, 4, 0)
 
 
+def test_a_confirmation_counts_although_another_one_was_interrupted() -> None:
+    found = decided([*SEARCH, record(4, 2, 199, "final"), record(5, 2, 0, "final", status="interrupted")])
+    assert (found.status, found.winner and found.winner.trial) == ("confirmed", 4)
+
+
+def test_a_race_elects_the_winner_whatever_the_objective() -> None:
+    rivals = [record(4, 8, 90, "race"), record(5, 9, 80, "race")]
+    first, second = (rival.candidate.id for rival in rivals)
+    found = decide([*SEARCH, *rivals], SETTINGS, (first, second))
+    assert (found.status, found.winner) == ("not confirmed", rivals[0])
+    waiting = unconfirmed([*SEARCH, *rivals], SETTINGS, (first, second))
+    assert [r.trial for r in waiting] == [4, 0]
+    crashed = record(6, 8, 0, "final", status="crashed")
+    assert unconfirmed([*SEARCH, *rivals, crashed], SETTINGS, (first, second))[0].trial == 5
+    found = decide([*SEARCH, *rivals, crashed, record(7, 9, 81, "final")], SETTINGS, (first, second))
+    assert (found.status, found.winner and found.winner.trial, found.fell_through) == ("confirmed", 7, (4,))
+
+
 def test_the_ranking_is_corrected_for_drift() -> None:
     slower = [record(0, 1, 100, "baseline"), record(1, 2, 200), record(9, 3, 190)]
     drifted = decided([*slower, record(10, 3, 160, "final"), record(11, 1, 80, "final")])

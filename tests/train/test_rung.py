@@ -91,8 +91,10 @@ def test_what_goes_wrong_is_a_status(rival: Candidate, tmp_path: Path) -> None:
     wild = go(request(changed(rival, learning_rate=1e4, grad_clip=0.0), "", 60), tmp_path / "1.log")
     assert wild.status == "incorrect"
     assert "diverged" in wild.message
-    tight = go(request(rival, "", 20, memory_limit_bytes=300 << 20), tmp_path / "2.log")
-    assert tight.status in ("oom", "over_limit")
+    peak = wild.peak_bytes
+    assert peak
+    tight = go(request(rival, "", 20, memory_limit_bytes=peak), tmp_path / "2.log")
+    assert tight.status == "over_limit"
     late = go(request(rival, tmp_path / "late", 10**6, timeout_seconds=6.0), tmp_path / "3.log")
     assert late.status == "timeout"
     assert not checkpoints(tmp_path / "late")
