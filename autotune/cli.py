@@ -200,7 +200,10 @@ def search(
     ] = "",
     model: Annotated[str, typer.Option(metavar="LxHxW", help="Fix the shape: 12x12x768, layers x heads x width.")] = "",
     from_file: Annotated[
-        Path | None, typer.Option("--from", metavar="FILE", help="Start from a nanoGPT config file and keep its shape.")
+        Path | None,
+        typer.Option(
+            "--from", metavar="FILE", help="Start from a nanoGPT config or a candidate's .toml; keep its shape."
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Data directory. [default: synthetic tokens]")
@@ -541,7 +544,10 @@ def profile(
 
 @_command(app.command, "Understand")
 def estimate(
-    memory_limit: Annotated[str, typer.Option(metavar="SIZE", help="Memory of the card.")] = "24GiB",
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="Card by name: 4090, A100 80GB. Adds plan and speed.")] = "",
+    memory_limit: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory of the card. [default: that of --gpu, else 24GiB]")
+    ] = "",
     model: Annotated[
         list[str] | None, typer.Option(metavar="LxHxW", help="12x12x768; repeatable. [default: five common shapes]")
     ] = None,
@@ -550,30 +556,54 @@ def estimate(
     calibration: Annotated[
         Path | None, typer.Option(metavar="RUN", help="A search on such a card. [default: none, wide intervals]")
     ] = None,
+    tokens: Annotated[
+        str, typer.Option(metavar="COUNT", help="With --gpu: length of the training. [default: 20 a parameter]")
+    ] = "",
+    toml: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --gpu: write the plan, for `search --from FILE`.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="With --gpu: print one JSON object.")] = False,
 ) -> None:
-    """Predict peak memory on a card of a given size; needs no device.
+    """Predict peak memory, and on a named card plan and speed; needs no device.
 
     GiB by micro batch. -: beyond the limit. ?: within the error of the model, measure it.
 
     Examples:
-      autotune estimate --memory-limit 24GiB
-      autotune estimate --model 12x12x768 --set plan.loss=chunked
+      autotune estimate --gpu "RTX 4090"
+      autotune estimate --gpu 3090 --model 12x12x768 --toml start.toml
+      autotune estimate --memory-limit 24GiB --set plan.loss=chunked
       autotune estimate --calibration results/NAME
     """
+    from autotune.config import cards
+    from autotune.config.candidate import at_least
     from autotune.memory import estimate as estimates
     from autotune.memory import model as memory_model
     from autotune.report import table
     from autotune.runs.directory import MEMORY_MODEL_JSON
+    from autotune.search import predictions
 
-    limit = parse_bytes(memory_limit)
     known = memory_model.MemoryModel(device="cuda")
     if calibration is not None:
         known = memory_model.load(calibration / MEMORY_MODEL_JSON if calibration.is_dir() else calibration)
-    rows, certainty = estimates.estimate(
-        known, estimates.candidates(model or [], tuple(assignments or ()), vocab_size), limit
-    )
-    table.print_text(table.make_table(rows))
-    terminal.write_lines(certainty)
+    changed = tuple(assignments or ())
+    candidates = estimates.candidates(model or [], changed, vocab_size)
+    if not gpu:
+        if tokens or toml or json:
+            raise ConfigError("--tokens, --toml and --json belong to --gpu; add for example --gpu 4090")
+        rows, certainty = estimates.estimate(known, candidates, parse_bytes(memory_limit or "24GiB"))
+        table.print_text(table.make_table(rows))
+        terminal.write_lines(certainty)
+        return
+    card, length = cards.find(gpu), parse_count(tokens) if tokens else None
+    if length is not None:
+        at_least("--tokens", length, 1)
+    found, limit = predictions.predict(card, candidates, estimates.fixed(changed), memory_limit, length, known)
+    if toml is not None:
+        predictions.write_toml(toml, card, found)
+    if json:
+        terminal.write(json_module.dumps(predictions.as_json(card, found, limit, known)))
+    else:
+        terminal.write_lines(predictions.text(card, found, limit, known))
 
 
 @_command(app.command, "Train")

@@ -21,21 +21,12 @@ from typing import Any
 import autotune
 from autotune import places
 from autotune.cgroup import ControlGroups
+from autotune.config import cards
 from autotune.config.candidate import plain_texts
 from autotune.config.tables import read_table
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
 from autotune.kernels.registry import device_kind
 from autotune.terminal import visible
-
-# Dense bfloat16 (float16) tensor-core peaks in TFLOP/s from NVIDIA's data sheets, by substring of the device name.
-# The first match counts, so longer names come first.
-_PEAK_TFLOPS = (
-    ("B200", 2250.0), ("H200", 989.0), ("H100 PCIe", 756.0), ("H100", 989.0), ("H800", 989.0),
-    ("A100", 312.0), ("A800", 312.0), ("A6000 Ada", 364.0), ("6000 Ada", 364.0), ("A6000", 154.8), ("A40", 149.7),
-    ("A10G", 70.0), ("A10", 125.0), ("L40S", 362.0), ("L40", 181.0), ("L4", 121.0), ("V100", 125.0), ("T4", 65.0),
-    ("RTX 5090", 209.5), ("RTX 5080", 112.6), ("RTX 4090", 165.2), ("RTX 4080", 97.5), ("RTX 4070 Ti", 80.2),
-    ("RTX 4070", 58.3), ("RTX 3090 Ti", 80.0), ("RTX 3090", 71.2), ("RTX 3080", 59.5), ("RTX 3060", 25.6),
-)  # fmt: skip
 
 _STEERING = (
     "TORCH", "PYTORCH_", "INDUCTOR_", "AOT_", "ATEN_", "C10_", "TRITON_",  # torch and its compilers
@@ -178,7 +169,7 @@ def _with_card(here: Environment, index: int) -> Environment:
         driver=_driver_version(),
         power_limit_watts=_power_limit(str(properties.uuid)),
         cuda=torch.version.cuda or "",
-        peak_flops=next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS if part in properties.name), None),
+        peak_flops=card.peak_flops if (card := cards.of_device(properties.name)) else None,
     )
 
 

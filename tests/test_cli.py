@@ -30,7 +30,9 @@ OPTIONS = {
     "report": ["RUN...", "--html", "--json", "--top", "--rebuild"],
     "trial": ["RUN|TOML", "--set", "--device", "--json"],
     "profile": ["TOML...", "--out", "--set", "--device"],
-    "estimate": ["--memory-limit", "--model", "--vocab-size", "--set", "--calibration"],
+    "estimate": [
+        "--gpu", "--memory-limit", "--model", "--vocab-size", "--set", "--calibration", "--tokens", "--toml", "--json",
+    ],
     "train": ["RUN|TOML", "--resume", "--max-tokens", "--max-time", "--init-from", "--out", "--device"],
     "export": ["RUN|CHECKPOINT", "--to", "--out", "--cut-vocab"],
     "sample": ["CHECKPOINT", "--prompt", "--tokens", "--temperature", "--top-k", "--seed", "--device"],

@@ -137,8 +137,10 @@ def run_rung(
         return until_ended(_run(module, request, dead, directory, log, standby, groups or ControlGroups()))
 
 
-def until_ended(running: Running[R]) -> R:
+def until_ended(running: R | Running[R]) -> R:
     """The result, when there is one. Raises what interrupts the waiting, and kills the worker then."""
+    if isinstance(running, TrialResult):
+        return running
     with closing(running):
         while True:
             try:

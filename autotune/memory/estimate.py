@@ -26,6 +26,12 @@ def candidates(models: Sequence[str], assignments: tuple[str, ...], vocab_size: 
     return [parse_candidate(text, "--set", assignments).candidate for text in texts]
 
 
+def fixed(assignments: Sequence[str]) -> list[str]:
+    """Fields of the plan that are assigned."""
+    names = [word.partition("=")[0].strip().partition(".") for word in assignments]
+    return [name for table, _, name in names if table == "plan"]
+
+
 def estimate(model: MemoryModel, candidates: Sequence[Candidate], limit_bytes: int) -> tuple[list[dict[str, str]], str]:
     """One table row per candidate, and notes on certainty and provenance, one per line.
 

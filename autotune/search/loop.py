@@ -106,6 +106,8 @@ class Knowledge:
 
     priors: bool = True
     """Prior means of speed and trial seconds (`autotune.search.priors`)."""
+    start: bool = True
+    """The first candidates from predicted speeds (`autotune.search.start`)."""
     memory_model: bool = True
     """Predicted peaks: their probability to fit, and skipping what is predicted not to."""
 
@@ -297,7 +299,9 @@ class Search:
 
     def sampler_from_settings(self) -> None:
         """Give the study the sampler that the settings name. Raises ConfigError."""
-        self._proposer = Proposer(self.study, self.space, self.settings, self.environment, self.knowledge.priors)
+        self._proposer = Proposer(
+            self.study, self.space, self.settings, self.environment, self.knowledge.priors, self.knowledge.start
+        )
 
     def run(self, crew: Crew, train_rung: TrainRung, notify: Notify, remarks: tuple[str, ...]) -> Verdict:
         """Search until the budget's end. `remarks` come before the search's own notes."""

@@ -1,7 +1,7 @@
 """Asking the study's sampler for candidates whose answers are not known yet."""
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from autotune.config.candidate import Candidate
@@ -12,6 +12,7 @@ from autotune.runs.records import TrialRecord
 from autotune.search import study as studies
 from autotune.search.pool import CandidateProblem, dominated_by_oom
 from autotune.search.space import Space, baseline, candidate_at, distributions, guide_candidate, parameters_of
+from autotune.search.start import STARTS, card_of, starts
 
 if TYPE_CHECKING:
     import optuna
@@ -24,9 +25,11 @@ class Proposer:
     """The only one who begins trials in the study: of proposed candidates, and of given ones."""
 
     def __init__(
-        self, study: "optuna.Study", space: Space, settings: SearchSettings, environment: Environment, priors: bool
-    ) -> None:
-        """Gives the study the sampler that the settings name. Raises ConfigError."""
+        self, study: "optuna.Study", space: Space, settings: SearchSettings, environment: Environment, priors: bool,
+        start: bool = True,
+    ) -> None:  # fmt: skip
+        """Gives the study the sampler that the settings name. `start`: the default sampler's first proposals are
+        those of `autotune.search.start`. Raises ConfigError."""
         from autotune.search.samplers import GuardedSampler, make_sampler
 
         trials = study.get_trials(deepcopy=False)
@@ -35,7 +38,9 @@ class Proposer:
         kinds = {name: known.get(name, kind) for name, kind in distributions(space, *others).items()}
         self._study, self._space, self._settings, self._kinds = study, space, settings, kinds
         self._problem = CandidateProblem(space, settings, kinds, priors=priors)
-        self._repeated = False
+        self._repeated, self._card = False, card_of(environment)
+        self._start = start and settings.sampler == "additive"
+        self._starts: list[Candidate] | None = None
         sampler = make_sampler(settings.sampler, (settings.seed + len(trials)) % 2**32, self._problem)
         self._guard = None if settings.sampler == "additive" else GuardedSampler(sampler, space, settings.seed)
         study.sampler = self._guard or sampler
@@ -59,11 +64,13 @@ class Proposer:
         problem.update(records, model, pending)
         if not problem.left.candidates:
             return None
+        runs = {candidate.id for candidate in pending}
+        if (first := self._first(model, runs)) is not None:
+            return None, first
         if self._guard is None:
             row = choose(problem)
             assert row is not None
             return None, problem.left.candidates[row]
-        runs = {candidate.id for candidate in pending}
         for _ in range(REPEATS):
             trial = studies.ask(self._study, self._kinds)
             candidate = candidate_at(self._space, trial.params)
@@ -77,6 +84,16 @@ class Proposer:
         self._repeated = True
         drawn = random.Random(f"{self._settings.seed} {len(problem.known)} {len(runs)}").choice(problem.left.candidates)
         return None, drawn
+
+    def _first(self, model: MemoryModel | None, runs: Container[str]) -> Candidate | None:
+        """The next start whose answer is not known and which does not run, while there are few answers."""
+        known = self._problem.known
+        if not self._start or len(known) > STARTS:
+            return None
+        if self._starts is None:
+            self._starts = starts(self._space, self._settings, self._card, model)
+        open_ones = (c for c in self._starts if c.id not in known and c.id not in runs)
+        return next((c for c in open_ones if dominated_by_oom(c, known) is None), None)
 
     def claim(
         self, candidate: Candidate, attributes: Mapping[str, object], trial: "optuna.Trial | None" = None

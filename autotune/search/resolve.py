@@ -10,6 +10,7 @@ from typing import cast
 from autotune.config.candidate import TRAINING_PARTS, Plan, Recipe, Shape, at_least, one_of, parse_shape
 from autotune.config.nanogpt import NanoGPTFile, dataset_dir, nanogpt_dtype, read_nanogpt
 from autotune.config.search_settings import Objective, Race, SearchSettings, Target
+from autotune.config.toml import read_candidate
 from autotune.data.batches import open_batches
 from autotune.data.sources import how_to_prepare
 from autotune.data.vocabulary import check_ids, data_vocabulary
@@ -153,7 +154,7 @@ def _start(
 ) -> tuple[Recipe, Plan, str, NanoGPTFile | None]:
     """The recipe, trial 0's plan, what that is called, and the file that both come from."""
     if from_file is not None:
-        read = read_nanogpt(from_file, environment.device, environment.capability)
+        read = _read(from_file, environment)
         return read.candidate.recipe, read.candidate.plan, str(from_file), read
     recipe = _CPU if environment.device == "cpu" else _CUDA
     if model:
@@ -168,6 +169,14 @@ def _start(
     return recipe, plan, "plain nanoGPT", None
 
 
+def _read(path: Path, environment: Environment) -> NanoGPTFile:
+    """A nanoGPT config file, or a candidate file (.toml)."""
+    if path.suffix != ".toml":
+        return read_nanogpt(path, environment.device, environment.capability)
+    candidate = read_candidate(path).candidate
+    return NanoGPTFile(candidate=candidate, vocab_size_given=True, dataset="", out_dir="", notes=())
+
+
 def _dataset(
     data: Path | None, from_file: Path | None, read: NanoGPTFile | None
 ) -> tuple[Path | None, str, tuple[str, ...]]:
@@ -175,6 +184,8 @@ def _dataset(
     where it has none), and the notes on the file."""
     if read is None or from_file is None:
         return data, "", ()
+    if not read.dataset:  # a candidate file names a directory
+        return data or (Path(own) if (own := read.candidate.recipe.data) else None), "", read.notes
     folder = dataset_dir(read.dataset, from_file)
     if data is not None:
         # nanoGPT can read the directory given, by its path: the file's dataset is another one

@@ -28,7 +28,9 @@ from autotune.search.resolve import resolve
 from autotune.search.space import Space, build_space, canonical, every_candidate
 
 VARIANTS = {
+    "additive-no-start": ("additive", Knowledge(start=False)),
     "additive-no-priors": ("additive", Knowledge(priors=False)),
+    "additive-no-start-no-priors": ("additive", Knowledge(start=False, priors=False)),
     "additive-no-memory-model": ("additive", Knowledge(memory_model=False)),
 }
 """Ablations of our own sampler: what it does without a part of what it knows."""
@@ -132,15 +134,23 @@ class Trace:
         """Regret at a time; 1 while nothing feasible is known."""
         return next((r for s, r in zip(self.seconds[::-1], self.regret[::-1], strict=True) if s <= seconds), 1.0)
 
+    def within_first(self, trials: int) -> float:
+        """Regret after so many trials."""
+        return self.regret[min(trials, len(self.regret) - 1)]
+
+    def trials_to(self, regret: float) -> float:
+        """Trials until the regret was no larger; infinite where it never was."""
+        return next((i for i, r in enumerate(self.regret) if r <= regret), math.inf)
+
     def reached(self, regret: float) -> float:
         """Seconds until the regret was no larger; infinite where it never was."""
         return next((s for s, r in zip(self.seconds, self.regret, strict=True) if r <= regret), math.inf)
 
 
 class RecordedMachine:
-    """`measure`, `clock` and `pause` of a search that reads a table. Only trials take time, and `pause` passes it to the
-    next end of one; once the best plan is known, the clock skips to the end of the budget, with time left to confirm
-    it."""
+    """`measure`, `clock` and `pause` of a search that reads a table. Only trials take time, and `pause` passes it to
+    the next end of one; once the best plan is known, the clock skips to the end of the budget, with time left to
+    confirm it."""
 
     def __init__(self, table: Table, budget_seconds: float) -> None:
         self.now, self._table = 0.0, table
@@ -176,8 +186,9 @@ class RecordedMachine:
 def replay(
     table: Table, variant: str, seed: int, budget_seconds: float | None = None, workers: int = 1
 ) -> Trace:
-    """One search by a sampler, or by one of VARIANTS, with so many trials at the same time. It begins with a random candidate, as a user's own configuration
-    may be any. The budget is as long as measuring the whole table takes, unless it is given."""
+    """One search by a sampler, or by one of VARIANTS, with so many trials at the same time. It begins with a random
+    candidate, as a user's own configuration may be any. The budget is as long as measuring the whole table takes, unless
+    it is given."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -192,7 +203,8 @@ def replay(
         try:
             verdict = search(
                 settings, Path(folder, "run"), table.environment, measure=machine.measure, clock=machine.clock,
-                pause=machine.pause, slots=tuple(Slot(device=f"cpu:{i}") for i in range(workers)), study_storage=optuna.storages.InMemoryStorage(), knowledge=knowledge,
+                pause=machine.pause, slots=tuple(Slot(device=f"cpu:{i}") for i in range(workers)),
+                study_storage=optuna.storages.InMemoryStorage(), knowledge=knowledge,
             )  # fmt: skip
             assert verdict.winner is not None
             regret = 1.0 - speed(table.results[canonical(verdict.winner.candidate).id]) / table.best

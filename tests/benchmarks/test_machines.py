@@ -178,7 +178,7 @@ def test_kills_of_machines_and_server(benchmark: Any, tmp_path: Path) -> None:
             )  # fmt: skip
 
     benchmark.pedantic(run, rounds=1)
-    print(f"\n{found['kills']} kills and {found['crashes']} crashes of the server over {found['trials']} trials: ", end="")
+    print(f"\n{found['kills']} kills, {found['crashes']} crashes of the server, {found['trials']} trials: ", end="")
     print(f"{found['lost']} measured but not told (at most two a kill), {len(found['twice'])} measured twice, ", end="")
     print(f"{found['open']} left open, {len(found['left'])} processes left")
     benchmark.extra_info |= found

@@ -113,7 +113,7 @@ def test_when_the_last_card_fails_the_search_ends(tmp_path: Path) -> None:
         yield from machine.start(request, log)
         return TrialResult(status="crashed", phase="build", trial_seconds=5.0, remedy=f"{request.device} is gone")
 
-    with pytest.raises(MachineError, match="cuda:. is gone"):
+    with pytest.raises(MachineError, match=r"cuda:. is gone"):
         go(tmp_path / "run", machine, measure=start)
 
 

@@ -19,7 +19,7 @@ from fake_machine import CUDA, Machine, settings
 
 from autotune import cli
 from autotune.config.storage import PASSWORD_VARIABLE
-from autotune.errors import ConfigError
+from autotune.errors import AutotuneError, ConfigError
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.search import shared, storage
 from autotune.search import study as studies
@@ -223,7 +223,7 @@ def test_a_server_that_does_not_come_back_ends_the_search_in_one_line(
             return simulated.measure(request, log)
 
         asked = settings(budget="60s", storage=own.url())
-        with pytest.raises(Exception, match=r"the study cannot be read or written: .*; what was measured is kept") as caught:
+        with pytest.raises(AutotuneError, match=r"the study cannot be read .*; what was measured is kept") as caught:
             search(asked, tmp_path / "a", CUDA, measure=measure, clock=simulated.clock)
         assert "\n" not in str(caught.value)
         assert len(json.loads((tmp_path / "a" / studies.PENDING).read_text())["records"]) == 1

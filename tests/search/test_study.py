@@ -114,7 +114,8 @@ def test_stale_trials_are_closed_and_what_was_in_flight_is_interrupted(tmp_path:
     study.enqueue_trial({})
     study.ask()  # killed before its values were drawn
     candidate = pool(SPACE, {}, SETTINGS).candidates[0]
-    proposer.claim(candidate, studies.requested("search", request_of(candidate), "here", 0.0))  # killed while it was measured
+    attributes = studies.requested("search", request_of(candidate), "here", 0.0)
+    proposer.claim(candidate, attributes)  # killed while it was measured
     study.enqueue_trial({})
 
     again = studies.load_study(tmp_path, SETTINGS)

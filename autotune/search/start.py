@@ -1,0 +1,106 @@
+"""The first candidates of a search: the fastest by the roofline among those that fit by the memory model.
+
+What a roofline says least about is which kernels and which way of compiling are best, and in a large micro batch speeds
+hardly differ: so each further start differs in that way of running, each with the amounts that make it fastest. Where
+shapes are searched, all starts have the one whose predicted objective is best.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from autotune.config import cards
+from autotune.config.candidate import Candidate
+from autotune.config.cards import Card
+from autotune.config.search_settings import SearchSettings
+from autotune.environment import Environment
+from autotune.memory.model import MemoryModel, predictions
+from autotune.runs.objective import maximised, score
+from autotune.search.roofline import log_speed
+from autotune.search.space import Space, Value, candidate_at, values_of
+
+STARTS = 4
+"""With the baseline, the first five trials."""
+_WAYS = ("loss", "compile", "dtype", "activation_checkpointing")
+_AMOUNTS = ("micro_batch_size", "loss_chunk_tokens")
+_SHAPES = ("n_layer", "n_embd", "head_size", "block_size")
+
+
+def card_of(environment: Environment) -> Card | None:
+    """The card whose rates stand for this machine's, the nearest one for an unknown card; None for a CPU."""
+    if environment.device == "cpu":
+        return None
+    return cards.of_device(environment.device_name) or cards.nearest(
+        environment.capability, environment.device_memory_bytes
+    )
+
+
+def starts(
+    space: Space, settings: SearchSettings, card: Card | None, model: MemoryModel | None, count: int = STARTS
+) -> list[Candidate]:
+    """At most `count` candidates, the best first, no two of which run in the same way. All fit by the upper bound of
+    their predicted peaks; if nothing does, by the predicted peaks themselves. `model`: None: memory is not considered.
+    Empty where shapes are searched on a CPU, whose speeds are predicted for comparison only."""
+    if settings.search_shape and card is None:
+        return []
+    ranking = _Ranking(settings, card, model)
+    if settings.search_shape:
+        plain = {name: (value,) for name, value in vars(space.plan).items() if name in _WAYS and name in space.choices}
+        best = ranking.best(replace(space, choices={**space.choices, **plain}), _SHAPES, 1)
+        if not best:
+            return []
+        own = {name: (value,) for name, value in values_of(space, best[0]).items() if name in _SHAPES}
+        space = replace(space, choices={**space.choices, **own})
+    return ranking.best(space, _WAYS, count)
+
+
+class _Ranking:
+    """Candidates by their predicted objective, and whether they fit."""
+
+    def __init__(self, settings: SearchSettings, card: Card | None, model: MemoryModel | None) -> None:
+        self._settings, self._card, self._model = settings, card, model
+
+    def value(self, candidate: Candidate) -> float:
+        """Larger is better."""
+        found = score(self._settings, candidate, math.exp(log_speed(candidate, self._card)))
+        return found if maximised(self._settings) else -found
+
+    def fitting(self, candidates: Sequence[Candidate], bound: str) -> list[Candidate]:
+        if self._model is None:
+            return list(candidates)
+        pairs = zip(candidates, predictions(self._model, candidates), strict=True)
+        return [c for c, found in pairs if getattr(found, bound) <= self._settings.memory_limit_bytes]
+
+    def best(self, space: Space, names: tuple[str, ...], count: int) -> list[Candidate]:
+        """The best that differ in `names`, each with its best amounts; what else there is to choose is the first."""
+        fixed = {name: choices[0] for name, choices in space.choices.items()}
+        varied = {name: choices for name, choices in space.choices.items() if name in names}
+        amounts = {name: choices for name, choices in space.choices.items() if name in _AMOUNTS}
+        ways = [{**fixed, **dict(zip(varied, values, strict=True))} for values in itertools.product(*varied.values())]
+        most = {name: choices[-1] for name, choices in amounts.items()}
+        # least amounts need least memory, and the largest are about the fastest
+        least = {candidate.id: (candidate, way) for way in ways for candidate in [candidate_at(space, way)]}
+        limits = {name: self.value(candidate_at(space, {**way, **most})) for name, (_, way) in least.items()}
+        for bound in ("high_device_bytes", "peak_device_bytes"):
+            found: list[tuple[float, Candidate]] = []
+            possible = self.fitting([candidate for candidate, _ in least.values()], bound)
+            for candidate in sorted(possible, key=lambda candidate: -limits[candidate.id]):
+                if len(found) == count and limits[candidate.id] <= found[-1][0]:
+                    break
+                best = self._with_amounts(space, least[candidate.id][1], amounts, bound)
+                found = sorted([*found, best], key=lambda pair: -pair[0])[:count]
+            if found:
+                return [candidate for _, candidate in found]
+        return []
+
+    def _with_amounts(
+        self, space: Space, way: Mapping[str, Value], amounts: Mapping[str, tuple[Value, ...]], bound: str
+    ) -> tuple[float, Candidate]:
+        """The best of one way, whose least amounts fit, and its value."""
+        values = (dict(zip(amounts, chosen, strict=True)) for chosen in itertools.product(*amounts.values()))
+        candidates = {c.plan: c for v in values for c in [candidate_at(space, {**way, **v})]}
+        return max(
+            ((self.value(candidate), candidate) for candidate in self.fitting(list(candidates.values()), bound)),
+            key=lambda pair: pair[0],
+        )

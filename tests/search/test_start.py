@@ -1,0 +1,99 @@
+"""The first candidates of a search, by predicted speed within predicted memory."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_machine import CPU, CUDA, OLD_CUDA, settings
+from proposals import SMALL, Trials
+
+from autotune.config.cards import find
+from autotune.memory.model import MemoryModel, predict
+from autotune.search.roofline import log_speed
+from autotune.search.simulation import Trace, limited, peak_of_best, read_tables, replay
+from autotune.search.space import build_space
+from autotune.search.start import STARTS, card_of, starts
+from autotune.units import GIB
+
+MODEL = MemoryModel(device="cuda")
+CARD = find("3090")
+TABLE = Path(__file__).parents[2] / "results" / "reference" / "cpu-torch-2.13" / "trials.jsonl"
+
+
+def test_starts_are_the_fastest_ways_that_fit() -> None:
+    asked = settings(memory_limit="16GiB")
+    space = build_space(asked, CUDA)
+    found = starts(space, asked, CARD, MODEL)
+    speeds = [log_speed(candidate, CARD) for candidate in found]
+    assert len(found) == STARTS
+    assert speeds == sorted(speeds, reverse=True)
+    assert len({(c.plan.loss, c.plan.compile, c.plan.dtype, c.plan.activation_checkpointing) for c in found}) == STARTS
+    assert all(predict(MODEL, candidate).high_device_bytes <= 16 * GIB for candidate in found)
+    larger = starts(space, asked, CARD, None)
+    assert log_speed(larger[0], CARD) >= speeds[0]
+    assert larger[0].plan.micro_batch_size > found[0].plan.micro_batch_size
+
+
+def test_where_no_interval_fits_the_predicted_peak_decides() -> None:
+    asked = settings(memory_limit="3200MiB")
+    found = starts(build_space(asked, CUDA), asked, CARD, MODEL)
+    assert found
+    for candidate in found:
+        peak = predict(MODEL, candidate)
+        assert peak.peak_device_bytes <= asked.memory_limit_bytes < peak.high_device_bytes
+
+
+def test_less_memory_than_the_weights_has_no_start() -> None:
+    asked = settings(model="24x16x2048", memory_limit="8GiB")
+    assert starts(build_space(asked, CUDA), asked, CARD, MODEL) == []
+
+
+def test_a_card_older_than_bfloat16_starts_in_float16() -> None:
+    asked = settings(OLD_CUDA)
+    assert {c.plan.dtype for c in starts(build_space(asked, OLD_CUDA), asked, find("T4"), MODEL)} == {"float16"}
+
+
+def test_starts_of_a_search_for_shapes_have_the_shape_with_the_least_predicted_loss() -> None:
+    def shape(train_time: str) -> tuple[int, int]:
+        asked = settings(model="", objective="loss", train_time=train_time)
+        found = starts(build_space(asked, CUDA), asked, CARD, MODEL)
+        assert len({candidate.shape for candidate in found}) == 1
+        return found[0].shape.n_layer, found[0].shape.n_embd
+
+    assert shape("20m") < shape("3d")
+
+
+def test_on_a_cpu_shapes_are_not_compared() -> None:
+    asked = settings(CPU, model="", objective="loss")
+    assert starts(build_space(asked, CPU), asked, card_of(CPU), MemoryModel(device="cpu")) == []
+
+
+def test_the_card_of_a_machine() -> None:
+    assert card_of(CPU) is None
+    assert card_of(replace(CUDA, device_name="NVIDIA GeForce RTX 4090")) == find("4090")
+    assert card_of(replace(CUDA, device_name="NVIDIA GeForce RTX 4090 Laptop GPU", capability=(8, 9))) is not None
+
+
+def test_a_search_begins_with_its_starts() -> None:
+    asked = settings(CUDA, choices=SMALL)
+    trials = Trials(asked).run(1)
+    expected = starts(build_space(asked, CUDA), asked, card_of(CUDA), trials.model())
+    trials.run(1 + STARTS)
+    assert [record.candidate for record in trials.records[1:]] == expected
+
+
+@pytest.fixture(scope="module")
+def traces() -> dict[str, list[Trace]]:
+    """Searches of the recorded table of two layers, with and without a tenth less memory than the best plan takes."""
+    table = read_tables(TABLE)[0]
+    tables = (table, limited(table, int(0.9 * peak_of_best(table))))
+    variants = ("additive-no-priors", "additive-no-start-no-priors")
+    return {v: [replay(t, v, seed, 0.25 * table.seconds) for t in tables for seed in range(3)] for v in variants}
+
+
+@pytest.mark.slow
+def test_five_trials_hold_one_within_5_percent_of_the_best_without_fitted_priors(
+    traces: dict[str, list[Trace]],
+) -> None:
+    assert all(trace.within_first(5) <= 0.05 for trace in traces["additive-no-priors"])
+    assert not all(trace.within_first(5) <= 0.05 for trace in traces["additive-no-start-no-priors"])
