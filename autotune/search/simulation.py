@@ -187,8 +187,8 @@ def replay(
     table: Table, variant: str, seed: int, budget_seconds: float | None = None, workers: int = 1
 ) -> Trace:
     """One search by a sampler, or by one of VARIANTS, with so many trials at the same time. It begins with a random
-    candidate, as a user's own configuration may be any. The budget is as long as measuring the whole table takes, unless
-    it is given."""
+    candidate, as a user's own configuration may be any. Without a budget, it is as long as measuring the whole table
+    takes."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

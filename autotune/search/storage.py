@@ -89,13 +89,7 @@ def open_storage(run_dir: Path, url: str, patience: Patience) -> "optuna.storage
         engine.dispose()
         if tables and "studies" not in tables:  # Optuna would add its own tables to somebody's database
             raise ConfigError(f"{name} holds something else ({one_line(tables[0])}); give a database of its own")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            full = where.render_as_string(hide_password=False)
-            storage = optuna.storages.RDBStorage(
-                full, engine_kwargs=arguments, heartbeat_interval=BEAT_SECONDS if beats else None,
-                grace_period=GRACE_SECONDS if beats else None,
-            )  # fmt: skip
+        storage = _made(where.render_as_string(hide_password=False), arguments, beats=beats)
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
         secrets = secrets_in([url]) | {str(where.password or "")} - {""}
         advice = "give for example sqlite:///studies.db" if url else "another program may be using it, or it is damaged"
@@ -126,6 +120,29 @@ _CALLS = (
 )  # fmt: skip
 """Methods of Optuna's storage that are one transaction each, so that they can be tried again. One that was committed
 although its answer was lost: an attribute is written again, and a trial created twice never has a heartbeat."""
+
+
+def _made(url: str, arguments: dict[str, Any], *, beats: bool) -> "optuna.storages.RDBStorage":
+    """Optuna's storage. Of several processes that make its tables at the same moment, all but one fail, and try again."""
+    import optuna
+    import sqlalchemy.exc
+
+    for more in reversed(range(_STARTS if beats else 1)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return optuna.storages.RDBStorage(
+                    url, engine_kwargs=arguments, heartbeat_interval=BEAT_SECONDS if beats else None,
+                    grace_period=GRACE_SECONDS if beats else None,
+                )  # fmt: skip
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError, optuna.exceptions.StorageInternalError):
+            if not more:
+                raise
+        time.sleep(_AWAY_SECONDS)
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+_STARTS = 10
 
 
 def _outlasting(call: Callable[..., T], patience: Patience, *arguments: Any, **keywords: Any) -> T | bool:
