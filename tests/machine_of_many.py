@@ -12,7 +12,7 @@ from pathlib import Path
 
 from autotune.search import storage
 
-storage.BEAT_SECONDS, storage.GRACE_SECONDS = 1, 4
+storage.BEAT_SECONDS, storage.GRACE_SECONDS = 1, 8
 
 from fake_machine import CUDA, answer, settings  # noqa: E402
 

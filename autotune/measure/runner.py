@@ -17,7 +17,7 @@ from typing import TypeVar
 from autotune.cgroup import ControlGroups
 from autotune.environment import child_command, worker_environment
 from autotune.errors import ConfigError, one_line
-from autotune.measure.blame import start_remedy
+from autotune.measure.blame import card_remedy, start_remedy
 from autotune.measure.child import STANDBY
 from autotune.measure.scratch import remove_leftovers, trial_folder
 from autotune.measure.types import MemoryProfile, RungRequest, RungResult, TrialRequest, TrialResult, from_json, to_json
@@ -202,6 +202,8 @@ def _run(
         # the kernel killed the worker or one of its child processes, a compiler for example
         message = f"the kernel killed it for memory in phase {result.phase} (oom_kill); see {log.name}"
         return replace(result, status="oom", message=message)
+    if result.status == "crashed" and (remedy := card_remedy(result.message or _last_line(log), request.device)):
+        return replace(result, remedy=remedy)
     if result.status == "crashed" and not result.message:
         message = f"{_death(returncode)} in phase {result.phase}: {_last_line(log)}; see {log.name}"
         remedy = start_remedy(_last_line(log)) if result.phase == "start" else ""

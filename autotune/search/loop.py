@@ -162,7 +162,8 @@ def search(
         run.sampler_from_settings()
         files.write_inputs(run_dir, settings, environment)
         files.publish(run_dir, settings, environment, [], Verdict())
-    with files.locked(run_dir), Part(run_dir, budget.started, clock) as part:
+    shared = is_server(settings.storage)
+    with files.locked(run_dir), Part(run_dir, budget.started, clock, keep=shared) as part:
         part.follows(run_dir, 0.0)
         return run.run(Crew(slots or (Slot(device=settings.device),), measure, pause), train_rung, notify, remarks)
 
@@ -195,7 +196,8 @@ def resume(
     """
     started = clock() if started is None else started
     settings = read_settings(run_dir / files.SEARCH_TOML)
-    with files.locked(run_dir), Part(run_dir, started, clock) as part:
+    shared = is_server(settings.storage)
+    with files.locked(run_dir), Part(run_dir, started, clock, keep=shared) as part:
         files.remove_leftovers(run_dir)
         alone = (Slot(device=settings.device),)
         here, slots = environment(settings) if callable(environment) else (environment, alone)
@@ -206,8 +208,9 @@ def resume(
         study = studies.load_study(run_dir, settings, patience)
         studies.refuse_older(study, run_dir)
         studies.close_stale(study, run_dir, settings.memory_limit_bytes)
-        spent = part.follows(run_dir, 0.0 if is_server(settings.storage) else studies.spent_seconds(study))
-        study.set_user_attr(studies.SPENT, spent + clock() - started)
+        spent = part.follows(run_dir, 0.0 if shared else studies.spent_seconds(study))
+        if not shared:
+            study.set_user_attr(studies.SPENT, spent + clock() - started)
         remarks = tuple(dict.fromkeys([*studies.notes_of(study, studies.REMARKS), *remarks]))  # each once
         study.set_user_attr(studies.REMARKS, remarks)
         seconds = budget_seconds if budget_seconds is not None else settings.budget_seconds - spent

@@ -101,7 +101,7 @@ class Peers:
         now = self._clock()
         if now - self._looked < BEAT_SECONDS:
             return
-        if now - self._looked > 2 * BEAT_SECONDS:  # the database was away: the others must have time to say it too
+        if now - self._looked > GRACE_SECONDS / 2:  # the database was away: the others must have time to say it too
             self._since = now
         self._looked = now
         for trial in trials:

@@ -123,7 +123,7 @@ although its answer was lost: an attribute is written again, and a trial created
 
 
 def _made(url: str, arguments: dict[str, Any], *, beats: bool) -> "optuna.storages.RDBStorage":
-    """Optuna's storage. Of several processes that make its tables at the same moment, all but one fail, and try again."""
+    """Optuna's storage. Of several processes that make its tables at the same moment, all but one fail: again."""
     import optuna
     import sqlalchemy.exc
 

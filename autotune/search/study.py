@@ -467,7 +467,8 @@ def take_in(study: "optuna.Study", run_dir: Path, limit_bytes: int) -> None:
     journal = Journal(run_dir)
     by_number = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     for record in journal.read():
-        if (frozen := by_number.get(record.trial)) is not None and _RECORD not in frozen.user_attrs:
+        frozen = by_number.get(record.trial)
+        if frozen is not None and not (frozen.state.is_finished() and _RECORD in frozen.user_attrs):
             finish(study, optuna.trial.Trial(study, frozen._trial_id), record, limit_bytes, journal)
     (run_dir / PENDING).unlink(missing_ok=True)
 

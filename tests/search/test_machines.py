@@ -93,11 +93,11 @@ def test_machines_search_together_though_one_is_killed_and_the_server_restarts(
     server.start()
     verdicts = [json.loads(process.communicate()[0]) for process in running[1:]]
     assert {verdict["status"] for verdict in verdicts} == {"confirmed"}
+    back = json.loads(machine(tmp_path, "m0", url, 40, 2).communicate()[0])  # and its machine comes back
+    assert back["status"] == "confirmed"
     trials = check(tmp_path, url, killed=2)
     given_back = [trial for trial in trials if trial.state.name == "FAIL" and trial.user_attrs["role"] != "withdrawn"]
-    assert 1 <= len(given_back) <= 2 + 1  # what the killed one measured
-    kept = resume(tmp_path / "m0", CUDA, budget_seconds=8.0, measure=Machine().measure)  # and its machine comes back
-    assert kept.confirmed
+    assert 1 <= len(given_back) <= 2  # what the killed one measured
     with (tmp_path / "m0" / "trials.csv").open(newline="") as file:
         numbers = [int(row["trial"]) for row in csv.DictReader(file)]
     assert len(numbers) == len(set(numbers)) >= len(trials) - len(
@@ -189,8 +189,9 @@ def test_a_trial_that_was_given_away_is_told_under_another_number(tmp_path: Path
 
 def test_the_dead_ones_trial_is_given_back(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose heartbeats end, and one that died before its first."""
-    monkeypatch.setattr(storage, "BEAT_SECONDS", 1)
     monkeypatch.setattr(storage, "GRACE_SECONDS", 1)
+    monkeypatch.setattr(shared, "BEAT_SECONDS", 1)
+    monkeypatch.setattr(shared, "GRACE_SECONDS", 8)
     go(tmp_path / "a", url)
     study = studies.load_study(tmp_path / "a", settings(storage=url))
     told = {"role": "search", "candidate_id": "x", "request": study.trials[0].user_attrs["request"]}
