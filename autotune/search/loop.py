@@ -273,10 +273,11 @@ class Search:
         self.directory, self.settings, self.environment, self.space = directory, settings, environment, space
         self.study, self.budget, self.knowledge = study, budget, knowledge
         self._patience, self._journal = patience, studies.Journal(directory)
-        self._peers = Peers(study) if studies.heartbeats_are_kept(study._storage) else None
         self._elsewhere: list[tuple[Candidate, Role]] = []  # what other machines measure
         self._measured = 0  # trials of this process
         self.records = studies.records(study)
+        shared = studies.heartbeats_are_kept(study._storage)
+        self._peers = Peers(study, {record.trial for record in self.records}) if shared else None
         self.lineup, self.readings = studies.lineup_of(study), studies.readings_of(study)
         self._not_raced = ""  # why there is no race although there should be one
         self._spent_before = spent_before

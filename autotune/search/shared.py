@@ -55,10 +55,13 @@ class Claim:
 class Peers:
     """The trials of a shared study, read as far as they are new."""
 
-    def __init__(self, study: "optuna.Study", clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, study: "optuna.Study", known: Iterable[int] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`known`: numbers of trials whose records are known."""
         self._study, self._clock = study, clock
         self._seen: set[int] = set()  # numbers of trials that were there at the last look
-        self._done: set[int] = set()  # those that have ended, among them
+        self._done = set(known)  # those that have ended, among them
         self._claims: dict[int, Claim] = {}
         self._first_seen: dict[int, float] = {}  # when each running trial was seen first
         self._since, self._looked = clock(), clock()

@@ -44,12 +44,26 @@ def url(server: postgres.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
         optuna.delete_study(study_name=name, storage=opened)
 
 
+@pytest.fixture(autouse=True)
+def none_left() -> Iterator[None]:
+    """A test that fails leaves no machine running."""
+    yield
+    for process in STARTED:
+        process.kill()
+        process.wait()
+    STARTED.clear()
+
+
+STARTED: list[subprocess.Popen[str]] = []
+
+
 def machine(folder: Path, name: str, url: str, seconds: int, slots: int) -> subprocess.Popen[str]:
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     environment = {**os.environ, "PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, str(TESTS / "machine_of_many.py"), str(folder / name), url, f"{seconds}s", str(slots)]
     log = (folder / f"{name}.err").open("a")
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+    STARTED.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment))
+    return STARTED[-1]
 
 
 def study_of(url: str) -> optuna.Study:
@@ -97,12 +111,11 @@ def test_machines_search_together_though_one_is_killed_and_the_server_restarts(
     assert back["status"] == "confirmed"
     trials = check(tmp_path, url, killed=2)
     given_back = [trial for trial in trials if trial.state.name == "FAIL" and trial.user_attrs["role"] != "withdrawn"]
-    assert 1 <= len(given_back) <= 2  # what the killed one measured
+    assert len(given_back) <= 2  # what the killed one measured
     with (tmp_path / "m0" / "trials.csv").open(newline="") as file:
         numbers = [int(row["trial"]) for row in csv.DictReader(file)]
-    assert len(numbers) == len(set(numbers)) >= len(trials) - len(
-        [trial for trial in trials if trial.user_attrs["role"] == "withdrawn"]
-    )
+    withdrawn = [trial for trial in trials if trial.user_attrs["role"] == "withdrawn"]
+    assert len(numbers) == len(set(numbers)) == len(trials) - len(withdrawn)
     notes = "".join(file.read_text() for file in tmp_path.glob("*.err"))
     assert "the study's server is away; what is measured is kept" in notes
     for path in tmp_path.rglob("*"):
@@ -199,7 +212,7 @@ def test_the_dead_ones_trial_is_given_back(tmp_path: Path, url: str, monkeypatch
     monkeypatch.setattr(studies, "heartbeat", lambda trial: None)
     without = studies.claim(study, {}, {}, told).number
     seconds = iter(range(0, 120, 3))
-    peers = shared.Peers(study, lambda: float(next(seconds)))
+    peers = shared.Peers(study, clock=lambda: float(next(seconds)))
     peers.read()
     time.sleep(3.0)
     for _ in range(8):
