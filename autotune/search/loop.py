@@ -233,7 +233,9 @@ def rebuild(run_dir: Path) -> Verdict:
     """Write every file of a run again from its study, and return its verdict. Raises ConfigError without a study."""
     known = _known_settings(run_dir)
     study = studies.load_study(run_dir, known)
-    settings, environment = known or studies.settings_of(study), studies.environment_of(study)
+    own = known is not None and is_server(known.storage)  # there, the study's settings are those of its first machine
+    settings = known if known is not None and own else studies.settings_of(study)
+    environment = studies.environment_of(study)
     files.write_inputs(run_dir, settings, environment)
     space, no_time = build_space(settings, environment), begin(settings.budget_seconds, 0.0, lambda: 0.0)
     run = Search(run_dir, settings, environment, space, study, no_time, spent_before=studies.spent_seconds(study))
@@ -284,6 +286,7 @@ class Search:
         self._notes = studies.notes_of(study)
         self._calibrate()
         self.verdict, self._marked = self._conclude(), Verdict()
+        self._notify: Notify = lambda event: None
         self._remarks: tuple[str, ...] = ()
         self._left: list[str] = []  # notes on devices that have left
         self._proposals: list[float] = []  # seconds that each one took
@@ -323,7 +326,8 @@ class Search:
             for job in crew.stop():
                 studies.interrupt(self.study, job.trial)
             studies.close_stale(self.study, self.directory, self.settings.memory_limit_bytes)
-            self.records = studies.records(self.study)
+            if self._peers is None:
+                self.records = studies.records(self.study)
             self._calibrate()
             self.end(["the search was interrupted"])
             raise InterruptedByUser(
@@ -333,6 +337,9 @@ class Search:
         except MachineError as error:
             self.end([str(error)])
             raise
+        finally:
+            self._keep_on_disk()
+            crew.stop()
         self.end(notes)
         if self.verdict.winner is None:
             advice = nothing_found(self.settings, self.environment, self.records)
