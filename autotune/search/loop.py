@@ -443,10 +443,8 @@ class Search:
         self._elsewhere = [(claim.candidate, claim.role) for claim in claims]
         for record in new:
             bisect.insort(self.records, record, key=lambda record: record.trial)
-        if not new:
-            return
-        self._calibrate()
-        self.publish()
+        if new:
+            self._calibrate()
         for record in new:
             self._notify(self._event(record.trial, record.role, record.candidate, record=record))
 

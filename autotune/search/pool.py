@@ -117,10 +117,13 @@ def by_candidate(records: Iterable[TrialRecord]) -> dict[str, TrialRecord]:
 def unanswered(everything: Pool, known: Mapping[str, TrialRecord], pending: Container[str] = ()) -> Pool:
     """The candidates whose answer does not follow from the known ones, without those that are `pending`, by id."""
     answered = np.array([c.id in known or c.id in pending for c in everything.candidates], dtype=bool)
+    rows = defaultdict[tuple[object, ...], list[int]](list)
+    for row, kernels in enumerate(everything.kernels):
+        rows[kernels].append(row)
     for kernels, records in _out_of_memory(known.values()).items():
-        same = np.array([key == kernels for key in everything.kernels], dtype=bool)
-        for record in records:
-            answered |= same & (everything.amounts >= _amounts(record.candidate)).all(1)
+        if same := rows.get(kernels):
+            full = np.array([_amounts(record.candidate) for record in records])
+            answered[same] |= np.any(np.all(everything.amounts[same][:, None] >= full, axis=2), axis=1)
     return everything.rows(np.flatnonzero(~answered)) if answered.any() else everything
 
 

@@ -4,6 +4,8 @@ import random
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from autotune.config.candidate import Candidate
 from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
@@ -41,6 +43,7 @@ class Proposer:
         self._repeated, self._card = False, card_of(environment)
         self._start = start and settings.sampler == "additive"
         self._starts: list[Candidate] | None = None
+        self._dice = np.random.default_rng() if studies.heartbeats_are_kept(study._storage) else None
         sampler = make_sampler(settings.sampler, (settings.seed + len(trials)) % 2**32, self._problem)
         self._guard = None if settings.sampler == "additive" else GuardedSampler(sampler, space, settings.seed)
         study.sampler = self._guard or sampler
@@ -68,7 +71,7 @@ class Proposer:
         if (first := self._first(model, runs)) is not None:
             return None, first
         if self._guard is None:
-            row = choose(problem)
+            row = choose(problem, self._dice)
             assert row is not None
             return None, problem.left.candidates[row]
         for _ in range(REPEATS):
