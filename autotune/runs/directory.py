@@ -176,7 +176,7 @@ def claim_name(parent: Path, name: str) -> str:
 
 
 def own_directory(parent: Path, settings: SearchSettings) -> tuple[Path, bool]:
-    """The directory of a search, and whether it is to go on there. Processes that share a study on a server, and maybe
+    """The directory of a search, and whether it continues there. Processes that share a study on a server, and maybe
     a file system, have one each: the first of NAME, NAME-2, ... that is free, or whose search of this study has ended
     or was killed. Raises ConfigError for another search of this name."""
     first = parent / settings.name

@@ -454,7 +454,7 @@ class Search:
             self._peers.beat(job.trial for job in self._crew.jobs)
 
     def _keep_on_disk(self) -> None:
-        """Keep in the run's directory what has ended and cannot be told to the study now: its server is away."""
+        """Keep in the run's directory what has ended while the study's server is away."""
         for job, result in self._crew.look():
             self._journal.add(self._record_of(job, self._judged(job, result)))
 

@@ -401,7 +401,8 @@ def _finish_late(
     others = (t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("candidate_id") == mine)
     if record.role != "final" and any(t.number > ended.number and t.state.name != "FAIL" for t in others):
         return None
-    before = {name: ended.user_attrs[name] for name in (_ROLE, "candidate_id", ENVIRONMENT) if name in ended.user_attrs}
+    kept = (_ROLE, "candidate_id", ENVIRONMENT, _REQUEST)
+    before = {name: ended.user_attrs[name] for name in kept if name in ended.user_attrs}
     number = add_ended(study, ended.params, ended.distributions, record, limit_bytes, {**before, **_attributes(record)})
     return replace(record, trial=number)
 
