@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from typer._click.core import Context
     from typer._click.formatting import HelpFormatter
 
+    from autotune.config.search_settings import SearchSettings
     from autotune.data.manifest import Format
-    from autotune.environment import Environment
+    from autotune.environment import Environment, Slot
     from autotune.measure.types import TrialRequest, TrialResult
 
 
@@ -216,9 +217,18 @@ def search(
     choices: Annotated[
         list[str] | None, typer.Option(metavar="NAME=A,B", help="Restrict what is tried; repeatable. See --dry-run.")
     ] = None,
-    device: Device = "auto",
-    workers: Annotated[int, typer.Option(metavar="N", help="Trials at the same time.")] = 1,
-    storage: Annotated[str, typer.Option(metavar="URL", help="Optuna storage. [default: sqlite in RUN/study.db]")] = "",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu, cuda:0, several cards cuda:0,cuda:1, or auto: the first card.")
+    ] = "auto",
+    workers: Annotated[
+        int, typer.Option(metavar="N", help="On the CPU: trials at the same time, which divide the cores.")
+    ] = 1,
+    storage: Annotated[
+        str,
+        typer.Option(
+            metavar="URL", help="Optuna storage; on a server, machines join. [default: sqlite in RUN/study.db]"
+        ),
+    ] = "",
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Resume a search; --budget may extend it.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampler.")] = 0,
     sampler: Annotated[
@@ -237,7 +247,7 @@ def search(
         bool, typer.Option("--dry-run", help="Print the settings and the search space, then stop.")
     ] = False,
     other_machine: Annotated[
-        bool, typer.Option("--other-machine", help="Resume on another machine or version of torch.")
+        bool, typer.Option("--other-machine", help="Resume or join on another machine or version of torch.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -254,7 +264,7 @@ def search(
     started: float = context.obj  # the budget includes start-up
     _load_numpy()
     from autotune.config.presets import preset
-    from autotune.environment import busy_machine, probe
+    from autotune.environment import busy_machine, probe_slots
     from autotune.runs import directory as run_directory
     from autotune.search import loop, resolve
     from autotune.train.output import tracker_notes
@@ -263,13 +273,14 @@ def search(
     if resume is not None:
         _refuse_beside_resume(context)
         seconds = parse_duration(budget) if budget else None
-        here = partial(probe, device)  # probed later, when its seconds are recorded
-        go_on = partial(loop.resume, resume, here, budget_seconds=seconds, same_machine=not other_machine)
+        go_on = partial(_resume, resume, device, seconds=seconds, other_machine=other_machine)
         _watch(resume, partial(go_on, started=started, remarks=remarks), remarks, json)
         return
-    if other_machine:
-        raise ConfigError("--other-machine is for a search that goes on; give --resume RUN with it")
-    found = probe(device)
+    if other_machine and not storage:
+        raise ConfigError(
+            "--other-machine is for a search that goes on or is joined; give --resume RUN or --storage URL"
+        )
+    found, slots = probe_slots(device, workers)
     asked = resolve.resolve(
         found,
         budget=budget or "1h",
@@ -283,7 +294,7 @@ def search(
         data=data,
         vocab_size=vocab_size,
         choices=choices or (),
-        workers=workers,
+        slots=slots,
         storage=storage,
         seed=seed,
         sampler=sampler,
@@ -301,11 +312,30 @@ def search(
         return
     if not name:
         asked = replace(asked, name=run_directory.claim_name(Path("results"), asked.name))
-    directory = Path("results", asked.name)
+    directory, again = run_directory.own_directory(Path("results"), asked)
     if asked.objective == "loss" and not (asked.recipe.data or race):
         remarks = (*remarks, resolve.NO_TEXT)
-    begin = partial(loop.search, asked, directory, found, started=started)
-    _watch(directory, partial(begin, storage_url=storage, remarks=remarks), remarks, json)
+    if again:  # the same command, after a kill
+        go_on = partial(_resume, directory, device, seconds=None, other_machine=other_machine)
+        _watch(directory, partial(go_on, started=started, remarks=remarks), remarks, json)
+        return
+    begin = partial(loop.search, asked, directory, found, slots=slots, started=started)
+    begin = partial(begin, same_machine=not other_machine, storage_url=storage, remarks=remarks)
+    _watch(directory, begin, remarks, json)
+
+
+def _resume(run: Path, device: str, *, seconds: float | None, other_machine: bool, **more: Any) -> None:
+    from autotune.environment import probe_slots
+    from autotune.search import loop
+
+    def here(
+        settings: "SearchSettings",
+    ) -> "tuple[Environment, tuple[Slot, ...]]":  # probed when its seconds are recorded
+        own = ",".join(settings.devices) or settings.device
+        devices = own if device == "auto" else device
+        return probe_slots(devices, 1 if settings.devices else settings.workers)
+
+    loop.resume(run, here, budget_seconds=seconds, same_machine=not other_machine, **more)
 
 
 def _load_numpy() -> None:

@@ -4,6 +4,7 @@
 no device memory.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from autotune.config import cards
 from autotune.config.candidate import plain_texts
 from autotune.config.tables import read_table
 from autotune.errors import AutotuneError, ConfigError, UnsupportedError
+from autotune.kernels.registry import device_kind
 from autotune.terminal import visible
 
 if TYPE_CHECKING:
@@ -99,6 +101,8 @@ class Environment:
     """Power limit of the card, from NVML."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of workers that can change a measurement."""
+    workers: int = 1
+    """Trials that share this machine's cores and memory at the same time; this environment is the part of one."""
 
     def __post_init__(self) -> None:
         plain_texts("environment.", vars(self))
@@ -111,8 +115,26 @@ class Environment:
     @property
     def fingerprint(self) -> str:
         """Ten hexadecimal digits, equal for machines whose measurements are comparable; of a stand-in, marked so."""
-        digits = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        told = asdict(self)
+        if self.workers == 1:  # as before this field
+            del told["workers"]
+        digits = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
         return STAND_IN_FINGERPRINT + digits if self.stand_in else digits
+
+    @property
+    def alike(self) -> "Environment":
+        """Equal for cards of a machine, and for machines, whose measurements are comparable: without the number of the
+        card and the ids of the cores."""
+        return replace(self, device=device_kind(self.device), cores="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Where trials run, one at a time."""
+
+    device: str
+    cores: frozenset[int] = frozenset()
+    """The only cores of its processes; empty: all."""
 
 
 def describe(device: str = "auto") -> Environment:
@@ -212,11 +234,11 @@ def steering_variables(variables: Mapping[str, str]) -> dict[str, str]:
 def differences(there: Mapping[str, Any], here: Environment) -> list[str]:
     """Differences between a recorded environment and this one, in words. Fields that an older version did not record
     are not compared."""
-    now = json.loads(json.dumps(asdict(here)))  # tuples become lists, as in JSON and TOML
+    there, now = (json.loads(json.dumps(one)) for one in (there, asdict(here)))  # tuples become lists, as in TOML
     after, complete = now.pop("variables"), "threads" in there  # TOML omits None
     lines = []
     for key, value in now.items():
-        before = there.get(key, None if complete else value)
+        before = there.get(key, 1 if key == "workers" else None if complete else value)
         if before != value:
             lines.append(f"{key} {_value(before)} there, {_value(value)} here")
     earlier = there.get("variables", {} if complete else after)
@@ -271,6 +293,70 @@ def probe(device: str = "auto") -> Environment:
         return read_table(Environment, json.loads(lines[-1]), "environment")
     last = (run.stderr.strip().splitlines() or ["no output"])[-1]
     raise AutotuneError(last.removeprefix("error: ") if last.startswith("error: ") else f"torch does not start: {last}")
+
+
+def make_slots(device: str, workers: int) -> tuple[Slot, ...]:
+    """The slots of `--device` and `--workers`: a card each, or parts of the cores. Raises ConfigError."""
+    if workers < 1:
+        raise ConfigError(f"--workers {workers} is not allowed; give 1 or more")
+    names = [f"{name}:0" if name == "cuda" else name for name in device.split(",")]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"--device {device} names {min(twice)} twice, where trials would disturb each other; once")
+    if len(names) > 1 and any(device_kind(name) != "cuda" for name in names):
+        raise ConfigError(f"--device {device}: only cards can be several; write for example cuda:0,cuda:1")
+    if workers == 1 or len(names) > 1:
+        if workers not in (1, len(names)):
+            raise ConfigError(f"--workers {workers} is not allowed beside --device {device}; leave it out")
+        return tuple(Slot(device=name) for name in names)
+    if device_kind(names[0]) != "cpu":
+        raise ConfigError(
+            f"--workers {workers} is not allowed: one card has one trial at a time, others would disturb it; "
+            "give several cards, --device cuda:0,cuda:1"
+        )
+    cores = sorted(os.sched_getaffinity(0))
+    usable = min(len(cores), max(1, int(ControlGroups().cpu_quota() or len(cores))))
+    if workers > usable:
+        raise ConfigError(
+            f"--workers {workers} is not allowed: each needs a core, there are {usable}; give at most that"
+        )
+    each = usable // workers
+    asked = {name: os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    if many := [f"{name}={value}" for name, value in asked.items() if value.isdecimal() and int(value) > each]:
+        raise ConfigError(f"{many[0]} is more than the {each} cores of one of {workers} workers; unset it")
+    return tuple(Slot(device="cpu", cores=frozenset(cores[i * each : (i + 1) * each])) for i in range(workers))
+
+
+@contextlib.contextmanager
+def on_cores(cores: frozenset[int]) -> Iterator[None]:
+    """Within it, this thread and the processes that it starts have these cores only; all, where there are none. Torch
+    takes a thread for each."""
+    before = os.sched_getaffinity(0)
+    if cores:
+        os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        if cores:
+            os.sched_setaffinity(0, before)
+
+
+def probe_slots(device: str = "auto", workers: int = 1) -> tuple[Environment, tuple[Slot, ...]]:
+    """What a trial finds in each slot of `--device` and `--workers`. Raises ConfigError, also for unlike cards."""
+    if workers > 1 and device == "auto":
+        device = probe(device).device
+    slots = make_slots(device, workers)
+    if slots[0].cores:
+        with on_cores(slots[0].cores):
+            part = probe(device)
+        return replace(part, device_memory_bytes=part.device_memory_bytes // workers, workers=workers), slots
+    first, *others = [probe(slot.device) for slot in slots]
+    for other in others:
+        if changes := differences(asdict(first.alike), other.alike):
+            raise ConfigError(
+                f"{other.device} is unlike {first.device} ({', '.join(changes)}), their figures do not compare; "
+                "search on each alone"
+            )
+    return first, (Slot(device=first.device), *slots[1:])
 
 
 def worker_environment(cache_dir: Path | None = None, allocator: str = "default") -> dict[str, str]:

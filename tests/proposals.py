@@ -48,7 +48,7 @@ class Trials:
     def model(self) -> MemoryModel:
         return calibrate("cuda", [(record.candidate, record.result) for record in self.records])
 
-    def propose(self) -> tuple[optuna.Trial, Candidate] | None:
+    def propose(self) -> tuple[optuna.Trial | None, Candidate] | None:
         return self.proposer.propose(self.records, self.model())
 
     def run(self, count: int) -> "Trials":
@@ -59,9 +59,8 @@ class Trials:
                 assert proposal is not None
                 trial, candidate = proposal
             else:
-                candidate = baseline(self.asked)
-                trial = self.proposer.enqueue(candidate, {})
-            self.end(trial, candidate)
+                trial, candidate = None, baseline(self.asked)
+            self.end(self.proposer.claim(candidate, {}, trial), candidate)
         return self
 
     def end(self, trial: optuna.Trial, candidate: Candidate) -> None:
@@ -69,10 +68,7 @@ class Trials:
         result = self.answers(candidate)
         speed = result.tokens_per_second if result.status == "ok" else None
         objective = score(self.asked, candidate, speed) if speed else None
-        record = TrialRecord(
-            trial=len(self.records), role="search", candidate=candidate, result=result, objective=objective
-        )
-        trial.set_user_attr("trial", record.trial)
+        record = TrialRecord(trial=trial.number, role="search", candidate=candidate, result=result, objective=objective)
         studies.tell(self.study, trial, record, self.asked.memory_limit_bytes)
         self.records.append(record)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_machine import CUDA
 from recorded_run import ENVIRONMENT
 
 from autotune.environment import (
@@ -21,8 +22,10 @@ from autotune.environment import (
     child_command,
     describe,
     differences,
+    make_slots,
     probe,
     refuse_stand_in,
+    probe_slots,
     steering_variables,
     why_no_cuda,
     worker_environment,
@@ -306,3 +309,52 @@ def test_a_training_starts_with_what_c_libraries_read_first(tmp_path: Path, monk
         process = subprocess.Popen([sys.executable, script, "a b", "-c"], stdout=subprocess.PIPE, text=True)
         said, _ = process.communicate(timeout=60)
         assert said == f"{process.pid} ['a b', '-c'] {set_by_user or HUGE_PAGES}\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "says"),
+    [
+        ("cuda:0", 2, "--workers 2 is not allowed: one card has one trial at a time"),
+        ("cuda:0,cuda:1", 3, "--workers 3 is not allowed beside --device cuda:0,cuda:1"),
+        ("cuda:0,cuda:0", 1, "names cuda:0 twice"),
+        ("cuda,cuda:0", 1, "names cuda:0 twice"),
+        ("cpu,cuda:0", 1, "only cards can be several"),
+        ("cpu", 0, "--workers 0 is not allowed; give 1 or more"),
+        ("cpu", 10_000, "--workers 10000 is not allowed: each needs a core, there are"),
+    ],
+)
+def test_slots_that_would_disturb_each_other_are_refused(device: str, workers: int, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        make_slots(device, workers)
+
+
+def test_more_threads_than_a_workers_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 4, 5, 8})
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert [sorted(slot.cores) for slot in make_slots("cpu", 2)] == [[3, 4], [5, 8]]
+    with pytest.raises(ConfigError, match="OMP_NUM_THREADS=2 is more than the 1 cores of one of 4 workers; unset it"):
+        make_slots("cpu", 4)
+
+
+def test_unlike_cards_are_refused_with_the_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = {
+        "cuda:0": replace(CUDA, cores="0-3"), "cuda:1": replace(CUDA, device="cuda:1"),
+        "cuda:2": replace(CUDA, device="cuda:2", device_name="Other Card"),
+    }  # fmt: skip
+    monkeypatch.setattr("autotune.environment.probe", cards.__getitem__)
+    found, slots = probe_slots("cuda:0,cuda:1")
+    assert (found, [slot.device for slot in slots]) == (cards["cuda:0"], ["cuda:0", "cuda:1"])
+    with pytest.raises(ConfigError, match=r"cuda:2 is unlike cuda:0 \(device_name 'Paper Card' there, 'Other"):
+        probe_slots("cuda:0,cuda:2")
+
+
+@pytest.mark.slow
+def test_a_worker_on_the_cpu_finds_its_part_of_the_machine() -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    whole, (part, slots) = probe("cpu"), probe_slots("cpu", 2)
+    assert part.cpu_count == part.threads == len(slots[0].cores) == whole.cpu_count // 2
+    assert part.device_memory_bytes == whole.device_memory_bytes // 2
+    assert part.fingerprint != whole.fingerprint
+    assert not slots[0].cores & slots[1].cores
+    assert os.sched_getaffinity(0) == slots[0].cores | slots[1].cores

@@ -23,7 +23,7 @@ ALLOWED = {
     "units": {"errors"},
     "config": {"errors", "files", "terminal", "units", "config", "kernels"},
     "cgroup": set[str](),
-    "environment": {"errors", "places", "terminal", "units", "cgroup", "config"},
+    "environment": {"errors", "places", "terminal", "units", "cgroup", "config", "kernels"},
     "kernels": {"kernels"},
     "data": {*_COMMON, "data", "kernels"},
     "model": {*_COMMON, "model", "kernels"},

@@ -83,6 +83,11 @@ class SearchSettings:
     target: Target = "autotune"
     """Who trains the winner; `nanogpt` leaves out of the race what its train.py cannot run."""
     workers: int = 1
+    """Trials at the same time."""
+    devices: tuple[str, ...] = ()
+    """All cards, where there are several; `device` is the first."""
+    joined: bool = False
+    """Another process began the study: a race is left to it."""
     storage: str = ""
     """An Optuna storage URL, kept without its password; empty: study.db in the run directory."""
     seed: int = 0
@@ -145,6 +150,38 @@ def _is_plain(name: str) -> bool:
     """Whether the name suits a directory, and is neither hidden nor taken for a command-line option."""
     forbidden = name.startswith((".", "-")) or name != name.strip() or set(name) & {"/", "\\"}
     return 0 < len(name.encode()) <= _LONGEST_NAME and not forbidden
+
+
+_OWN = {
+    "device", "devices", "workers", "budget_seconds", "storage", "notes", "baseline_source", "out_dir", "joined",
+}  # fmt: skip
+"""Settings in which the processes of one study may differ."""
+
+
+def refuse_other_search(there: SearchSettings, here: SearchSettings, name: str) -> None:
+    """Raise ConfigError, naming the differences, unless both settings are of one search."""
+    ours, theirs = _told(here), _told(there)
+    if changes := [f"{key} {shown(theirs.get(key))} there, {shown(value)} here" for key, value in ours.items()
+                   if theirs.get(key) != value]:  # fmt: skip
+        raise ConfigError(
+            f"{name} is another search ({', '.join(changes[:4])}); give the same options to join it, or another --name"
+        )
+
+
+def _told(settings: SearchSettings) -> dict[str, object]:
+    """What processes of one study have in common, by dotted names."""
+    flat: dict[str, object] = {}
+
+    def add(prefix: str, table: Mapping[str, Any]) -> None:
+        for key, value in table.items():
+            if isinstance(value, Mapping):
+                add(f"{prefix}{key}.", value)
+            else:
+                flat[prefix + key] = list(value) if isinstance(value, tuple | list) else value
+
+    add("", {key: value for key, value in asdict(settings).items() if key not in _OWN})
+    del flat["recipe.data"]  # its content is compared
+    return flat
 
 
 def write_settings(path: Path, settings: SearchSettings) -> None:

@@ -42,6 +42,11 @@ def connect_url(url: str) -> "sqlalchemy.URL":
     return parsed.set(password=password) if password and parsed.username and not parsed.password else parsed
 
 
+def is_server(url: str) -> bool:
+    """Whether the URL is a database server's, where searches of several machines may meet. Raises ConfigError."""
+    return bool(url) and connect_url(url).get_backend_name() != "sqlite"
+
+
 def _parsed(url: str) -> "sqlalchemy.URL":
     import sqlalchemy
 

@@ -7,6 +7,8 @@ import errno
 import re
 from collections.abc import Iterator
 
+from autotune.errors import one_line
+
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 _NOT_THERE = {errno.ENOTDIR, errno.ENOENT}
 _NO_EXEC = "failed to map segment"
@@ -32,6 +34,21 @@ def start_remedy(last_line: str) -> str:
     ):
         return ""
     return f"a worker cannot start on this machine: {last_line}; see `autotune doctor`"
+
+
+_LOST_CARD = re.compile(
+    r"(CUDA|driver|device).*(fallen off the bus|GPU is lost|uncorrectable ECC|unknown error|busy or unavailable"
+    r"|initialization error|no CUDA-capable device)|No CUDA GPUs are available",
+    re.IGNORECASE,
+)
+"""Messages of CUDA about a card that serves nobody any more; what a kernel does wrong has others."""
+
+
+def card_remedy(message: str, device: str) -> str:
+    """Remedy for a crash with this message, where the card is at fault; empty where the candidate may be."""
+    if device == "cpu" or not _LOST_CARD.search(message):
+        return ""
+    return f"{device} fails: {one_line(message)}; look at `nvidia-smi`, reset the card or leave it out with --device"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -7,18 +7,17 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from autotune.cgroup import ControlGroups
 from autotune.environment import child_command, worker_environment
 from autotune.errors import ConfigError, one_line
-from autotune.measure.blame import start_remedy
+from autotune.measure.blame import card_remedy, start_remedy
 from autotune.measure.child import STANDBY
 from autotune.measure.scratch import remove_leftovers, trial_folder
 from autotune.measure.types import MemoryProfile, RungRequest, RungResult, TrialRequest, TrialResult, from_json, to_json
@@ -26,14 +25,17 @@ from autotune.model.compile_cache import compile_cache_dir
 
 LOG_BYTES = 16 << 20
 """Maximum size of a log; a worker that prints more is killed."""
-STANDBY_LOG = ".standby.log"
-"""Output of a waiting worker, until it gets its trial."""
+STANDBY_LOG = ".standby{}.log"
+"""Output of a waiting worker, until it gets its trial; with the number of its series."""
 _WORKER = "autotune.measure.worker"
-_POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
+"""Pause between two looks at a worker."""
 _TIMED = (b'"phase": "warmup"', b'"phase": "measure"', b'"phase": "done"')
 
 _Process = subprocess.Popen[bytes]
 R = TypeVar("R", bound=TrialResult)
+Running = Generator[None, None, R]
+"""A worker that runs: each `next` looks whether it has ended, closing it kills its process group."""
 
 
 class Standby:
@@ -43,14 +45,15 @@ class Standby:
     context and dies with this process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
+        self._name = STANDBY_LOG.format(number or "")
         self._worker: _Process | None = None
         self._log = Path()
 
     def start(self, log: Path) -> None:
         """Start a worker, unless one is waiting, for a trial whose log will be in the directory of `log`."""
         if self._worker is None or self._worker.poll() is not None:
-            self._log = log.with_name(STANDBY_LOG)
+            self._log = log.with_name(self._name)
             self._worker = _start(STANDBY, self._log, "default")
 
     def take(self, request: TrialRequest, log: Path) -> _Process | None:
@@ -79,17 +82,29 @@ class Standby:
             self._log.unlink(missing_ok=True)
 
 
-Measure = Callable[[TrialRequest, Path], TrialResult]
+Measure = Callable[[TrialRequest, Path], TrialResult | Running[TrialResult]]
+"""Runs one trial, or starts it so that others can run at the same time."""
 TrainRung = Callable[[RungRequest, Path], RungResult]
 
 
 @contextmanager
 def trials_in_a_row() -> Iterator[tuple[Measure, TrainRung]]:
-    """`run_trial` and `run_rung` with a standby worker, which ends with the block. Removes leftovers of killed searches
-    first."""
+    """`start_trial` and `run_rung` with standby workers, which end with the block: one for each device, or part of the
+    cores, that trials run on. Removes leftovers of killed searches first."""
     remove_leftovers()
-    with closing(Standby()) as standby:
-        yield partial(run_trial, standby=standby), partial(run_rung, standby=standby)
+    standbys: dict[tuple[str, frozenset[int]], Standby] = {}
+    with ExitStack() as stack:
+
+        def of(request: TrialRequest) -> Standby:
+            key = request.device, frozenset(os.sched_getaffinity(0))
+            if key not in standbys:
+                standbys[key] = stack.enter_context(closing(Standby(len(standbys))))
+            return standbys[key]
+
+        yield (
+            lambda request, log: start_trial(request, log, of(request)),
+            lambda request, log: run_rung(request, log, of(request)),
+        )
 
 
 def run_trial(
@@ -101,17 +116,39 @@ def run_trial(
     OOM, hangs and crashes become the result's status, never an exception. KeyboardInterrupt kills the worker's process
     group and is raised again.
     """
+    return until_ended(start_trial(request, log, standby, groups))
+
+
+def start_trial(
+    request: TrialRequest, log: Path, standby: Standby | None = None, groups: ControlGroups | None = None
+) -> Running[TrialResult]:
+    """`run_trial`, as something that runs beside others."""
     with trial_folder() as directory:
-        return _run(_WORKER, request, _DEAD, directory, log, standby, groups or ControlGroups())
+        return (yield from _run(_WORKER, request, _DEAD, directory, log, standby, groups or ControlGroups()))
 
 
 def run_rung(
     request: RungRequest, log: Path, standby: Standby | None = None, groups: ControlGroups | None = None
 ) -> RungResult:
     """Train one rung of a race in a fresh worker process; otherwise as `run_trial`."""
+    dead = RungResult(status="crashed", phase="start")
     with trial_folder() as directory:
-        dead = RungResult(status="crashed", phase="start")
-        return _run("autotune.train.rung", request, dead, directory, log, standby, groups or ControlGroups())
+        module = "autotune.train.rung"
+        return until_ended(_run(module, request, dead, directory, log, standby, groups or ControlGroups()))
+
+
+def until_ended(running: R | Running[R]) -> R:
+    """The result, when there is one. Raises what interrupts the waiting, and kills the worker then."""
+    if isinstance(running, TrialResult):
+        return running
+    with closing(running):
+        while True:
+            try:
+                next(running)
+            except StopIteration as end:
+                result: R = end.value
+                return result
+            time.sleep(POLL_SECONDS)
 
 
 def run_profile(request: TrialRequest, directory: Path, log: Path) -> tuple[TrialResult, MemoryProfile | None]:
@@ -126,7 +163,7 @@ def run_profile(request: TrialRequest, directory: Path, log: Path) -> tuple[Tria
             (directory / name).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{directory} cannot be written: {error.strerror}; choose another with --out") from None
-    result = _run("autotune.profile.recorder", request, _DEAD, directory, log, None, ControlGroups())
+    result = until_ended(_run("autotune.profile.recorder", request, _DEAD, directory, log, None, ControlGroups()))
     written = directory / "profile.json"
     return result, from_json(MemoryProfile, written.read_text()) if result.status == "ok" else None
 
@@ -137,12 +174,12 @@ _DEAD = TrialResult(status="crashed", phase="start")
 def _run(
     module: str, request: TrialRequest, dead: R, directory: Path, log: Path, standby: Standby | None,
     groups: ControlGroups,
-) -> R:  # fmt: skip
+) -> Running[R]:  # fmt: skip
     """Run a worker whose files go to `directory`, and complete its result with what only the parent knows. `dead`: the
     result of a worker that leaves none."""
     started_at, started = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     file, kills = directory / "result.json", groups.oom_kills()
-    returncode = _run_worker(module, replace(request, result_path=str(file)), log, standby)
+    returncode = yield from _run_worker(module, replace(request, result_path=str(file)), log, standby)
     result = dead
     if file.exists():
         try:
@@ -165,6 +202,8 @@ def _run(
         # the kernel killed the worker or one of its child processes, a compiler for example
         message = f"the kernel killed it for memory in phase {result.phase} (oom_kill); see {log.name}"
         return replace(result, status="oom", message=message)
+    if result.status == "crashed" and (remedy := card_remedy(result.message or _last_line(log), request.device)):
+        return replace(result, remedy=remedy)
     if result.status == "crashed" and not result.message:
         message = f"{_death(returncode)} in phase {result.phase}: {_last_line(log)}; see {log.name}"
         remedy = start_remedy(_last_line(log)) if result.phase == "start" else ""
@@ -172,7 +211,9 @@ def _run(
     return result
 
 
-def _run_worker(module: str, request: TrialRequest, log: Path, standby: Standby | None) -> int | None:
+def _run_worker(
+    module: str, request: TrialRequest, log: Path, standby: Standby | None
+) -> Generator[None, None, int | None]:
     """Return code of the worker (negative: a signal's number); None if it exceeded its time or its log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     worker, words = standby.take(request, log) if standby else None, f"{module}\n"
@@ -184,7 +225,7 @@ def _run_worker(module: str, request: TrialRequest, log: Path, standby: Standby 
             pipe.write((words + to_json(request)).encode())
         if standby:
             standby.start(log)
-        return _wait(worker, request, log, standby)
+        return (yield from _wait(worker, request, log, standby))
     finally:
         _end(worker)
         if standby:
@@ -203,18 +244,19 @@ def _start(module: str, log: Path, allocator: str) -> _Process:
         )
 
 
-def _wait(worker: _Process, request: TrialRequest, log: Path, standby: Standby | None) -> int | None:
+def _wait(
+    worker: _Process, request: TrialRequest, log: Path, standby: Standby | None
+) -> Generator[None, None, int | None]:
     """Wait until the worker ends, exceeds its time or prints too much; see `_run_worker`."""
     deadline, result = time.monotonic() + request.timeout_seconds, Path(request.result_path)
-    while (left := deadline - time.monotonic()) > 0:
-        with suppress(subprocess.TimeoutExpired):
-            return worker.wait(timeout=min(_POLL_SECONDS, left))
+    while (code := worker.poll()) is None and time.monotonic() < deadline:
+        yield
         if log.stat().st_size > LOG_BYTES:
             return None
         if standby and result.exists() and any(phase in result.read_bytes() for phase in _TIMED):
             standby.pause()
             standby = None
-    return None
+    return code
 
 
 def _end(worker: _Process) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 from autotune import files
 from autotune.config.nanogpt import format_nanogpt
-from autotune.config.search_settings import SearchSettings, write_settings
+from autotune.config.search_settings import SearchSettings, read_settings, refuse_other_search, write_settings
+from autotune.config.storage import is_server
 from autotune.config.tables import read_json
 from autotune.config.toml import BEST_TOML, CandidateFile, format_candidate
 from autotune.environment import Environment, differences
@@ -184,6 +185,28 @@ def claim_name(parent: Path, name: str) -> str:
     raise AssertionError("unreachable: count() is infinite")
 
 
+def own_directory(parent: Path, settings: SearchSettings) -> tuple[Path, bool]:
+    """The directory of a search, and whether it continues there. Processes that share a study on a server, and maybe
+    a file system, have one each: the first of NAME, NAME-2, ... that is free, or whose search of this study has ended
+    or was killed. Raises ConfigError for another search of this name."""
+    first = parent / settings.name
+    if not is_server(settings.storage):
+        return first, False
+    for number in itertools.count(1):
+        directory = first if number == 1 else parent / f"{settings.name}-{number}"
+        if not (directory / SEARCH_TOML).exists():
+            if directory.exists() and any(directory.iterdir()):  # being made
+                continue
+            return directory, False
+        there = read_settings(directory / SEARCH_TOML)
+        if (there.name, there.storage) != (settings.name, settings.storage):
+            raise ConfigError(f"{directory} is of another study; give another --name")
+        refuse_other_search(there, settings, str(directory))
+        with contextlib.suppress(ConfigError), locked(directory):
+            return directory, True
+    raise AssertionError("unreachable: count() is infinite")
+
+
 def remove_leftovers(run_dir: Path) -> None:
     """Remove temporary files of a killed search; the caller holds the run's lock. Their names contain the process
     id: those of live processes, a report or a training, stay."""
@@ -192,7 +215,8 @@ def remove_leftovers(run_dir: Path) -> None:
             number = file.name.split(".")[-2]
             if not (number.isdecimal() and alive(int(number))):
                 file.unlink(missing_ok=True)
-    (run_dir / LOGS / STANDBY_LOG).unlink(missing_ok=True)
+    for log in (run_dir / LOGS).glob(STANDBY_LOG.format("*")):
+        log.unlink()
 
 
 def read_spent(file: Path) -> tuple[float | None, float] | None:

@@ -130,7 +130,7 @@ class Verdict:
     spent_seconds: float = 0.0
     """Wall clock of the search, including earlier parts of a resumed one."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """`spent_seconds` by phase of the trials, and IDLE."""
+    """`spent_seconds` by phase of the trials, and IDLE; of several devices, the mean."""
     notes: tuple[str, ...] = ()
     """Work that could not be done, and measurements that contradict each other; one line each."""
     budget_wanted: str = ""

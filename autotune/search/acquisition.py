@@ -37,6 +37,8 @@ class Observed:
     """(m,): infeasible, for whatever reason."""
     prior: Array
     """(m, 2): prior means of `answers` and `log_seconds`."""
+    pending: "Choices | None" = None
+    """Trials that run."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,28 +57,38 @@ def value(
     categorical: Mask,
     objective: Callable[[Array], Array],
     best: float | None,
+    believed: Callable[[Array], float] | None = None,
 ) -> Array:
     """Value of each choice, (n,). `objective` maps answers (n,) of the choices to what is maximised; `best`: the
-    largest so far, None while nothing is feasible."""
-    at = gp.points(choices.parameters)
-    mean, sd = _predict(observed, 0, observed.answers, categorical, at, choices)
+    largest so far, None while nothing is feasible. `believed` maps answers of the pending trials to the largest
+    objective among them."""
+    at, pending = gp.points(choices.parameters), observed.pending
+    if pending is not None:
+        expected, _ = _predict(observed, 0, observed.answers, categorical, gp.points(pending.parameters), pending)
+        assert believed is not None
+        best = max(believed(expected), -math.inf if best is None else best)
+    mean, sd = _predict(observed, 0, observed.answers, categorical, at, choices, pending)
     seconds, _ = _predict(observed, 1, observed.log_seconds, categorical, at, choices)
     improvement = _expected_improvement(mean, sd, objective, best)
     return np.asarray(improvement * _p_runs(observed, categorical, at) / np.exp(seconds))
 
 
 def _predict(
-    observed: Observed, which: int, answers: Array, categorical: Mask, at: gp.Points, choices: Choices
-) -> tuple[Array, Array]:
+    observed: Observed, which: int, answers: Array, categorical: Mask, at: gp.Points, choices: Choices,
+    pending: Choices | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
     """Mean and standard deviation of the choices' answers, (n,) each: column `which` of the prior means, a constant,
-    and the process fitted to the residuals."""
+    and the process fitted to the residuals. `pending`: trials that are expected to give the mean."""
     known = ~np.isnan(answers)
     prior = choices.prior[:, which]
-    if not known.any():
+    if not known.any() and pending is None:
         return prior, np.full(len(prior), gp.PRIOR_SCALE)
     residuals = answers[known] - observed.prior[known, which]
-    constant = float(np.median(residuals))
-    mean, sd = gp.predict(gp.fit(observed.parameters[known], categorical, residuals - constant), categorical, at)
+    constant = float(np.median(residuals)) if known.any() else 0.0
+    process = gp.fit(observed.parameters[known], categorical, residuals - constant)
+    if pending is not None:
+        process = gp.believe(process, categorical, pending.parameters)
+    mean, sd = gp.predict(process, categorical, at)
     return prior + constant + mean, sd
 
 

@@ -69,9 +69,10 @@ def final_steps(record: TrialRecord, budget: Budget) -> Steps:
     return "whole" if final_seconds(record, budget) <= budget.remaining() else "composed"
 
 
-def reserve(budget: Budget, records: Sequence[TrialRecord], settings: SearchSettings) -> float:
-    """Seconds to keep back for the finalists that are not confirmed yet: at least for one. Nothing while nothing is
-    feasible, and where even that one would not fit any more: then only a faster candidate can be confirmed."""
+def reserve(budget: Budget, records: Sequence[TrialRecord], settings: SearchSettings, at_once: int = 1) -> float:
+    """Seconds to keep back for the finalists that are not confirmed yet, of which so many run `at_once`: at least for
+    one. Nothing while nothing is feasible, and where even that one would not fit any more: then only a faster candidate
+    can be confirmed."""
     ranked = best_first(searched(records), maximised(settings))
     if not ranked:
         return 0.0
@@ -79,7 +80,7 @@ def reserve(budget: Budget, records: Sequence[TrialRecord], settings: SearchSett
     first = final_seconds(waiting[0], budget, final_steps(waiting[0], budget))
     if first > budget.remaining():
         return 0.0
-    wanted = sum(final_seconds(record, budget, final_steps(record, budget)) for record in waiting)
+    wanted = sum(final_seconds(record, budget, final_steps(record, budget)) for record in waiting) / at_once
     return max(min(wanted, _RESERVED_SHARE * budget.seconds), first)
 
 
@@ -98,11 +99,11 @@ def allow(left: float, patience: float) -> Allowance:
 
 
 def next_allowance(
-    budget: Budget, records: Sequence[TrialRecord], settings: SearchSettings, ahead: float = 0.0
+    budget: Budget, records: Sequence[TrialRecord], settings: SearchSettings, ahead: float = 0.0, *, at_once: int = 1
 ) -> Allowance | None:
     """How long the next search trial may take; None: it could not finish before the reserve. `ahead`: seconds that
     pass before it can begin."""
-    left = budget.remaining() - ahead - reserve(budget, records, settings)
+    left = budget.remaining() - ahead - reserve(budget, records, settings, at_once)
     lasted = sorted(record.result.trial_seconds or 0.0 for record in searched(records))
     if left <= 0 or (lasted and left < lasted[len(lasted) // 2]):
         return None

@@ -1,5 +1,6 @@
 """The verdict of a search: who won, what was gained, what each choice costs, where the time went, what to do next."""
 
+import math
 import re
 import warnings
 from collections import Counter
@@ -39,10 +40,13 @@ def conclude(
     `race`: its outcome, which decides."""
     verdict = replace(decide(records, settings, race.candidates if race else ()), race=race)
     ran = [r.result for r in records if r.result.trial_seconds is not None and r.role != "race"]
-    seconds: Counter[str] = Counter()
+    seconds = Counter[str]()
     for result in ran:
         seconds.update(result.phase_seconds)
-    idle = spent_seconds - sum(result.trial_seconds or 0.0 for result in ran)
+    busy = sum(result.trial_seconds or 0.0 for result in ran)
+    at_once = max(settings.workers, math.ceil(busy / spent_seconds)) if spent_seconds else 1  # machines that joined
+    seconds = Counter({phase: lasted / at_once for phase, lasted in seconds.items()})
+    idle = spent_seconds - busy / at_once
     if race:  # its trials are rungs
         racing = sum(reading.stepping_seconds for reading in race.readings)
         seconds.update({RACING: racing, "start": race.seconds - racing})

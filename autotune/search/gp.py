@@ -97,6 +97,20 @@ def fit(observed: Array, categorical: Mask, answers: Array) -> Process:
     return Process(kernel=kernel, observed=observed, whitening=whitening, whitened=whitened, variance=scale)
 
 
+def believe(process: Process, categorical: Mask, values: Array) -> Process:
+    """The process after answers at `values` (n, k) that are exactly its means: they change no mean, but take away the
+    deviation there. (The kriging believer of Ginsbourger, Le Riche and Carraro, 2010.)"""
+    kernel, count = process.kernel, len(process.kernel.weights)
+    mean, _ = predict(process, categorical, points(values))
+    observed = np.concatenate([process.observed, values])
+    similarity = np.exp(-_between(observed, categorical) / kernel.length)
+    single, squares = (np.tensordot(kernel.weights**power, similarity**power, 1) for power in (1, 2))
+    covariance = _combined(single, squares, kernel.pairs, count) + _variance(kernel.noise) * np.eye(len(observed))
+    whitening = np.linalg.inv(np.linalg.cholesky(covariance))
+    answers = np.concatenate([np.linalg.inv(process.whitening) @ process.whitened, mean])
+    return replace(process, observed=observed, whitening=whitening, whitened=whitening @ answers)
+
+
 def predict(process: Process, categorical: Mask, at: Points) -> tuple[Array, Array]:
     """Mean and standard deviation at n points, (n,) each, without the noise of an observation."""
     kernel = process.kernel

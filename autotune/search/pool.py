@@ -6,7 +6,7 @@ The whole space where it is small; of a large one random candidates, and all tha
 import functools
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -114,13 +114,16 @@ def by_candidate(records: Iterable[TrialRecord]) -> dict[str, TrialRecord]:
     return {record.candidate.id: record for record in searched if record.result.status != "interrupted"}
 
 
-def unanswered(everything: Pool, known: Mapping[str, TrialRecord]) -> Pool:
-    """The candidates whose answer does not follow from the known ones."""
-    answered = np.array([candidate.id in known for candidate in everything.candidates], dtype=bool)
+def unanswered(everything: Pool, known: Mapping[str, TrialRecord], pending: Container[str] = ()) -> Pool:
+    """The candidates whose answer does not follow from the known ones, without those that are `pending`, by id."""
+    answered = np.array([c.id in known or c.id in pending for c in everything.candidates], dtype=bool)
+    rows = defaultdict[tuple[object, ...], list[int]](list)
+    for row, kernels in enumerate(everything.kernels):
+        rows[kernels].append(row)
     for kernels, records in _out_of_memory(known.values()).items():
-        same = np.array([key == kernels for key in everything.kernels], dtype=bool)
-        for record in records:
-            answered |= same & (everything.amounts >= _amounts(record.candidate)).all(1)
+        if same := rows.get(kernels):
+            full = np.array([_amounts(record.candidate) for record in records])
+            answered[same] |= np.any(np.all(everything.amounts[same][:, None] >= full, axis=2), axis=1)
     return everything.rows(np.flatnonzero(~answered)) if answered.any() else everything
 
 
@@ -170,11 +173,15 @@ class CandidateProblem:
         self._priors = priors
         self.update([], None)
 
-    def update(self, records: Iterable[TrialRecord], model: MemoryModel | None) -> None:
-        """The trials so far, and the memory model that they calibrate; None: memory is not considered."""
+    def update(
+        self, records: Iterable[TrialRecord], model: MemoryModel | None, pending: Sequence[Candidate] = ()
+    ) -> None:
+        """The trials so far, the memory model that they calibrate (None: memory is not considered), and candidates that
+        are being measured."""
         self.known, self._model = by_candidate(records), model
+        self._pending = {c.id: c for c in pending if c.id not in self.known}
         self._everything = pool(self.space, self.known, self.settings)
-        self.left = unanswered(self._everything, self.known)
+        self.left = unanswered(self._everything, self.known, self._pending)
 
     def observed(self) -> Observed:
         records = list(self.known.values())
@@ -183,7 +190,11 @@ class CandidateProblem:
         rows = [records[i] for i in acquisition.subset(ranked, len(records))]
         features = self._features([record.candidate for record in rows])
         results = [record.result for record in rows]
+        pending = self._features(list(self._pending.values())) if self._pending else None
         return Observed(
+            pending=None
+            if pending is None
+            else Choices(parameters=pending.parameters, prior=pending.prior * self._priors),
             parameters=features.parameters,
             answers=np.log([result.tokens_per_second or np.nan for result in results]),
             log_seconds=np.log([result.trial_seconds or np.nan for result in results]),
@@ -203,9 +214,15 @@ class CandidateProblem:
 
     def objective(self, answers: Array) -> Array:
         """The objective at log speeds (n,), larger is better."""
+        return self._objective(self.left.candidates, answers)
+
+    def believed(self, answers: Array) -> float:
+        return float(self._objective(list(self._pending.values()), answers).max())
+
+    def _objective(self, candidates: Sequence[Candidate], answers: Array) -> Array:
         if maximised(self.settings):
             return np.exp(answers)
-        speeds = zip(self.left.candidates, np.exp(answers).tolist(), strict=True)
+        speeds = zip(candidates, np.exp(answers).tolist(), strict=True)
         return np.array([-score(self.settings, candidate, speed) for candidate, speed in speeds])
 
     def best(self) -> float | None:

@@ -31,15 +31,19 @@ def show_progress(remarks: Sequence[str] = ()) -> Iterator[Notify]:
 
     seen: list[tuple[float, Event]] = []  # when the latest event came, and the event
 
+    running: dict[tuple[bool, int], tuple[float, Event]] = {}  # since when, by number of the trial or rung
+
     def draw() -> "RenderableType":
-        return _picture(*seen[0]) if seen else ""
+        return _picture(*seen[0], list(running.values())) if seen else ""
 
     # Live calls `draw` by itself, so that the bar moves while a trial runs.
     with Live(get_renderable=draw, console=Console(stderr=True), refresh_per_second=4, transient=True) as live:
 
         def notify(event: Event) -> None:
             seen[:] = [(time.monotonic(), event)]
+            running[event.role == "race", event.trial] = seen[0]
             if ended := _ended(event):
+                del running[event.role == "race", event.trial]
                 live.console.print(visible(ended), markup=False, highlight=False)
 
         yield _after(remarks, notify)
@@ -103,8 +107,8 @@ def trial_line(record: TrialRecord) -> str:
     return f"trial {record.trial:>3} {record.role:<8} {outcome}: {in_words(record.candidate)}"
 
 
-def _picture(since: float, event: Event) -> "RenderableType":
-    """Budget bar, current trial, best so far."""
+def _picture(since: float, event: Event, running: Sequence[tuple[float, Event]]) -> "RenderableType":
+    """Budget bar at `event`, which came at `since`; what is running since when; best so far."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -115,9 +119,12 @@ def _picture(since: float, event: Event) -> "RenderableType":
     bar = Table.grid(padding=(0, 1))
     clock = f"{format_duration(elapsed)} of {format_duration(event.budget_seconds)}"
     bar.add_row("budget", ProgressBar(total=event.budget_seconds, completed=elapsed), clock)
-    what = f"rung {event.trial}" if event.role == "race" else f"trial {event.trial} {event.role}"
-    now = f"{what} for {format_duration(waited)}: {in_words(event.candidate)}"
-    lines = [Text("between trials") if _ended(event) else Text(visible(now), style="cyan")]
+    lines = [Text(visible(_running(*one)), style="cyan") for one in running] or [Text("between trials")]
     if event.verdict.winner is not None:
         lines.append(Text(visible("best so far: " + trial_line(event.verdict.winner)), style="green"))
     return Group(bar, *lines)
+
+
+def _running(since: float, event: Event) -> str:
+    what = f"rung {event.trial}" if event.role == "race" else f"trial {event.trial} {event.role}"
+    return f"{what} for {format_duration(time.monotonic() - since)}: {in_words(event.candidate)}"

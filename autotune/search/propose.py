@@ -1,8 +1,10 @@
 """Asking the study's sampler for candidates whose answers are not known yet."""
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from autotune.config.candidate import Candidate
 from autotune.config.search_settings import SearchSettings
@@ -22,7 +24,7 @@ REPEATS = 10
 
 
 class Proposer:
-    """The only one who asks the study for trials: proposed ones, and given ones that it enqueues."""
+    """The only one who begins trials in the study: of proposed candidates, and of given ones."""
 
     def __init__(
         self, study: "optuna.Study", space: Space, settings: SearchSettings, environment: Environment, priors: bool,
@@ -40,6 +42,7 @@ class Proposer:
         self._problem = CandidateProblem(space, settings, kinds, priors=priors)
         self._repeated, self._card = False, card_of(environment)
         self._start = start and settings.sampler == "additive"
+        self._dice = np.random.default_rng() if studies.heartbeats_are_kept(study._storage) else None
         sampler = make_sampler(settings.sampler, (settings.seed + len(trials)) % 2**32, self._problem)
         self._guard = None if settings.sampler == "additive" else GuardedSampler(sampler, space, settings.seed)
         study.sampler = self._guard or sampler
@@ -52,45 +55,56 @@ class Proposer:
         return [*(self._guard.notes if self._guard else []), *([repeated] if self._repeated else [])]
 
     def propose(
-        self, records: Iterable[TrialRecord], model: MemoryModel | None
-    ) -> "tuple[optuna.Trial, Candidate] | None":
-        """A running trial and its candidate, whose answer does not follow from the records; None where none is left.
-        A proposal whose answer is known is answered from its record. `model`: None: memory is not considered."""
+        self, records: Iterable[TrialRecord], model: MemoryModel | None, pending: Sequence[Candidate] = ()
+    ) -> "tuple[optuna.Trial | None, Candidate] | None":
+        """A candidate whose answer does not follow from the records and which is not `pending`; None where none is
+        left. With Optuna's trial, which runs, where an Optuna sampler proposed it. A proposal whose answer is known is
+        answered from its record. `model`: None: memory is not considered."""
+        from autotune.search.sampler import choose
+
         problem = self._problem
-        problem.update(records, model)
+        problem.update(records, model, pending)
         if not problem.left.candidates:
             return None
-        if (first := self._first(model)) is not None:
-            return self.enqueue(first, {}), first
+        runs = {candidate.id for candidate in pending}
+        if (first := self._first(model, runs)) is not None:
+            return None, first
+        if self._guard is None:
+            row = choose(problem, self._dice)
+            assert row is not None
+            return None, problem.left.candidates[row]
         for _ in range(REPEATS):
-            trial = self._study.ask(self._kinds)
+            trial = studies.ask(self._study, self._kinds)
             candidate = candidate_at(self._space, trial.params)
             answer = problem.known.get(candidate.id) or dominated_by_oom(candidate, problem.known)
-            if answer is None:
+            if answer is not None:
+                studies.repeat(self._study, trial, answer, self._settings.memory_limit_bytes)
+            elif candidate.id in runs:
+                studies.withdraw(self._study, trial)
+            else:
                 return trial, candidate
-            studies.repeat(self._study, trial, answer, self._settings.memory_limit_bytes)
         self._repeated = True
-        candidate = random.Random(f"{self._settings.seed} {len(problem.known)}").choice(problem.left.candidates)
-        return self.enqueue(candidate, {}), candidate
+        drawn = random.Random(f"{self._settings.seed} {len(problem.known)} {len(runs)}").choice(problem.left.candidates)
+        return None, drawn
 
-    def _first(self, model: MemoryModel | None) -> Candidate | None:
-        """The next start whose answer is not known, while there are few answers."""
+    def _first(self, model: MemoryModel | None, runs: Container[str]) -> Candidate | None:
+        """The next start whose answer is not known and which does not run, while there are few answers."""
         known = self._problem.known
         if not self._start or len(known) > STARTS:
             return None
         found = starts(self._space, self._settings, self._card, model)  # again: each trial moves the memory model
-        left = (c for c in found if c.id not in known and dominated_by_oom(c, known) is None)
-        return next(left, None)
+        left = (c for c in found if c.id not in known and c.id not in runs)
+        return next((c for c in left if dominated_by_oom(c, known) is None), None)
 
-    def enqueue(self, candidate: Candidate, attributes: Mapping[str, object]) -> "optuna.Trial":
-        """A running trial with the parameters of a given candidate."""
-        parameters = parameters_of(self._space, candidate, self._kinds)
-        self._study.enqueue_trial(parameters, user_attrs=dict(attributes))
-        return self._study.ask(self._kinds)
-
-    def withdraw(self, trial: "optuna.Trial | None") -> None:
-        """End a trial for which there is no time."""
-        import optuna
-
-        if trial is not None:
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    def claim(
+        self, candidate: Candidate, attributes: Mapping[str, object], trial: "optuna.Trial | None" = None
+    ) -> "optuna.Trial":
+        """The running trial of a candidate: the one that Optuna's sampler proposed, or a new one."""
+        if trial is None:
+            return studies.claim(
+                self._study, parameters_of(self._space, candidate, self._kinds), self._kinds, attributes
+            )
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
+        studies.heartbeat(trial)
+        return trial

@@ -15,7 +15,7 @@ from autotune.config.toml import read_candidate
 from autotune.data.batches import open_batches
 from autotune.data.sources import how_to_prepare
 from autotune.data.vocabulary import check_ids, data_vocabulary
-from autotune.environment import Environment
+from autotune.environment import Environment, Slot
 from autotune.errors import ConfigError, shown
 from autotune.kernels.registry import device_kind
 from autotune.runs.law import find_law
@@ -41,7 +41,7 @@ def resolve(
     from_file: Path | None = None,
     guide: GuideRow | None = None,
     data: Path | None = None,
-    workers: int = 1,
+    slots: Sequence[Slot] = (),
     storage: str = "",
     seed: int = 0,
     sampler: str = "additive",
@@ -61,7 +61,7 @@ def resolve(
         if objective == "loss":
             raise ConfigError("--objective loss changes what is learned, --keep learning does not; leave one out")
         objective = "throughput"
-    _refuse_contradictions(objective, model, from_file, guide, workers, environment.device)
+    _refuse_contradictions(objective, model, from_file, guide)
     fixed = bool(model or from_file or guide)
     chosen = objective or ("throughput" if fixed else "loss")
     race = _race(race, chosen, data)
@@ -105,7 +105,8 @@ def resolve(
         law=find_law(law).name,
         race=cast("Race", race),
         target=cast("Target", target),
-        workers=workers,
+        workers=max(1, len(slots)),
+        devices=tuple(slot.device for slot in slots) if environment.device != "cpu" and len(slots) > 1 else (),
         storage=storage,
         seed=seed,
         sampler=sampler,
@@ -137,9 +138,7 @@ def _choices(words: str) -> tuple[str, tuple[str, ...]]:
     return name.strip(), tuple(value.strip() for value in values.split(","))
 
 
-def _refuse_contradictions(
-    objective: str, model: str, from_file: Path | None, row: GuideRow | None, workers: int, device: str
-) -> None:
+def _refuse_contradictions(objective: str, model: str, from_file: Path | None, row: GuideRow | None) -> None:
     words = {"--model": model, "--from": from_file, "--guide": row and row.name}
     given = {flag: word for flag, word in words.items() if word}
     if len(given) > 1:
@@ -153,11 +152,6 @@ def _refuse_contradictions(
         )
     if objective == "loss" and fixed:
         raise ConfigError(f"--objective loss compares shapes, but {fixed} fixes the shape; leave one of the two out")
-    if workers != 1:
-        raise ConfigError(
-            f"--workers {workers} is not allowed: the search has one device ({device}), where trials "
-            "at the same time would disturb each other; use 1"
-        )
 
 
 def _start(
@@ -270,6 +264,12 @@ def _how(settings: SearchSettings) -> str:
     return f" by a race in {settings.race_share:.0%} of the budget, of the best by the law {settings.law!r}"
 
 
+def _devices(settings: SearchSettings, environment: Environment) -> str:
+    if environment.workers > 1:
+        return f"{environment.workers} workers of {environment.cpu_count} cores"
+    return ", ".join(settings.devices) or environment.device
+
+
 def describe_settings(settings: SearchSettings, environment: Environment) -> str:
     """Settings and space in plain lines: what `--dry-run` prints."""
     recipe, shape, baseline = settings.recipe, settings.recipe.shape, settings.baseline
@@ -278,7 +278,7 @@ def describe_settings(settings: SearchSettings, environment: Environment) -> str
         length = format_duration(settings.train_seconds)
     facts = {
         "name": settings.name,
-        "device": f"{environment.device} ({environment.device_name})",
+        "device": f"{_devices(settings, environment)} ({environment.device_name})",
         "budget": format_duration(settings.budget_seconds),
         "objective": settings.objective + _how(settings),
         "memory limit": format_bytes(settings.memory_limit_bytes),

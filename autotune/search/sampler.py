@@ -25,6 +25,10 @@ _DRAWN, _LEADERS, _CHANGED = 256, 4, 64
 """Numbers of random choices, of the best trials, and of choices that differ from each of those in one parameter."""
 
 
+_ERROR = 0.1
+"""Relative error of values by which machines differ: small beside the differences that matter."""
+
+
 class Problem(Protocol):
     """What a proposal is computed from: m finished trials and n choices, as numbers."""
 
@@ -35,6 +39,9 @@ class Problem(Protocol):
     def categorical(self) -> Mask: ...
     def objective(self, answers: Array) -> Array:
         """What is maximised, (n,), from the answers (n,) of the choices."""
+
+    def believed(self, answers: Array) -> float:
+        """The largest objective of the pending trials, from their answers."""
 
     def best(self) -> float | None:
         """The largest objective so far; None while nothing is feasible."""
@@ -84,16 +91,27 @@ class AdditiveGPSampler(optuna.samplers.BaseSampler):
             maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
             rng = random.Random(self._seed + trial.number)
             problem = StudyProblem(search_space, trials, rng, maximize=maximize)
-        observed, choices = problem.observed(), problem.choices()
-        if not len(choices.parameters):
-            return {}
-        values = acquisition.value(observed, choices, problem.categorical(), problem.objective, problem.best())
-        return problem.parameters(acquisition.most_valuable(values, problem.p_fits))
+        row = choose(problem)
+        return {} if row is None else problem.parameters(row)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         return draw(random.Random(f"{self._seed} {trial.number} {param_name}"), param_distribution)
+
+
+def choose(problem: Problem, dice: np.random.Generator | None = None) -> int | None:
+    """Index of the most valuable choice; None where there is none. `dice`: machines that propose at the same moment
+    must not all take the same one: values count with an error of _ERROR."""
+    observed, choices = problem.observed(), problem.choices()
+    if not len(choices.parameters):
+        return None
+    values = acquisition.value(
+        observed, choices, problem.categorical(), problem.objective, problem.best(), problem.believed
+    )
+    if dice is not None:
+        values = values * np.exp(_ERROR * dice.standard_normal(len(values)))
+    return acquisition.most_valuable(values, problem.p_fits)
 
 
 class StudyProblem:
@@ -138,6 +156,9 @@ class StudyProblem:
 
     def objective(self, answers: Array) -> Array:
         return answers
+
+    def believed(self, answers: Array) -> float:
+        return float(answers.max())
 
     def best(self) -> float | None:
         return self._best

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from autotune.config.candidate import Candidate, Plan
 from autotune.config.search_settings import SearchSettings
 from autotune.config.tables import read_table
-from autotune.environment import Environment
+from autotune.environment import Environment, Slot
 from autotune.errors import ConfigError, NoFeasibleError
+from autotune.measure.runner import Running
 from autotune.measure.types import MemoryView, TrialRequest, TrialResult
 from autotune.search.loop import Knowledge, search
 from autotune.search.resolve import resolve
@@ -147,11 +148,13 @@ class Trace:
 
 
 class RecordedMachine:
-    """`measure` and `clock` of a search that reads a table. Only trials take time; once the best plan is known, the
-    clock skips to the end of the budget, with time left to confirm it."""
+    """`measure`, `clock` and `pause` of a search that reads a table. Only trials take time, and `pause` passes it to
+    the next end of one; once the best plan is known, the clock skips to the end of the budget, with time left to
+    confirm it."""
 
     def __init__(self, table: Table, budget_seconds: float) -> None:
         self.now, self._table = 0.0, table
+        self._ends: list[float] = []  # of the trials that run
         self.seconds, self.regret = [0.0], [1.0]
         longest = max(result.trial_seconds or 0.0 for result in table.results.values())
         self._skip_to = budget_seconds - 10 * longest
@@ -159,24 +162,33 @@ class RecordedMachine:
     def clock(self) -> float:
         return self.now
 
-    def measure(self, request: TrialRequest, log: Path) -> TrialResult:
+    def pause(self) -> None:
+        self.now = max(self.now, min(self._ends))
+
+    def measure(self, request: TrialRequest, log: Path) -> Running[TrialResult]:
         result = self._table.results[canonical(request.candidate).id]
         lasted = result.trial_seconds or 0.0
+        end = self.now + min(lasted, request.timeout_seconds)
+        self._ends.append(end)
+        while self.now < end:
+            yield
+        self._ends.remove(end)
         if lasted > request.timeout_seconds:
-            self.now += request.timeout_seconds
             return TrialResult(status="timeout", phase="measure", trial_seconds=request.timeout_seconds)
-        self.now += lasted
         if not request.final:
-            self.seconds.append(self.now)
+            self.seconds.append(end)
             self.regret.append(min(self.regret[-1], 1.0 - speed(result) / self._table.best))
             if self.regret[-1] == 0.0:
                 self.now = max(self.now, self._skip_to)
         return result
 
 
-def replay(table: Table, variant: str, seed: int, budget_seconds: float | None = None) -> Trace:
-    """One search by a sampler, or by one of VARIANTS. It begins with a random candidate, as a user's own configuration
-    may be any. The budget is as long as measuring the whole table takes, unless it is given."""
+def replay(
+    table: Table, variant: str, seed: int, budget_seconds: float | None = None, workers: int = 1
+) -> Trace:
+    """One search by a sampler, or by one of VARIANTS, with so many trials at the same time. It begins with a random
+    candidate, as a user's own configuration may be any. Without a budget, it is as long as measuring the whole table
+    takes."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -191,6 +203,7 @@ def replay(table: Table, variant: str, seed: int, budget_seconds: float | None =
         try:
             verdict = search(
                 settings, Path(folder, "run"), table.environment, measure=machine.measure, clock=machine.clock,
+                pause=machine.pause, slots=tuple(Slot(device=f"cpu:{i}") for i in range(workers)),
                 study_storage=optuna.storages.InMemoryStorage(), knowledge=knowledge,
             )  # fmt: skip
             assert verdict.winner is not None

@@ -1,5 +1,7 @@
 """The database of a study, opened so that other programs can use it at the same time.
 
+A server's loss is waited out: whatever Optuna was doing is done again once the server is back.
+
 SQLite lets one program write at a time. Its write-ahead log (WAL) keeps readers out of the writer's way; for what still
 locks the file, each statement is repeated until the other program is done. https://www.sqlite.org/wal.html
 """
@@ -9,6 +11,7 @@ import os
 import sqlite3
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,10 +28,23 @@ if TYPE_CHECKING:  # importing optuna takes a quarter of a second; only a search
     import sqlalchemy
 
 T = TypeVar("T")
-Patience = Callable[[], float]
-"""Seconds from now for which a lock is waited for."""
+
+
+class Patience:
+    """How long a lock, or a server that is away, is waited for, and what is done in the meantime."""
+
+    def __init__(self, seconds: Callable[[], float]) -> None:
+        self._seconds = seconds
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def __call__(self) -> float:
+        """Seconds from now."""
+        return self._seconds()
+
 
 LEAST_PATIENCE_SECONDS = 60.0
+FIRST_PATIENCE_SECONDS = 5.0
+"""Seconds for which a server is waited for at the start."""
 _TRY_SECONDS = 0.1
 """Timeout of one try by SQLite; signals are handled between tries."""
 _LONGEST_PAUSE_SECONDS = 0.5
@@ -43,11 +59,10 @@ _NETWORK = {
 
 def within(budget: Budget) -> Patience:
     """Waiting counts in the budget, but a finished measurement is worth a minute more."""
-    return lambda: max(LEAST_PATIENCE_SECONDS, budget.remaining())
+    return Patience(lambda: max(LEAST_PATIENCE_SECONDS, budget.remaining()))
 
 
-def in_a_minute() -> float:
-    return LEAST_PATIENCE_SECONDS
+in_a_minute = Patience(lambda: LEAST_PATIENCE_SECONDS)
 
 
 def open_storage(run_dir: Path, url: str, patience: Patience) -> "optuna.storages.BaseStorage":
@@ -60,24 +75,140 @@ def open_storage(run_dir: Path, url: str, patience: Patience) -> "optuna.storage
     where = connect_url(url) if url else sqlalchemy.URL.create("sqlite", database=str((run_dir / STUDY_DB).resolve()))
     name = f"--storage {shown(without_password(url))}" if url else str(run_dir / STUDY_DB)
     arguments: dict[str, Any] = {}
-    if where.get_backend_name() == "sqlite":
+    beats = where.get_backend_name() != "sqlite"
+    if not beats:
         arguments["connect_args"] = {"timeout": _TRY_SECONDS, "factory": partial(_Connection, patience)}
+    else:
+        arguments["pool_pre_ping"] = True  # a connection to a server that was away is made again
+        if where.get_backend_name() == "postgresql":
+            arguments["connect_args"] = _ALERT
     try:
         engine = sqlalchemy.create_engine(where, **arguments)
-        tables = sqlalchemy.inspect(engine).get_table_names()
+        soon = Patience(lambda: FIRST_PATIENCE_SECONDS if beats else 0.0)
+        tables = _outlasted(lambda: sqlalchemy.inspect(engine).get_table_names(), soon)
         engine.dispose()
         if tables and "studies" not in tables:  # Optuna would add its own tables to somebody's database
             raise ConfigError(f"{name} holds something else ({one_line(tables[0])}); give a database of its own")
-        storage = optuna.storages.RDBStorage(where.render_as_string(hide_password=False), engine_kwargs=arguments)
+        storage = _made(where.render_as_string(hide_password=False), arguments, beats=beats)
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
         secrets = secrets_in([url]) | {str(where.password or "")} - {""}
         advice = "give for example sqlite:///studies.db" if url else "another program may be using it, or it is damaged"
         if url and where.username:
             advice = f"its password may be given in {PASSWORD_VARIABLE}, PGPASSWORD or ~/.pgpass"
         raise ConfigError(f"{name} cannot be opened: {scrub(_reason(error), secrets)}; {advice}") from None
-    if where.get_backend_name() == "sqlite":
+    if not beats:
         _prepare_sqlite(storage.engine)
+    else:
+        for name in _CALLS:
+            setattr(storage, name, partial(_outlasting, getattr(storage, name), patience))
     return storage
+
+
+BEAT_SECONDS, GRACE_SECONDS = 10, 30
+"""Pause between two heartbeats of a trial, and the age of the last one at which its machine counts as dead."""
+_ALERT = {
+    "connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}  # fmt: skip
+"""libpq's parameters by which the loss of a server is noticed, also where it just falls silent."""
+_CALLS = (
+    "create_new_study", "get_study_id_from_name", "get_study_name_from_id", "get_study_directions", "get_all_studies",
+    "set_study_user_attr", "set_study_system_attr", "get_study_user_attrs", "get_study_system_attrs",
+    "_create_new_trial", "_set_trial_param", "set_trial_state_values", "set_trial_user_attr", "set_trial_system_attr",
+    "get_trial", "_get_trials", "_get_best_trial_id", "get_trial_id_from_study_id_trial_number", "record_heartbeat",
+    "_get_stale_trial_ids",
+)  # fmt: skip
+"""Methods of Optuna's storage that are one transaction each, so that they can be tried again. One that was committed
+although its answer was lost: an attribute is written again, and a trial created twice never has a heartbeat."""
+
+
+def _made(url: str, arguments: dict[str, Any], *, beats: bool) -> "optuna.storages.RDBStorage":
+    """Optuna's storage. Of several processes that make its tables at the same moment, all but one fail: again."""
+    import optuna
+    import sqlalchemy.exc
+
+    for more in reversed(range(_STARTS if beats else 1)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return optuna.storages.RDBStorage(
+                    url, engine_kwargs=arguments, heartbeat_interval=BEAT_SECONDS if beats else None,
+                    grace_period=GRACE_SECONDS if beats else None,
+                )  # fmt: skip
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError, optuna.exceptions.StorageInternalError):
+            if not more:
+                raise
+        time.sleep(_AWAY_SECONDS)
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+_STARTS = 10
+
+
+def _outlasting(call: Callable[..., T], patience: Patience, *arguments: Any, **keywords: Any) -> T | bool:
+    import optuna
+
+    tries = 0
+
+    def once() -> T | bool:
+        nonlocal tries
+        tries += 1
+        try:
+            return call(*arguments, **keywords)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            if tries > 1 and getattr(call, "__name__", "") == "set_trial_state_values":
+                return True  # by the try whose answer was lost
+            raise
+
+    return _outlasted(once, patience)
+
+
+def _outlasted(work: Callable[[], T], patience: Patience) -> T:
+    """The result of `work`, tried again while the server is away. Raises what it raises when patience ends."""
+    import optuna
+    import sqlalchemy.exc
+
+    began, allowed, said = time.monotonic(), None, False
+    while True:
+        try:
+            return work()
+        except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.DBAPIError) as error:
+            allowed, waited = patience() if allowed is None else allowed, time.monotonic() - began
+            if waited >= allowed or not _is_away(error):
+                raise
+            if not said and allowed > FIRST_PATIENCE_SECONDS:
+                said = True
+                wait = format_duration(allowed)
+                print(
+                    f"note: the study's server is away; what is measured is kept, waiting up to {wait}", file=sys.stderr
+                )
+        patience.meanwhile()
+        time.sleep(_AWAY_SECONDS)
+
+
+_AWAY_SECONDS = 0.5
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether the error may pass: no connection, or a transaction that the server broke off."""
+    import sqlalchemy.exc
+
+    while not isinstance(error, sqlalchemy.exc.DBAPIError):
+        if error.__cause__ is None:
+            return False
+        error = error.__cause__
+    return isinstance(error, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError)
+
+
+def heartbeats(study: "optuna.Study") -> set[int]:
+    """Ids of the trials that ever had a heartbeat."""
+    import optuna
+    import sqlalchemy
+
+    cached = study._storage
+    assert isinstance(cached, optuna.storages._CachedStorage)
+    with cached._backend.engine.connect() as connection:
+        return {number for (number,) in connection.execute(sqlalchemy.text("SELECT trial_id FROM trial_heartbeats"))}
 
 
 def _prepare_sqlite(engine: "sqlalchemy.Engine") -> None:
@@ -94,9 +225,12 @@ def _prepare_sqlite(engine: "sqlalchemy.Engine") -> None:
     engine.dispose()  # connections that were made before
     if network_file_system(Path(engine.url.database or "")) is None:
         # The mode is the file's own and stays; somebody who reads an old study.db just now keeps it as it is.
-        with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(
-            sqlite3.connect(engine.url.database or "", timeout=_TRY_SECONDS, uri=False)
-        ) as connection:
+        with (
+            contextlib.suppress(sqlite3.OperationalError),
+            contextlib.closing(
+                sqlite3.connect(engine.url.database or "", timeout=_TRY_SECONDS, uri=False)
+            ) as connection,
+        ):
             connection.execute("PRAGMA journal_mode = WAL")
 
 
@@ -117,10 +251,13 @@ def network_file_system(file: Path, mounts: Path = Path("/proc/self/mountinfo"))
 def lock_note(file: Path) -> str:
     """Note on a study.db at this place; empty where there is none to make."""
     kind = network_file_system(file)
-    return (kind and (
-        f"{file} lies on a network file system ({kind}), where a program that reads it holds the search up; "
-        "give a local --storage to avoid that"
-    )) or ""
+    return (
+        kind
+        and (
+            f"{file} lies on a network file system ({kind}), where a program that reads it holds the search up; "
+            "give a local --storage to avoid that"
+        )
+    ) or ""
 
 
 def sync(run_dir: Path) -> None:

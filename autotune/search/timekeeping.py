@@ -23,8 +23,11 @@ class Part:
     """This process's part of the search of `run_dir`, since `started` by `clock`. Nothing is written where the
     directory cannot be written in: the search itself will say so."""
 
-    def __init__(self, run_dir: Path, started: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.started = started
+    def __init__(
+        self, run_dir: Path, started: float, clock: Callable[[], float] = time.monotonic, *, keep: bool = False
+    ) -> None:
+        """`keep`: also after a regular end, as the study holds no time of a single machine."""
+        self.started, self._keep = started, keep
         self._clock, self._before = clock, UNKNOWN_SPENT
         self._file = run_dir / f"{SPENT}{os.getpid()}.{time.time_ns()}"
         self._ended = threading.Event()
@@ -40,7 +43,7 @@ class Part:
     ) -> None:
         self._ended.set()
         self._beats.join()
-        if error is None or isinstance(error, AutotuneError):  # the study holds the time
+        if not self._keep and (error is None or isinstance(error, AutotuneError)):  # the study holds the time
             with contextlib.suppress(OSError):
                 self._file.unlink(missing_ok=True)
         else:

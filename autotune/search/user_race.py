@@ -21,7 +21,7 @@ from autotune.data.sources import how_to_prepare
 from autotune.data.vocabulary import check_ids
 from autotune.environment import Environment
 from autotune.errors import ConfigError, DataError, InterruptedByUser
-from autotune.measure.runner import Measure, TrainRung
+from autotune.measure.runner import Measure, TrainRung, until_ended
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.runs.directory import LOGS, RACES_CSV
 from autotune.runs.races import Lineup, Reading, Rival, write_races
@@ -195,7 +195,7 @@ def _trials(
             candidate=candidate, device=race.settings.device, result_path="", memory_limit_bytes=limit,
             timeout_seconds=left,
         )  # fmt: skip
-        result = measure(request, out / LOGS / f"trial-{name}.log")
+        result = until_ended(measure(request, out / LOGS / f"trial-{name}.log"))
         race = _keep(replace(race, trials={**race.trials, name: result}), out)
         speed = result.tokens_per_second
         say(f"{name}: " + (f"{speed:,.0f} tokens/s" if speed else f"{result.status} ({result.message})"))

@@ -19,7 +19,7 @@ import torch
 from autotune.cgroup import ControlGroups
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.measure import runner
-from autotune.measure.runner import run_trial, trials_in_a_row
+from autotune.measure.runner import run_trial, trials_in_a_row, until_ended
 from autotune.measure.types import Steps, TrialRequest, TrialResult, from_json, to_json
 from autotune.measure.worker import failure
 
@@ -120,7 +120,11 @@ def test_losses_that_are_not_finite_are_incorrect(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_trials_in_a_row_start_in_a_worker_that_has_loaded_torch(tmp_path: Path) -> None:
     compiled = with_plan(compile="block")
-    with trials_in_a_row() as (measure, _):
+    with trials_in_a_row() as (start, _):
+
+        def measure(request: TrialRequest, log: Path) -> TrialResult:
+            return until_ended(start(request, log))  # type: ignore[arg-type]
+
         first = measure(compiled, tmp_path / "1.log")
         waiting = workers()
         assert len(waiting) == 1

@@ -33,7 +33,7 @@ def test_plain_lines_go_to_stderr_one_a_trial(tmp_path: Path, capsys: pytest.Cap
 def test_the_live_picture_shows_budget_trial_and_best(tmp_path: Path) -> None:
     begin = [event for event in events(tmp_path, model="") if event.record is None][2]
     console = Console(width=200, record=True, force_terminal=False)
-    console.print(_picture(0.0, begin))
+    console.print(_picture(0.0, begin, [(0.0, begin)]))
     text = console.export_text()
     assert "budget" in text
     assert "trial 2 search" in text

@@ -60,8 +60,6 @@ def test_a_nanogpt_file_is_recipe_and_baseline(tmp_path: Path) -> None:
         ({"objective": "throughput"}, "needs a shape"),
         ({"objective": "loss", "model": "12x12x768"}, "--objective loss compares shapes, but --model"),
         ({"objective": "speed"}, "'speed' is not known"),
-        ({"workers": 2}, "--workers 2 is not allowed"),
-        ({"workers": 0}, "--workers 0 is not allowed"),
         ({"budget": "0"}, "leaves no time"),
         ({"budget": "soon"}, "not understood"),
         ({"train_time": "0s"}, "leaves nothing to train"),

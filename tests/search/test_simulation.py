@@ -12,6 +12,7 @@ from fake_machine import CPU, answer
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.errors import ConfigError
+from autotune.measure.runner import Running
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.search.loop import search
 from autotune.search.resolve import resolve
@@ -106,18 +107,30 @@ def test_the_clock_is_the_recorded_one_and_a_replay_repeats(table: Table) -> Non
     assert trace.at(trace.reached(0.02)) <= 0.02
 
 
+def test_four_workers_know_a_good_plan_in_a_fraction_of_the_time(table: Table) -> None:
+    """On a simulated clock, and the same in every replay."""
+    asked, seconds = limited(table, half_of(table)), 0.3 * table.seconds
+    one, four = ([replay(asked, "additive", seed, seconds, workers) for seed in range(3)] for workers in (1, 4))
+    assert replay(asked, "additive", 1, seconds, 4) == four[1]
+    assert len(four[0].seconds) > 2 * len(one[0].seconds)
+    near = [median(trace.reached(0.02) for trace in traces) for traces in (one, four)]
+    print(f"to 2 %: {near[0]:.0f} s alone, {near[1]:.0f} s with four")
+    assert near[1] < 0.6 * near[0]
+    assert max(trace.verdict for trace in four) <= 0.02
+
+
 def test_budget_and_finals_are_replayed(table: Table) -> None:
     """A budget of a few trials is kept, and its winner is one that was confirmed."""
     machine = RecordedMachine(table, 100.0)
     requests = list[TrialRequest]()
 
-    def measure(request: TrialRequest, log: Path) -> TrialResult:
+    def measure(request: TrialRequest, log: Path) -> Running[TrialResult]:
         requests.append(request)
         return machine.measure(request, log)
 
-    asked = replace(table.settings, budget_seconds=100.0)
+    asked, clock = replace(table.settings, budget_seconds=100.0), machine.clock
     with tempfile.TemporaryDirectory() as folder:
-        verdict = search(asked, Path(folder, "run"), CPU, measure=measure, clock=machine.clock)
+        verdict = search(asked, Path(folder, "run"), CPU, measure=measure, clock=clock, pause=machine.pause)
     assert machine.now <= 100.0
     assert verdict.confirmed
     assert {request.final for request in requests} == {False, True}

@@ -131,9 +131,9 @@ def test_a_search_that_meets_a_lock_between_trials_goes_on_later(
 
 def test_a_damaged_record_beside_the_study_is_one_line(tmp_path: Path) -> None:
     go(tmp_path / "run", Machine())
-    for content in ("", "[]", "{}", '{"number": 1, "record": 5}', "\0", "[" * 100_000):
+    for content in ("", "[]", "{}", '{"records": [5]}', "\0", "[" * 100_000):
         (tmp_path / "run" / studies.PENDING).write_text(content)
-        with pytest.raises(ConfigError, match=r"pending_record\.json") as caught:
+        with pytest.raises(ConfigError, match=r"pending_records\.json") as caught:
             resume(tmp_path / "run", CUDA, budget_seconds=9.0)
         assert len(str(caught.value)) < 400
 
@@ -179,8 +179,8 @@ def test_the_study_names_the_verdict(tmp_path: Path) -> None:
     assert told["trial"] == winner.trial == best.measured["trial"]
     assert told["status"] == best.measured["status"] == "confirmed"
     assert told["candidate_id"] == best.candidate.id
-    frozen = study.trials[told["number"]]
-    assert frozen.user_attrs["trial"] == winner.trial
+    frozen = study.trials[told["trial"]]
+    assert frozen.user_attrs["candidate_id"] == winner.candidate.id
     assert told["objective"] == frozen.value == winner.objective
     study.set_user_attr("verdict", None)
     rebuild(run_dir)

@@ -32,6 +32,7 @@ CARD = replace(CUDA, device_memory_bytes=48 * GIB)
 
 def new_study(tmp_path: Path) -> optuna.Study:
     study = studies.create_study(tmp_path, SETTINGS)
+    assert study is not None
     studies.keep_choices(study, SPACE)
     return study
 
@@ -47,15 +48,15 @@ def proposer_of(study: optuna.Study) -> Proposer:
 def measured(study: optuna.Study, proposer: Proposer, number: int) -> TrialRecord:
     records = studies.records(study)
     candidate = random.Random(number).choice(unanswered(pool(SPACE, {}, SETTINGS), by_candidate(records)).candidates)
-    trial = proposer.enqueue(candidate, studies.requested(number, "search", request_of(candidate)))
-    record = record_of(number, candidate)
-    studies.finish(study, trial, record, LIMIT, pending(study))
+    trial = proposer.claim(candidate, studies.requested("search", request_of(candidate), "here", 0.0))
+    record = record_of(trial.number, candidate)
+    assert studies.finish(study, trial, record, LIMIT, studies.Journal(folder_of(study))) == record
     return record
 
 
-def pending(study: optuna.Study) -> Path:
-    """The file beside study.db."""
-    return Path(study._storage._backend.engine.url.database).with_name(studies.PENDING)
+def folder_of(study: optuna.Study) -> Path:
+    """The folder of study.db."""
+    return Path(study._storage._backend.engine.url.database).parent
 
 
 def record_of(number: int, candidate: Candidate) -> TrialRecord:
@@ -113,16 +114,17 @@ def test_stale_trials_are_closed_and_what_was_in_flight_is_interrupted(tmp_path:
     study.enqueue_trial({})
     study.ask()  # killed before its values were drawn
     candidate = pool(SPACE, {}, SETTINGS).candidates[0]
-    proposer.enqueue(candidate, studies.requested(1, "search", request_of(candidate)))  # killed while it was measured
+    attributes = studies.requested("search", request_of(candidate), "here", 0.0)
+    proposer.claim(candidate, attributes)  # killed while it was measured
     study.enqueue_trial({})
 
     again = studies.load_study(tmp_path, SETTINGS)
     assert studies.records(again) == [first]
-    studies.close_stale(again, tmp_path / studies.PENDING, LIMIT)
+    studies.close_stale(again, tmp_path, LIMIT)
     states = {trial.state for trial in again.trials}
     assert not states & {optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING}
     interrupted = studies.records(again)[1]
-    assert (interrupted.trial, interrupted.result.status, interrupted.candidate) == (1, "interrupted", candidate)
+    assert (interrupted.trial, interrupted.result.status, interrupted.candidate) == (3, "interrupted", candidate)
     assert interrupted.candidate.id not in by_candidate([first, interrupted])
     # what the sampler searches has not shrunk
     assert set(optuna.search_space.IntersectionSearchSpace(include_pruned=True).calculate(again)) == set(SPACE.choices)

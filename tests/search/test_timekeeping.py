@@ -14,7 +14,8 @@ import fake_machine
 import pytest
 from fake_machine import CUDA, Machine, settings
 
-from autotune.environment import Environment
+from autotune.config.search_settings import SearchSettings
+from autotune.environment import Environment, Slot
 from autotune.errors import ConfigError
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.runs import directory as files
@@ -28,7 +29,7 @@ class Killed(BaseException):
 
 
 def spent(run_dir: Path) -> float:
-    return float(studies.load_study(run_dir, settings()).user_attrs["spent_seconds"])
+    return studies.spent_seconds(studies.load_study(run_dir, settings()))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -50,9 +51,9 @@ def test_kills_and_resumes_give_no_time_for_free(tmp_path: Path, seed: int) -> N
         passes(lasted)
         return result
 
-    def here() -> Environment:
+    def here(asked: SearchSettings) -> tuple[Environment, tuple[Slot, ...]]:
         passes(3.0)  # loading torch
-        return CUDA
+        return CUDA, (Slot(device=asked.device),)
 
     words: dict[str, Any] = {"measure": measure, "clock": machine.clock, "notify": lambda event: passes(0.25)}
     dies_at = 15.0

@@ -1,0 +1,117 @@
+"""Trials at the same time: one in each slot (a card, or a part of the cores), in one process and one thread.
+
+Measuring is waiting for worker processes, so a loop that looks at each in turn is enough, and nothing is shared.
+"""
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autotune.config.candidate import Candidate
+from autotune.environment import Slot, on_cores
+from autotune.measure.runner import POLL_SECONDS, Measure, Running
+from autotune.measure.types import TrialRequest, TrialResult
+from autotune.memory.model import Prediction
+from autotune.runs.records import Role
+from autotune.search.budget import Allowance
+
+if TYPE_CHECKING:
+    import optuna
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """A trial that a slot is to run, or runs."""
+
+    slot: Slot
+    trial: "optuna.Trial"
+    """Optuna's, which is running; its number is the trial's."""
+    role: Role
+    candidate: Candidate
+    prediction: Prediction
+    request: TrialRequest
+    allowance: Allowance
+    """What the request's timeout was at first."""
+    answer: TrialResult | None = None
+    """The result, where nothing needs to run."""
+
+
+class Crew:
+    """The slots that are left, and what runs in them."""
+
+    def __init__(self, slots: Sequence[Slot], measure: Measure, pause: Callable[[], None] | None = None) -> None:
+        """`pause`: passes the time until something may have ended."""
+        self.slots = list(slots)
+        self._measure, self._pause = measure, pause or _pause
+        self._running: dict[Slot, tuple[Job, Running[TrialResult]]] = {}
+        self._ended: list[tuple[Job, TrialResult]] = []
+
+    @property
+    def jobs(self) -> list[Job]:
+        """What is not recorded yet."""
+        return [*(job for job, _ in self._running.values()), *(job for job, _ in self._ended)]
+
+    def work(
+        self, choose: Callable[[Slot], Job | None], record: Callable[[Job, TrialResult], None],
+        watch: Callable[[], None] = lambda: None, *, at_once: int | None = None,
+    ) -> None:  # fmt: skip
+        """Keep the slots busy with what `choose` gives and `record` what ends, until nothing is given and nothing runs.
+        `watch` is called at every look. `at_once`: the number of slots to use; None: all."""
+        asked = False
+        while True:
+            for slot in [] if asked else self.slots[:at_once]:
+                with on_cores(slot.cores):  # proposing must not disturb the others, and processes inherit the cores
+                    while slot not in self._running and slot in self.slots and (job := choose(slot)) is not None:
+                        self._start(job)
+                        self._record(record)
+            asked = True
+            if not self._running:
+                return
+            self._pause()
+            watch()
+            self.look()
+            asked = not self._record(record)
+
+    def _start(self, job: Job) -> None:
+        log = Path(job.request.result_path).with_suffix(".log")
+        found = job.answer or self._measure(job.request, log)
+        if isinstance(found, Generator):
+            self._running[job.slot] = job, found
+            self.look()  # a generator starts at its first `next`
+        else:
+            self._ended.append((job, found))
+
+    def look(self) -> list[tuple[Job, TrialResult]]:
+        """What has ended and is not recorded yet."""
+        for slot, (job, running) in list(self._running.items()):
+            try:
+                next(running)
+            except StopIteration as end:
+                del self._running[slot]
+                self._ended.append((job, end.value))
+        return self._ended
+
+    def _record(self, record: Callable[[Job, TrialResult], None]) -> bool:
+        """Whether something had ended."""
+        some = bool(self._ended)
+        while self._ended:
+            job, result = self._ended[0]
+            try:
+                record(job, result)
+            finally:
+                self._ended = [ended for ended in self._ended if ended[0] is not job]
+        return some
+
+    def stop(self) -> list[Job]:
+        """Kill what runs, and return it."""
+        stopped = [job for job, _ in self._running.values()]
+        for _, running in self._running.values():
+            running.close()
+        self._running, self._ended = {}, []
+        return stopped
+
+
+def _pause() -> None:
+    time.sleep(POLL_SECONDS)
