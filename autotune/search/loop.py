@@ -404,7 +404,8 @@ class Search:
                     return None
                 before = self.budget.elapsed()
                 model = self.model if self.knowledge.memory_model else None
-                proposal = self._proposer.propose(self.records, model, pending)
+                taken = None if self._peers is None else self._taken
+                proposal = self._proposer.propose(self.records, model, pending, taken)
                 self._proposals.append(self.budget.elapsed() - before)
                 if proposal is None:
                     if not pending:
@@ -420,6 +421,11 @@ class Search:
                 return None
             if (job := self._begin(slot, role, candidate, allowance, trial)) is not None:
                 return job
+
+    def _taken(self) -> set[str]:
+        """Candidates that are measured by now, or about to be."""
+        self._read_peers()
+        return {*by_candidate(self.records), *(candidate.id for candidate in self._pending(final=False))}
 
     def _allowance(self, ahead: float) -> Allowance | None:
         return next_allowance(self.budget, self.records, self.settings, ahead, at_once=self._finals_at_once)

@@ -1,7 +1,8 @@
 """Asking the study's sampler for candidates whose answers are not known yet."""
 
 import random
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from autotune.environment import Environment
 from autotune.memory.model import MemoryModel
 from autotune.runs.records import TrialRecord
 from autotune.search import study as studies
+from autotune.search.gp import Array
 from autotune.search.pool import CandidateProblem, dominated_by_oom
 from autotune.search.space import Space, baseline, candidate_at, distributions, guide_candidate, parameters_of
 from autotune.search.start import STARTS, card_of, starts
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 
 REPEATS = 10
 """Known candidates in a row that a sampler may propose before one is drawn at random."""
+
+
+_ERROR = 0.1
+"""Relative error of values by which machines differ: small beside the differences that matter."""
 
 
 class Proposer:
@@ -42,7 +48,7 @@ class Proposer:
         self._problem = CandidateProblem(space, settings, kinds, priors=priors)
         self._repeated, self._card = False, card_of(environment)
         self._start = start and settings.sampler == "additive"
-        self._dice = np.random.default_rng() if studies.heartbeats_are_kept(study._storage) else None
+        self._dice = np.random.default_rng()
         sampler = make_sampler(settings.sampler, (settings.seed + len(trials)) % 2**32, self._problem)
         self._guard = None if settings.sampler == "additive" else GuardedSampler(sampler, space, settings.seed)
         study.sampler = self._guard or sampler
@@ -55,11 +61,13 @@ class Proposer:
         return [*(self._guard.notes if self._guard else []), *([repeated] if self._repeated else [])]
 
     def propose(
-        self, records: Iterable[TrialRecord], model: MemoryModel | None, pending: Sequence[Candidate] = ()
+        self, records: Iterable[TrialRecord], model: MemoryModel | None, pending: Sequence[Candidate] = (),
+        taken: Callable[[], Container[str]] | None = None,
     ) -> "tuple[optuna.Trial | None, Candidate] | None":
         """A candidate whose answer does not follow from the records and which is not `pending`; None where none is
         left. With Optuna's trial, which runs, where an Optuna sampler proposed it. A proposal whose answer is known is
-        answered from its record. `model`: None: memory is not considered."""
+        answered from its record. `model`: None: memory is not considered. `taken`: ids of the candidates that other
+        machines have begun with until the moment when it is called, which is as late as possible."""
         from autotune.search.sampler import choose
 
         problem = self._problem
@@ -67,10 +75,10 @@ class Proposer:
         if not problem.left.candidates:
             return None
         runs = {candidate.id for candidate in pending}
-        if (first := self._first(model, runs)) is not None:
+        if (first := self._first(model, runs, taken)) is not None:
             return None, first
         if self._guard is None:
-            row = choose(problem, self._dice)
+            row = choose(problem, None if taken is None else partial(self._apart, taken))
             assert row is not None
             return None, problem.left.candidates[row]
         for _ in range(REPEATS):
@@ -87,14 +95,27 @@ class Proposer:
         drawn = random.Random(f"{self._settings.seed} {len(problem.known)} {len(runs)}").choice(problem.left.candidates)
         return None, drawn
 
-    def _first(self, model: MemoryModel | None, runs: Container[str]) -> Candidate | None:
-        """The next start whose answer is not known and which does not run, while there are few answers."""
+    def _apart(self, taken: Callable[[], Container[str]], values: Array) -> Array:
+        """Values with which machines that propose at the same moment seldom take the same candidate."""
+        begun = taken()
+        left = np.array([candidate.id not in begun for candidate in self._problem.left.candidates])
+        return np.asarray(values * left * np.exp(_ERROR * self._dice.standard_normal(len(values))))
+
+    def _first(
+        self, model: MemoryModel | None, runs: Container[str], taken: Callable[[], Container[str]] | None
+    ) -> Candidate | None:
+        """The next start whose answer is not known and which does not run, while there are few answers; beside other
+        machines, which begin with the same list, any of them."""
         known = self._problem.known
         if not self._start or len(known) > STARTS:
             return None
+        begun = runs if taken is None else taken()
         found = starts(self._space, self._settings, self._card, model)  # again: each trial moves the memory model
-        left = (c for c in found if c.id not in known and c.id not in runs)
-        return next((c for c in left if dominated_by_oom(c, known) is None), None)
+        left = [c for c in found if c.id not in known and c.id not in begun]
+        left = [c for c in left if dominated_by_oom(c, known) is None]
+        if not left:
+            return None
+        return left[0] if taken is None else left[int(self._dice.integers(len(left)))]
 
     def claim(
         self, candidate: Candidate, attributes: Mapping[str, object], trial: "optuna.Trial | None" = None

@@ -9,7 +9,7 @@ and seconds, and a model of the memory that each one needs.
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,10 +23,6 @@ from autotune.search.gp import Array, Mask
 
 _DRAWN, _LEADERS, _CHANGED = 256, 4, 64
 """Numbers of random choices, of the best trials, and of choices that differ from each of those in one parameter."""
-
-
-_ERROR = 0.1
-"""Relative error of values by which machines differ: small beside the differences that matter."""
 
 
 class Problem(Protocol):
@@ -100,18 +96,15 @@ class AdditiveGPSampler(optuna.samplers.BaseSampler):
         return draw(random.Random(f"{self._seed} {trial.number} {param_name}"), param_distribution)
 
 
-def choose(problem: Problem, dice: np.random.Generator | None = None) -> int | None:
-    """Index of the most valuable choice; None where there is none. `dice`: machines that propose at the same moment
-    must not all take the same one: values count with an error of _ERROR."""
+def choose(problem: Problem, revise: Callable[[Array], Array] | None = None) -> int | None:
+    """Index of the most valuable choice; None where there is none. `revise`: changes the values (n,) before."""
     observed, choices = problem.observed(), problem.choices()
     if not len(choices.parameters):
         return None
     values = acquisition.value(
         observed, choices, problem.categorical(), problem.objective, problem.best(), problem.believed
     )
-    if dice is not None:
-        values = values * np.exp(_ERROR * dice.standard_normal(len(values)))
-    return acquisition.most_valuable(values, problem.p_fits)
+    return acquisition.most_valuable(values if revise is None else revise(values), problem.p_fits)
 
 
 class StudyProblem:
