@@ -258,8 +258,8 @@ def time_spent(run: Run) -> Plot | None:
     figure = _figure("minutes", "", 190)
     shown = zip(
         spent.items(),
-        (ORANGE, SKY, BLUE, GREY, GREEN, "rgba(136,136,136,0.15)"),
-        ("/", "", "x", ".", "\\", ""),
+        (ORANGE, SKY, BLUE, PURPLE, GREY, GREEN, "rgba(136,136,136,0.15)"),
+        ("/", "", "x", "+", ".", "\\", ""),
         strict=True,
     )
     hatched = {"solidity": 0.15, "fgcolor": "#ffffff", "fillmode": "overlay"}

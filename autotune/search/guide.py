@@ -59,7 +59,7 @@ class Class:
     shape: str
     loss: float
     guide_loss: float
-    """Of the row's own shape with its best plan, after the same time."""
+    """Predicted loss of the row's own shape with its best plan, after the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,10 +99,16 @@ def expected(
 
 
 def order_of(rivals: Sequence[Rival], readings: Sequence[Reading], rule: Rule = RULE) -> tuple[int, ...]:
-    """Rivals with a loss, best first: by the longest of their trainings first, and then as they stand there."""
-    longest = {rival: found[-1] for rival, found in by_rival(readings).items()}
-    standing = _standing(rivals, readings, rule)
-    return tuple(sorted(longest, key=lambda rival: (-longest[rival].fraction, standing[rival])))
+    """Rivals with a loss, best first: those of the last level or the one before it as they stand, then those of shorter
+    trainings. One that the last level had no time for may still be expected to end lower."""
+    longest = {rival: found[-1].fraction for rival, found in by_rival(readings).items()}
+    standing, far = _standing(rivals, readings, rule), max(longest.values(), default=0.0)
+
+    def key(rival: int) -> tuple[float, float]:
+        near = rule.extrapolates and rule.eta * longest[rival] >= far
+        return -far if near else -longest[rival], standing[rival]
+
+    return tuple(sorted(longest, key=key))
 
 
 def _standing(rivals: Sequence[Rival], readings: Sequence[Reading], rule: Rule) -> Mapping[int, float]:

@@ -59,7 +59,7 @@ def test_a_rival_far_better_than_the_law_is_believed() -> None:
 
 def test_a_longer_training_counts_more() -> None:
     field = rivals((2048, 4096))
-    readings = [reading(field[0], 0.5, law(field[0], 0.5)), reading(field[1], 0.25, law(field[1], 0.25) - 0.5)]
+    readings = [reading(field[0], 0.5, law(field[0], 0.5)), reading(field[1], 0.125, law(field[1], 0.125) - 0.5)]
     assert order_of(field, readings) == (0, 1)
 
 

@@ -101,7 +101,7 @@ def test_a_candidate_file_is_recipe_and_baseline(tmp_path: Path) -> None:
         (["--gpu", "3070", "--model", "48x25x1600", "--toml", "x.toml"], "no plan of 48x25x1600 fits"),
         (["--gpu", "4090", "--set", "plan.loss=chunke"], "did you mean 'chunked'?"),
         (["--gpu", "4090", "--model", "12x12x768", "--toml", "nowhere/x.toml"], "nowhere"),
-        (["--json"], "--tokens, --toml and --json belong to --gpu"),
+        (["--tokens", "1B"], "--tokens and --toml belong to --gpu"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -35,7 +35,7 @@ def test_starts_are_the_fastest_ways_that_fit() -> None:
 
 
 def test_where_no_interval_fits_the_predicted_peak_decides() -> None:
-    asked = settings(memory_limit="3200MiB")
+    asked = settings(memory_limit="3000MiB")
     found = starts(build_space(asked, CUDA), asked, CARD, MODEL)
     assert found
     for candidate in found:
