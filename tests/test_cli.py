@@ -409,7 +409,7 @@ class TestSearch:
             (["--resume", "x", "--seed", "3", "--name", "y"], "leave out --seed, --name"),
             (["--resume", "x", "--choices", "compile=off"], "leave out --choices"),
             (["--resume", "x", "--vocab-size", "65"], "leave out --vocab-size"),
-            (["--other-machine"], "give --resume RUN with it"),
+            (["--other-machine"], "give --resume RUN or --storage URL"),
         ],
     )
     def test_mistakes_exit_with_1(self, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
