@@ -90,20 +90,22 @@ class Checked:
 
 
 def check(
-    row: GuideRow, model: MemoryModel, here: Environment | None = None, measure: Measure | None = None
-) -> Checked:
-    """`row` on its own card, predicted; or on the machine `here`, by `measure`. Raises ConfigError."""
+    row: GuideRow, model: MemoryModel, here: Environment | None = None, measure: Measure | None = None,
+    *, ways: int = STARTS,
+) -> Checked:  # fmt: skip
+    """`row` on its own card, predicted; or on the machine `here`, where `measure` tries so many `ways` of running it
+    beside nanoGPT's. Raises ConfigError."""
     environment = here or environment_of(cards.find(row.card))
     settings = resolve(environment, guide=row)
     space, card = build_space(settings, environment), card_of(environment)
-    found = starts(space, settings, card, model, count=STARTS if measure else 1)
+    found = starts(space, settings, card, model, count=ways if measure else 1)
     if measure is not None:
         plain = _measured(settings, baseline(settings), measure)
-        ways = [_measured(settings, candidate, measure) for candidate in found]
+        tried = [_measured(settings, candidate, measure) for candidate in found]
     else:
         assert card is not None
         plain = _predicted(card, baseline(settings), model)
-        ways = [_predicted(card, candidate, model) for candidate in found]
+        tried = [_predicted(card, candidate, model) for candidate in found]
     tokens = row.max_iters * settings.recipe.tokens_per_step
     return Checked(
         row=row,
@@ -112,7 +114,7 @@ def check(
         parameters=row.shape.parameters,
         tokens=tokens,
         plain=plain,
-        best=max((way for way in ways if way.status in ("ok", "predicted")), key=_speed, default=None),
+        best=max((way for way in tried if way.status in ("ok", "predicted")), key=_speed, default=None),
         learning_rate=best_learning_rate(row.shape, tokens),
         batch_tokens=batch_tokens(tokens),
         preferred=_preferred(card, environment, settings, model) if card is not None else None,

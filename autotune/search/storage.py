@@ -172,7 +172,7 @@ def _outlasted(work: Callable[[], T], patience: Patience) -> T:
     while True:
         try:
             return work()
-        except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.DBAPIError) as error:
+        except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
             allowed, waited = patience() if allowed is None else allowed, time.monotonic() - began
             if waited >= allowed or not _is_away(error):
                 raise
@@ -193,11 +193,15 @@ def _is_away(error: BaseException) -> bool:
     """Whether the error may pass: no connection, or a transaction that the server broke off."""
     import sqlalchemy.exc
 
-    while not isinstance(error, sqlalchemy.exc.DBAPIError):
+    passing = (
+        sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError,
+        sqlalchemy.exc.PendingRollbackError,  # the connection broke within a transaction, which Optuna has ended since
+    )  # fmt: skip
+    while not isinstance(error, sqlalchemy.exc.SQLAlchemyError):
         if error.__cause__ is None:
             return False
         error = error.__cause__
-    return isinstance(error, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError)
+    return isinstance(error, passing)
 
 
 def heartbeats(study: "optuna.Study") -> set[int]:
