@@ -510,8 +510,11 @@ class Search:
 
     def _left_for_race(self) -> float:
         """Seconds until the winner must be confirmed."""
-        waiting = unconfirmed(self.records, self.settings, self._elected()) or searched(self.records)
-        return self.budget.remaining() - final_seconds(waiting[0], self.budget)
+        waiting = (unconfirmed(self.records, self.settings, self._elected()) or searched(self.records))[0]
+        # a rung does not verify and warm up as a final does, but the trial of the same shape did
+        alike = [record for record in searched(self.records) if record.candidate.shape == waiting.candidate.shape]
+        needed = max(final_seconds(record, self.budget) for record in (waiting, *alike))
+        return self.budget.remaining() - needed
 
     def _elected(self) -> tuple[str, ...]:
         race = self._race_verdict()

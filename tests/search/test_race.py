@@ -1,8 +1,10 @@
 """Races of a search, on a machine made of formulas: who takes part, who wins, the budget, kills and resumption."""
 
 import csv
+import html
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from autotune.config.toml import read_candidate
 from autotune.data.shards import write_shard
 from autotune.errors import ConfigError, InterruptedByUser
 from autotune.measure.types import RungRequest, RungResult
+from autotune.report.html import write_html
 from autotune.report.run import as_json, run_report
 from autotune.report.table import print_text
 from autotune.runs.races import COLUMNS, Reading, Rival, difference
@@ -106,6 +109,32 @@ def test_the_report_says_what_was_raced_and_what_each_change_gained(
     assert "not raced" in text  # the schedule
     assert "predicted loss" not in whole
     json.dumps(as_json(run), allow_nan=False)
+
+
+def test_the_page_shows_what_was_raced_and_no_loss_by_the_law(raced: tuple[Path, Track, Verdict]) -> None:
+    run_dir, _, verdict = raced
+    race = verdict.race
+    assert race is not None
+    page = write_html(load_run(run_dir)).read_text()
+    words = re.sub(r"(?s)<script.*?</script>|<style.*?</style>", " ", page)
+    words = " ".join(html.unescape(re.sub("<[^>]*>", " ", words)).split())
+    assert f"validation loss {race.best.loss:.3f} after" in words
+    assert "below the baseline's recipe after equal training" in words
+    assert f"Rival {race.order[1]} of the race" in words
+    assert "What each change gained alone" in words
+    for number in race.order:
+        rival = next(rival for rival in race.rivals if rival.rival == number)
+        assert str(rival.candidate.recipe) in words
+    assert words[: words.index("What was measured")].count("predicted loss") == 0
+
+
+def test_a_race_leaves_time_to_confirm_its_winner(tmp_path: Path, text: Path) -> None:
+    """Confirming takes as long as a trial, which takes far longer here than a rung's start."""
+    machine = Slow()
+    machine.trial_seconds = 45.0
+    verdict = go(tmp_path / "run", Track(machine), asked(text, budget="15m"))
+    assert verdict.status == "confirmed"
+    assert machine.now <= 900
 
 
 def test_progress_has_a_line_for_each_rung(raced: tuple[Path, Track, Verdict]) -> None:
