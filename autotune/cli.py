@@ -495,7 +495,7 @@ def race(
         )  # fmt: skip
     pages.write_curves(out / pages.CURVES_PNG, raced.rivals, raced.readings)
     if json:
-        terminal.write(json_module.dumps(pages.as_json(raced.rivals, raced.readings, raced.told), allow_nan=False))
+        _write_json(pages.as_json(raced.rivals, raced.readings, raced.told))
     else:
         table.print_text(pages.race_report(raced.rivals, raced.readings, raced.told))
     if not any(reading.loss is not None for reading in raced.readings):

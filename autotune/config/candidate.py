@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from autotune.errors import ConfigError, shown, suggest
 from autotune.kernels import registry
 from autotune.terminal import visible
+from autotune.units import format_count
 
 Compile = Literal["off", "full", "block"]
 DType = Literal["float32", "tfloat32", "bfloat16", "bfloat16_residual", "float16"]
@@ -107,6 +108,11 @@ class Shape:
             raise ConfigError(f"model.dropout = {self.dropout} is not allowed; choose a number from 0 up to 1")
 
     @property
+    def size(self) -> str:
+        """Layers, heads and width as `parse_shape` reads them: `12x12x768`."""
+        return f"{self.n_layer}x{self.n_head}x{self.n_embd}"
+
+    @property
     def head_size(self) -> int:
         return self.n_embd // self.n_head
 
@@ -174,6 +180,12 @@ class Recipe:
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"training.{name} = {getattr(self, name)} must lie in [0, 1)")
+
+    def __str__(self) -> str:
+        """What is learned, and how, on one line; the schedule aside."""
+        shape, batch = self.shape, format_count(self.tokens_per_step)
+        words = f"{shape.size}, block {shape.block_size}, {self.optimizer}, rate {self.learning_rate:g}"
+        return f"{words}, {batch} tokens a step"
 
     @property
     def tokens_per_step(self) -> int:

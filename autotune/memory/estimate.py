@@ -42,7 +42,7 @@ def estimate(model: MemoryModel, candidates: Sequence[Candidate], limit_bytes: i
     rows, spans = [], []
     for candidate in candidates:
         shape = candidate.shape
-        name = f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}"
+        name = shape.size
         row = {"model": name, "vocabulary": f"{shape.vocab_size:,}", "parameters": f"{shape.parameters / 1e6:.1f}M"}
         for size in MICRO_BATCHES:
             found = predict(model, with_micro_batch(candidate, size))

@@ -13,7 +13,7 @@ def trial_facts(result: TrialResult, shape: Shape) -> Group:
     """Result of one trial, and its peak memory by stage."""
     ci95 = "" if result.tokens_per_second_ci95 is None else f" ± {result.tokens_per_second_ci95:,.0f}"
     facts = {
-        "model": f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}, block size {shape.block_size}, "
+        "model": f"{shape.size}, block size {shape.block_size}, "
         f"vocabulary {shape.vocab_size:,}, {shape.parameters:,} parameters",
         "status": result.status if result.status == "ok" else f"{result.status} in phase {result.phase}",
         "why": result.message,

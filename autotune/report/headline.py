@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autotune.measure.types import Status
-from autotune.report.run import cells, changes, memory_left, rate
+from autotune.report.run import cells, changes, memory_left, rate, recipe_words
+from autotune.runs.races import RaceVerdict, by_rival
 from autotune.runs.read import Row, Run, peak_bytes
 from autotune.runs.verdict import Speed
 from autotune.units import format_bytes, format_count, format_duration
@@ -45,9 +46,28 @@ def sentence(run: Run) -> str:
         "not settled": f"measured again, but not settled: {verdict.unsettled}",
     }.get(verdict.status, "not confirmed in a second process")
     speed = f"{rate(verdict.speed.tokens_per_second, verdict.speed.ci95)} tokens/s"
-    if winner.predicted_loss is not None:
+    if (race := raced(run)) is not None:
+        speed = f"{_reached(race)} at {speed}"
+        against = race.against_baseline
+        if against is not None and against.nats is not None:
+            side = "below" if against.nats < 0 else "above"
+            over = f", {abs(against.nats):.3f} {side} the baseline's recipe after equal training"
+    elif winner.predicted_loss is not None:
         speed = f"predicted loss {winner.predicted_loss:.3f} at {speed}"
     return f"Trial {winner.trial} is the best of {count}: {speed}{over}; {status}."
+
+
+def raced(run: Run) -> RaceVerdict | None:
+    """The race that elected the winner, if one did; beside its losses those of the law mislead."""
+    return run.verdict.race if run.verdict.raced else None
+
+
+def _reached(race: RaceVerdict) -> str:
+    """The loss of the first rival, and what is expected of its whole training."""
+    reached = f"validation loss {race.best.loss:.3f} after {format_count(race.best.tokens or 0)} tokens"
+    if race.expected_loss is None or race.best.fraction >= 1.0:
+        return reached
+    return f"{reached} ({race.expected_loss:.2f} ± {race.expected_ci95:.2f} expected after the whole training)"
 
 
 def figures(run: Run) -> list[Figure]:
@@ -59,7 +79,9 @@ def figures(run: Run) -> list[Figure]:
     changed = changes(run, run.rows[base.trial], row) if base else {}
     what = _in_words(changed) or "as the baseline"
     left = memory_left(run, peak)
+    race = raced(run)
     loss = "" if winner.predicted_loss is None else f"predicted loss {winner.predicted_loss:.3f}"
+    loss = _reached(race) if race else loss
     return [
         Figure(name="what to run", value=f"trial {winner.trial}", note=what),
         Figure(name="tokens/s", value=f"{rate(speed.tokens_per_second, speed.ci95)}", note=loss or "95 % interval"),
@@ -81,14 +103,16 @@ def _gain(run: Run) -> Figure:
         return Figure(name="gain", value="-", note=why)
     notes = [f"over trial {base.trial}, {run.settings.baseline_source}"] if base else []
     speed = f"{gain.speed:.2f}x ± {gain.speed_ci95:.2f}"
-    if gain.loss is not None:
+    against = race.against_baseline if (race := raced(run)) else None
+    nats = gain.loss if against is None else against.nats
+    if nats is not None:
         notes.append(f"{speed} its tokens/s")
     if gain.memory is not None:
         notes.append(f"at {gain.memory:.2f}x its memory")
     guide = next((row for row in run.rows.values() if row["role"] == "guide"), None)
     if guide is not None and run.verdict.winner is not None:
         notes.append(f"over the guide's row (trial {guide['trial']}): {_over(run, guide)}")
-    return Figure(name="gain", value=speed if gain.loss is None else f"{gain.loss:+.3f} nats", note="; ".join(notes))
+    return Figure(name="gain", value=speed if nats is None else f"{nats:+.3f} nats", note="; ".join(notes))
 
 
 def _over(run: Run, other: Row) -> str:
@@ -96,7 +120,7 @@ def _over(run: Run, other: Row) -> str:
     winner, speed = run.verdict.winner, run.verdict.speed
     if winner is None or speed is None or not other["tokens_per_second"]:
         return str(other["status"])
-    if winner.predicted_loss is not None and other["predicted_loss"] is not None:
+    if raced(run) is None and winner.predicted_loss is not None and other["predicted_loss"] is not None:
         return f"{winner.predicted_loss - other['predicted_loss']:+.3f} predicted loss"
     return f"{speed.tokens_per_second / other['tokens_per_second']:.2f}x"
 
@@ -116,6 +140,8 @@ def runner_up(run: Run) -> str:
     verdict, winner, speed = run.verdict, run.verdict.winner, run.verdict.speed
     if winner is None or speed is None:
         return ""
+    if (race := raced(run)) is not None:
+        return _second_rival(race)
     if verdict.fell_through:
         trial = verdict.fell_through[0]
         failed = [row for row in _same(run, run.rows[trial]) if row["status"] != "ok"]
@@ -129,6 +155,16 @@ def runner_up(run: Run) -> str:
     changed = _in_words(changes(run, best, second))
     who = f"Trial {second['trial']}" + (f" (with {changed})" if changed else "")
     return f"{who} {_why_not(run, second, speed, peak_bytes(best))}."
+
+
+def _second_rival(race: RaceVerdict) -> str:
+    if len(race.order) < 2:
+        return "No other rival of the race came to the end of a rung."
+    number, found = race.order[1], by_rival(race.readings)
+    rival, last = next(rival for rival in race.rivals if rival.rival == number), found[number][-1]
+    loss = f"validation loss {last.loss:.3f} after {format_count(last.tokens or 0)} tokens"
+    why = "cannot be told apart from the first on this validation text" if number in race.tied_with else "is behind"
+    return f"Rival {number} of the race ({recipe_words(rival)}) {why}: {loss}."
 
 
 def _same(run: Run, row: Row) -> list[Row]:

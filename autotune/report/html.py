@@ -23,7 +23,7 @@ from autotune.memory import model as memory_model
 from autotune.memory.breakdown import predicted_breakdown
 from autotune.report import compare, headline, training
 from autotune.report.plots import plots, side_by_side
-from autotune.report.run import heading, next_command, state, verdict_lines
+from autotune.report.run import heading, next_command, race_sections, state, verdict_lines
 from autotune.report.trials import trial_table
 from autotune.runs.directory import BEST_NANOGPT, COMPARISON_HTML, MEMORY_MODEL_JSON, REPORT_HTML
 from autotune.runs.read import Run, advice
@@ -134,6 +134,7 @@ def _context(run: Run) -> dict[str, Any]:
         "best_nanogpt": known(lambda run: _text(run.path / BEST_NANOGPT), ""),
         "in_short": headline.in_short(run),
         "plots": drawn,
+        "race": race_sections(run.verdict.race) if run.verdict.race else {},
         "trainings": [training.line(one) for one in trainings],
         "statuses": Counter(row["status"] for row in run.rows.values()).most_common(),
         "winner": winner and winner.trial,

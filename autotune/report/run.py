@@ -172,11 +172,7 @@ def race_lines(race: RaceVerdict) -> list[str]:
 
 def recipe_words(rival: Rival) -> str:
     """What a rival learns with, on one line."""
-    recipe, shape = rival.candidate.recipe, rival.candidate.shape
-    return (
-        f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}, block {shape.block_size}, {recipe.optimizer}, rate "
-        f"{recipe.learning_rate:g} ({rival.rate_factor:g} x rule), {format_count(recipe.tokens_per_step)} tokens a step"
-    )
+    return f"{rival.candidate.recipe} ({rival.rate_factor:g} x the rule's rate)"
 
 
 def _nats(change: Change) -> str:
@@ -227,7 +223,7 @@ def sections(run: Run) -> dict[str, list[Line]]:
     shown = {"tokens/s", "predicted loss", "batch", *_SHARED} - same.keys()
     objective, change = ("predicted loss", "+.3f") if run.lower_is_better else ("tokens/s", "+.1%")
     return {
-        **(_race_sections(verdict.race) if verdict.race else {}),
+        **(race_sections(verdict.race) if verdict.race else {}),
         # a single trial that beats all others in both leaves nothing to choose
         "Speed against memory": [
             {"least memory": format_bytes(peak_bytes(row)), "trial": str(row["trial"])}
@@ -256,7 +252,7 @@ def sections(run: Run) -> dict[str, list[Line]]:
     }
 
 
-def _race_sections(race: RaceVerdict) -> dict[str, list[Line]]:
+def race_sections(race: RaceVerdict) -> dict[str, list[Line]]:
     """The rivals, best first, and what each change of the recipe gained alone."""
     known, found = {rival.rival: rival for rival in race.rivals}, by_rival(race.readings)
     failed = {reading.rival: reading for reading in race.readings if reading.loss is None}

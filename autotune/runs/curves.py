@@ -192,14 +192,6 @@ def law_loss(c: Mapping[str, float], f: Mapping[str, Array]) -> Array:
     return np.asarray(bounded(loss, f["untrained"]) + off)
 
 
-def optimum(recipe: Recipe, tokens: float) -> tuple[float, float]:
-    """The learning rate that is expected to be best for a recipe's shape, optimizer and batch over `tokens`, and the
-    tokens of the best batch."""
-    constants = {name: belief.mean for name, belief in priors(tokens).constants.items()}
-    rate, batch = _optimum(constants, _features([Training(recipe=recipe, tokens=tokens, rival="")]))
-    return math.exp(rate[0]), math.exp(batch[0])
-
-
 def _optimum(c: Mapping[str, float], f: Mapping[str, Array]) -> tuple[Array, Array]:
     """Logarithms of the best learning rate at the batch of each training, and of the best batch: (n,) each."""
     batch = c["batch"] + c["batch_tokens"] * f["log_tokens"]

@@ -27,7 +27,7 @@ from autotune.runs.objective import batch_tokens, best_learning_rate, clamp_lear
 from autotune.search import roofline
 from autotune.search.predictions import Range, environment_of
 from autotune.search.resolve import resolve
-from autotune.search.space import baseline, build_space, in_words
+from autotune.search.space import baseline, build_space, plan_in_words, shape_in_words
 from autotune.search.start import STARTS, card_of, starts
 from autotune.units import GIB, format_bytes, format_count, format_duration
 
@@ -128,7 +128,7 @@ def _speed(way: Way) -> float:
 def _predicted(card: Card, candidate: Candidate, model: MemoryModel) -> Way:
     peak, speed = predict_peak(model, candidate), roofline.predict(card, candidate)
     return Way(
-        plan=_plan(candidate),
+        plan=plan_in_words(candidate),
         status="predicted",
         peak_device_bytes=Range(value=peak.peak_device_bytes, low=peak.low_device_bytes, high=peak.high_device_bytes),
         tokens_per_second=Range(value=speed.tokens_per_second, low=speed.low, high=speed.high),
@@ -143,16 +143,11 @@ def _measured(settings: SearchSettings, candidate: Candidate, measure: Measure) 
     result = measure(request)
     peak, speed, half = result.peak_bytes, result.tokens_per_second, result.tokens_per_second_ci95 or 0.0
     return Way(
-        plan=_plan(candidate),
+        plan=plan_in_words(candidate),
         status=result.status,
         peak_device_bytes=None if peak is None else Range(value=peak, low=peak, high=peak),
         tokens_per_second=None if speed is None else Range(value=speed, low=speed - half, high=speed + half),
     )
-
-
-def _plan(candidate: Candidate) -> str:
-    """The shape is the row's."""
-    return ", ".join(in_words(candidate).split(", ")[1:])
 
 
 def _preferred(card: Card, environment: Environment, asked: SearchSettings, model: MemoryModel) -> Class | None:
@@ -168,7 +163,7 @@ def _preferred(card: Card, environment: Environment, asked: SearchSettings, mode
         speed = roofline.predict(card, candidate).tokens_per_second
         return predict_loss(law_of(settings), candidate.shape, training_tokens(settings, speed))
 
-    return Class(shape=in_words(best[0]).split(", ")[0], loss=loss(best[0]), guide_loss=loss(own[0]))
+    return Class(shape=shape_in_words(best[0].shape), loss=loss(best[0]), guide_loss=loss(own[0]))
 
 
 def lines(checked: Sequence[Checked]) -> list[str]:
@@ -200,8 +195,8 @@ def _lines(one: Checked) -> list[str]:
             f"would begin with {one.preferred.shape}: predicted loss {one.preferred.loss:.2f} after "
             f"{format_duration(CLASS_SECONDS)}, the guide's shape {one.preferred.guide_loss:.2f}"
         )
-    name = f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}"
-    head = f"{row.name} ({row.cards}): {name}, micro batch {row.micro_batch_size} x {row.gradient_accumulation_steps}"
+    steps = f"micro batch {row.micro_batch_size} x {row.gradient_accumulation_steps}"
+    head = f"{row.name} ({row.cards}): {shape.size}, {steps}"
     return ["", f"{head}, on {one.device}", *(f"  {key:<10}  {text}" for key, text in rows.items())]
 
 
@@ -279,10 +274,10 @@ def as_csv(checked: Sequence[Checked]) -> str:
 
 def as_markdown(checked: Sequence[Checked]) -> str:
     """The table of docs and README."""
-    head = ("row", "claimed", "true", "nanoGPT's memory", "best plan's memory", "tokens/s", "50B tokens")
+    head = ("row", "claimed", "true", "nanoGPT's memory", "best plan's memory", "tokens/s of both", "50B tokens")
     body = [
         (
-            f"{one.row.name}: {one.row.shape.n_layer}x{one.row.shape.n_head}x{one.row.shape.n_embd}", one.row.claimed,
+            f"{one.row.name}: {one.row.shape.size}", one.row.claimed,
             format_count(one.parameters), _gib(one.plain) + ("" if one.fits else ", does not fit"),
             _gib(one.best), f"{_speed(one.plain):,.0f} → {_speed(one.best):,.0f}" if one.best else "-",
             _hours(one.best),

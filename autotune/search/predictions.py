@@ -22,7 +22,7 @@ from autotune.runs.law import find_law, predict_loss
 from autotune.runs.objective import finish_candidate
 from autotune.search import roofline
 from autotune.search.resolve import resolve
-from autotune.search.space import build_space, in_words
+from autotune.search.space import build_space, plan_in_words
 from autotune.search.start import starts
 from autotune.units import GIB, format_bytes, format_count, format_duration
 
@@ -87,7 +87,7 @@ def predict(
     rows, limit = [], 0
     for candidate in candidates:
         environment, shape = environment_of(card), candidate.shape
-        words = f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}"
+        words = shape.size
         asked = resolve(environment, model=words, memory_limit=memory_limit)
         limit = asked.memory_limit_bytes
         own = {name: (str(getattr(candidate.plan, name)),) for name in fixed}
@@ -145,9 +145,8 @@ def _lines(row: Predicted, limit: int) -> list[str]:
         found.peak_device_bytes, found.tokens_per_second, found.mfu, found.training_seconds, found.loss,
     )  # fmt: skip
     doubt = ", within the error of the model" if peak.high > limit else ""
-    words = in_words(found.candidate).split(", ")[1:]  # the shape stands above
     return [
-        f"  plan    {', '.join(words)}",
+        f"  plan    {plan_in_words(found.candidate)}",
         f"  memory  {peak.value / GIB:.1f} GiB ({peak.low / GIB:.1f} to {peak.high / GIB:.1f}){doubt}; "
         f"largest micro batch {found.largest_micro_batch}",
         f"  speed   {speed.value:,.0f} tokens/s ({speed.low:,.0f} to {speed.high:,.0f}), "

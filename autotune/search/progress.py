@@ -10,7 +10,6 @@ from autotune.config.candidate import Candidate
 from autotune.runs.races import Reading
 from autotune.runs.records import TrialRecord
 from autotune.search.loop import Event, Notify
-from autotune.search.race import shape_words
 from autotune.search.space import in_words
 from autotune.terminal import say, visible
 from autotune.units import format_bytes, format_count, format_duration
@@ -81,17 +80,12 @@ def _ended(event: Event) -> str:
 
 def reading_line(reading: Reading, candidate: Candidate) -> str:
     """A rung on one line: number, rival, length, outcome, recipe."""
-    recipe = candidate.recipe
     if reading.loss is None:
         outcome = reading.status + (f" ({reading.message})" if reading.message else "")
     else:
         outcome = f"loss {reading.loss:.3f} after {format_count(reading.tokens or 0)} tokens"
-    words = f"{shape_words(recipe.shape)}, {recipe.optimizer}, rate {recipe.learning_rate:g}"
     length = f"{reading.fraction:.1%} of the training"
-    return (
-        f"rung {reading.reading:>4} rival {reading.rival:>2} {length}, {outcome}: {words}, "
-        f"{format_count(recipe.tokens_per_step)} tokens a step"
-    )
+    return f"rung {reading.reading:>4} rival {reading.rival:>2} {length}, {outcome}: {candidate.recipe}"
 
 
 def trial_line(record: TrialRecord) -> str:

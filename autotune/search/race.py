@@ -297,7 +297,7 @@ def _recipe_values(rival: Rival) -> dict[str, object]:
 
 def _in_words(what: str, value: object) -> str:
     if isinstance(value, Shape):
-        return shape_words(value)
+        return f"{value.size}, block {value.block_size}"
     if what == "learning rate":
         return f"{value:g} x rule"
     return f"{format_count(value)} tokens a step" if isinstance(value, int) else str(value)
@@ -323,15 +323,3 @@ def _compared(
         what=what, before=before, after=after, rivals=rivals, nats=apart.nats,
         ci95=apart.ci95 if math.isfinite(apart.ci95) else None, fraction=fraction,
     )  # fmt: skip
-
-
-def shape_words(shape: Shape) -> str:
-    """`4x4x128, block 64`"""
-    return f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}, block {shape.block_size}"
-
-
-def rival_words(rival: Rival) -> str:
-    """A rival's recipe on one line."""
-    recipe = rival.candidate.recipe
-    batch = format_count(recipe.tokens_per_step)
-    return f"{shape_words(recipe.shape)}, {recipe.optimizer}, rate {recipe.learning_rate:g}, {batch} tokens a step"

@@ -285,7 +285,7 @@ def describe_settings(settings: SearchSettings, environment: Environment) -> str
         "training": f"{length}, {recipe.tokens_per_step:,} tokens a step",
         "data": recipe.data or "synthetic tokens",
         "vocabulary": f"{shape.vocab_size:,} words",
-        "baseline": f"{settings.baseline_source}: {shape.n_layer}x{shape.n_head}x{shape.n_embd}, "
+        "baseline": f"{settings.baseline_source}: {shape.size}, "
         f"{shape.parameters:,} parameters, micro batch {baseline.micro_batch_size}",
     }
     lines = [f"{key:<12}  {value}" for key, value in facts.items()]

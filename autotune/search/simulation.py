@@ -81,7 +81,7 @@ def read_tables(path: Path) -> list[Table]:
     found = []
     for shape in sorted({candidate.shape for candidate, _ in rows}, key=lambda shape: shape.parameters):
         own = {candidate.id: result for candidate, result in rows if candidate.shape == shape}
-        settings = resolve(environment, model=f"{shape.n_layer}x{shape.n_head}x{shape.n_embd}", choices=CHOICES)
+        settings = resolve(environment, model=shape.size, choices=CHOICES)
         recipe = next(candidate.recipe for candidate, _ in rows if candidate.shape == shape)
         baseline = replace(settings.baseline, micro_batch_size=min(12, recipe.global_batch_size))
         settings = replace(settings, recipe=recipe, baseline=baseline)

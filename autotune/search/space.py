@@ -295,10 +295,18 @@ _IN_WORDS = (
 
 def in_words(candidate: Candidate) -> str:
     """A candidate on one line: shape, micro batch, plan."""
-    shape, plan = candidate.shape, candidate.plan
+    return f"{shape_in_words(candidate.shape)}, {plan_in_words(candidate)}"
+
+
+def shape_in_words(shape: Shape) -> str:
+    vocabulary = "" if shape.vocab_size == Shape().vocab_size else f" vocab {shape.vocab_size}"
+    return f"{shape.size} block {shape.block_size}{vocabulary}"
+
+
+def plan_in_words(candidate: Candidate) -> str:
+    """How a candidate is executed, on one line."""
+    plan = candidate.plan
     words = [
-        f"{shape.n_layer}x{shape.n_head}x{shape.n_embd} block {shape.block_size}"
-        + ("" if shape.vocab_size == Shape().vocab_size else f" vocab {shape.vocab_size}"),
         f"micro batch {plan.micro_batch_size} x {candidate.gradient_accumulation_steps}",
         plan.dtype,
         "eager" if plan.compile == "off" else f"compile {plan.compile}",
