@@ -271,7 +271,8 @@ def race_sections(race: RaceVerdict) -> dict[str, list[Line]]:
             {
                 "gained alone": change.what,
                 "nats": _nats(change),
-                "length": fmt(change.fraction, ".2%"),
+                "length": "expected" if change.fraction is None and change.nats is not None
+                else fmt(change.fraction, ".2%"),
                 "from": change.before,
                 "to": change.after,
                 "rivals": ", ".join(map(str, change.rivals)) or "-",

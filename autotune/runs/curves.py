@@ -8,18 +8,15 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autotune.config.candidate import Recipe
 from autotune.config.tables import read_json, read_table
-from autotune.runs.law import bounded, context_loss
+from autotune.runs.law import CURVES, REFERENCE_PARAMETERS, REFERENCE_TOKENS, bounded, context_loss, learned_loss
 
 Array = NDArray[np.float64]
-REFERENCE_PARAMETERS, REFERENCE_TOKENS = 1e8, 1e9
-"""Where the law's terms are given in nats: what the published constants describe."""
 EARLY_STEPS = 64
 _COMMON_LENGTH = math.log(4.0)
 """Trainings whose tokens differ by this factor share 0.6 of the common deviation: a convention."""
@@ -97,8 +94,7 @@ def priors(tokens: float) -> Priors:
 
 @functools.cache
 def _every_priors() -> tuple[Priors, ...]:
-    path = Path(__file__).with_name("curves.json")
-    return tuple(read_table(Priors, table, name) for name, table in read_json(path).items())
+    return tuple(read_table(Priors, table, name) for name, table in read_json(CURVES).items())
 
 
 def predict(known: Priors, shown: Sequence[tuple[Training, float]], wanted: Sequence[Training]) -> Posterior:
@@ -183,10 +179,7 @@ def law_loss(c: Mapping[str, float], f: Mapping[str, Array]) -> Array:
     costs nats by the square of its logarithmic distance; the curvatures are logarithms, so that they stay positive.
     """
     best_rate, best_batch = _optimum(c, f)
-    data = c["b"] * np.exp(-(c["beta"] + c["beta_muon"] * f["muon"]) * f["log_tokens"] - c["muon"] * f["muon"])
-    late = np.exp(-data)  # size and a longer block show last: before, few tokens are what limits a training
-    size = c["a"] * np.exp(-c["alpha"] * f["log_n"])
-    loss = c["e"] + c["muon_offset"] * f["muon"] + data + late * (f["context"] + size)
+    loss = learned_loss(c, f["log_n"], f["log_tokens"], f["context"], f["muon"])
     off = np.exp(c["rate_curve"]) * (f["log_rate"] - best_rate) ** 2
     off = off + np.exp(c["batch_curve"]) * (f["log_batch"] - best_batch) ** 2
     return np.asarray(bounded(loss, f["untrained"]) + off)

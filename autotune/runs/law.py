@@ -1,14 +1,18 @@
-"""Scaling laws: the final loss that published trainings predict for a shape and a number of tokens.
+"""Scaling laws: the final loss that published trainings predict for a shape and a number of tokens, and for short
+trainings, of which no published law knows anything, the curve that recorded ones follow.
 
 For ranking, and printed with its band.
 """
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from autotune.config.candidate import Shape
+from autotune.config.tables import read_json
 from autotune.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
@@ -67,6 +71,10 @@ LAWS = (
 # 2.3 + 5.4 t^-0.62 for the largest); the mean of its second term over a block of T tokens is 4.5 T^-0.56 / 0.44.
 _POSITION_SCALE, _POSITION_EXPONENT, _REFERENCE_BLOCK = 4.5, 0.56, 1024
 
+REFERENCE_PARAMETERS, REFERENCE_TOKENS = 1e8, 1e9
+"""Where the terms of `learned_loss` are given in nats: what the published constants describe."""
+CURVES = Path(__file__).with_name("curves.json")
+
 _SOFT = 8.0  # exponent of the soft minimum in `predict_loss`: a convention
 
 
@@ -86,9 +94,38 @@ def raw_loss(law: Law, shape: Shape, tokens: float) -> float:
 
 
 def predict_loss(law: Law, shape: Shape, tokens: float) -> float:
-    """Predicted final loss in nats per token after `tokens`; for ranking only."""
+    """Predicted final loss in nats per token after `tokens`; for ranking only. By `law`, or by the curve of recorded
+    short trainings where that is lower: a power law fitted to long trainings is nats too high for short ones."""
     loss, untrained = raw_loss(law, shape, tokens), math.log(shape.vocab_size)
-    return float(bounded(loss, untrained)) if untrained > 0 else loss
+    if untrained <= 0:
+        return loss
+    return float(min(bounded(loss, untrained), bounded(short_loss(shape, tokens), untrained)))
+
+
+def short_loss(shape: Shape, tokens: float) -> float:
+    """Loss of a short training by AdamW at its best rate and batch: `learned_loss` with the constants that the recorded
+    trainings of `curves.json` left."""
+    log_n = math.log(max(1, shape.parameters_non_embedding) / REFERENCE_PARAMETERS)
+    log_tokens = math.log(max(1.0, tokens) / REFERENCE_TOKENS)
+    return learned_loss(_recorded(), log_n, log_tokens, context_loss(shape.block_size), 0.0)
+
+
+@functools.cache
+def _recorded() -> dict[str, float]:
+    """Means of the constants that recorded trainings left."""
+    return {name: float(belief["mean"]) for name, belief in read_json(CURVES)["races"]["constants"].items()}
+
+
+def learned_loss(c: Mapping[str, float], log_n: T, log_tokens: T, context: T, muon: T) -> T:
+    """Loss with constants `c` at the best rate and batch; numbers or arrays. `log_n`, `log_tokens`: against
+    REFERENCE_PARAMETERS and REFERENCE_TOKENS; `muon`: 1 for Muon, else 0.
+
+    Size and a longer block show last: before, few tokens are what limits a training.
+    """
+    data: T = c["b"] * math.e ** (-(c["beta"] + c["beta_muon"] * muon) * log_tokens - c["muon"] * muon)
+    size: T = c["a"] * math.e ** (-c["alpha"] * log_n)
+    loss: T = c["e"] + c["muon_offset"] * muon + data + math.e**-data * (context + size)
+    return loss
 
 
 def bounded(loss: T, untrained: T) -> T:

@@ -139,10 +139,11 @@ class Change:
     rivals: tuple[int, ...]
     """One with `before` and one with `after`, which are otherwise alike; empty: no such pair was raced."""
     nats: float | None = None
-    """Difference of the loss; negative is a gain. None: not raced."""
+    """Difference of the loss; negative is a gain. Without a pair that was raced: as expected after the whole training,
+    from all readings of the race. None: unknown."""
     ci95: float | None = None
     fraction: float | None = None
-    """Length of the rungs that were compared."""
+    """Length of the rungs that were compared; None: none were."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from autotune.config.candidate import Candidate, Optimizer, Shape
+import numpy as np
+
+from autotune.config.candidate import Candidate, Optimizer, Recipe, Shape
 from autotune.config.search_settings import SearchSettings
 from autotune.data.shards import open_split
 from autotune.measure.types import Z95, RungRequest, RungResult, TrialRequest, TrialResult
+from autotune.runs.curves import Training
 from autotune.runs.objective import batch_tokens, best_first, finish_candidate, training_tokens
 from autotune.runs.races import Change, Lineup, RaceVerdict, Reading, Rival, by_rival, difference
 from autotune.runs.records import TrialRecord
@@ -25,8 +28,10 @@ from autotune.units import format_count
 SHAPES = 4
 """Shapes that compete: the law errs about their order by more than they differ."""
 MOST_RIVALS = 27
-_RATES: dict[Optimizer, tuple[float, ...]] = {"muon": (2.0, 1.0, 4.0, 0.5), "adamw": (1.0, 2.0, 0.5)}
-"""Factors of the rule's learning rate, the most plausible first; optimizers likewise."""
+_RATES: dict[Optimizer, tuple[float, ...]] = {"muon": (0.5, 1.0, 2.0, 4.0, 8.0), "adamw": (0.5, 1.0, 2.0)}
+"""Factors of the rule's learning rate."""
+_DRAWS = 1000
+"""Samples of what is expected of the rivals before any reading."""
 _BASELINE_PLACE = 4
 """Place of the baseline's recipe among the rivals: it shows what was gained, and hardly ever wins."""
 _SMALLEST_PART = 4
@@ -43,55 +48,56 @@ _PATIENCE_SECONDS = 60.0
 
 
 def candidates_for_race(records: Sequence[TrialRecord], settings: SearchSettings) -> tuple[Rival, ...]:
-    """Rivals, the most plausible first.
-
-    Each choice is a list in the order of its plausibility: shapes by the law at their measured speeds, optimizers,
-    learning rates around the rule, batches around the rule. The center has the first of all; then come those that
-    differ from it in one place, the optimizer before the shape, the rate and the batch; then those that do in two.
-    """
+    """Rivals, in the order in which they should be trained: shapes by the law at their measured speeds, optimizers,
+    learning rates and batches around the rules, and among those the most promising (`_most_promising`). The baseline's
+    recipe is one of the first, so that it is known what was gained."""
     ranked = best_first([record for record in records if record.role not in ("race", "final")], maximise=False)
     fastest = {record.candidate.shape: record for record in reversed(ranked)}
     shapes = [fastest[shape] for shape in dict.fromkeys(record.candidate.shape for record in ranked)]
     own = [record for record in shapes if record.candidate.shape == settings.recipe.shape]
     shapes = shapes[:SHAPES] + [record for record in own if record not in shapes[:SHAPES]]
     optimizers: tuple[Optimizer, ...] = ("adamw",) if settings.target == "nanogpt" else ("muon", "adamw")
-    found: dict[tuple[object, ...], tuple[tuple[int, ...], Candidate, float, float]] = {}
-    for place, record in enumerate(shapes):
+    found: list[Rival] = []
+    for record in shapes:
         speed = record.result.tokens_per_second or 0.0
         tokens = training_tokens(settings, speed)
-        for (i, optimizer), (j, batch) in itertools.product(
-            enumerate(optimizers), enumerate(_batches(record.candidate, tokens, settings))
-        ):
-            for k, factor in enumerate(_RATES[optimizer]):
+        batches = _batches(record.candidate, tokens, settings)
+        for optimizer, batch in itertools.product(optimizers, batches):
+            for factor in _RATES[optimizer]:
                 candidate = _rival(record.candidate, optimizer, batch, factor, tokens, settings)
-                key = (candidate.shape, optimizer, batch, factor)
-                order = (place + i + j + k, -i, -place, -k)
-                found.setdefault(key, (order, candidate, factor, tokens / speed))
-    for name, rival in _baseline(own[0], settings).items() if own else ():
-        found.setdefault(name, rival)
-    ordered = sorted(found.values(), key=lambda rival: rival[0])
-    rivals = [
-        Rival(rival=number, candidate=candidate, rate_factor=factor, seconds=seconds)
-        for number, (_, candidate, factor, seconds) in enumerate(ordered)
-    ]
-    return _with_baseline_early(rivals, settings)[:MOST_RIVALS]
+                found.append(
+                    Rival(rival=len(found), candidate=candidate, rate_factor=factor, seconds=tokens / speed)
+                )
+        if record in own:
+            candidate = _rival(
+                record.candidate, settings.recipe.optimizer, settings.recipe.global_batch_size, 1.0, tokens, settings
+            )
+            found.append(Rival(rival=len(found), candidate=candidate, rate_factor=1.0, seconds=tokens / speed))
+    unique = list({(rival.candidate.recipe, rival.rate_factor): rival for rival in reversed(found)}.values())
+    return _with_baseline_early(_most_promising(unique, settings.seed), settings)[:MOST_RIVALS]
 
 
-def _baseline(
-    record: TrialRecord, settings: SearchSettings
-) -> dict[tuple[object, ...], tuple[tuple[int, ...], Candidate, float, float]]:
-    """The baseline's recipe: its shape, optimizer and batch."""
-    recipe, speed = settings.recipe, record.result.tokens_per_second or 0.0
-    tokens, batch = training_tokens(settings, speed), recipe.global_batch_size
-    candidate = _rival(record.candidate, recipe.optimizer, batch, 1.0, tokens, settings)
-    return {(recipe.shape, recipe.optimizer, batch, 1.0): ((MOST_RIVALS,), candidate, 1.0, tokens / speed)}
+def _most_promising(rivals: Sequence[Rival], seed: int) -> list[Rival]:
+    """The first has the lowest loss expected before any reading; each further one lowers the least loss that is
+    expected of the field by most. So what is uncertain comes before what is nearly the same as one in the field."""
+    field = sorted(rivals, key=lambda rival: rival.rival)
+    before = expected(field, [])
+    draws = np.random.default_rng(seed).multivariate_normal(before.means, before.covariance, _DRAWS)  # (draws, rivals)
+    least, order = np.full(_DRAWS, np.inf), list[Rival]()
+    waiting = list(range(len(field)))
+    while waiting and len(order) < MOST_RIVALS:
+        place = min(waiting, key=lambda place: float(np.minimum(least, draws[:, place]).mean()))
+        waiting.remove(place)
+        order.append(field[place])
+        least = np.minimum(least, draws[:, place])
+    return [*order, *(field[place] for place in waiting)]
 
 
 def _with_baseline_early(rivals: list[Rival], settings: SearchSettings) -> tuple[Rival, ...]:
-    own = next((rival for rival in rivals if is_baseline(rival, settings)), None)
-    if own is not None and own.rival > _BASELINE_PLACE:
-        rivals.remove(own)
-        rivals.insert(_BASELINE_PLACE, own)
+    own = next(((place, rival) for place, rival in enumerate(rivals) if is_baseline(rival, settings)), None)
+    if own is not None and own[0] > _BASELINE_PLACE:
+        rivals.remove(own[1])
+        rivals.insert(_BASELINE_PLACE, own[1])
     return tuple(replace(rival, rival=number) for number, rival in enumerate(rivals))
 
 
@@ -244,7 +250,7 @@ def conclude_race(lineup: Lineup, readings: Sequence[Reading], settings: SearchS
         tied_with=tied(lineup.rivals, readings),
         against_baseline=_compared("all of it", "baseline", "best", [(own, winner)], winner, readings)
         if own is not None and own.rival != winner.rival else None,
-        changes=_changes(winner, list(rivals.values()), readings, settings),
+        changes=_changes(winner, lineup, readings, settings),
         noise_ci95=statistics.median(widths) if widths else None,
     )  # fmt: skip
 
@@ -264,14 +270,16 @@ def race_notes(lineup: Lineup, race: RaceVerdict) -> list[str]:
 
 
 def _changes(
-    winner: Rival, rivals: Sequence[Rival], readings: Sequence[Reading], settings: SearchSettings
+    winner: Rival, lineup: Lineup, readings: Sequence[Reading], settings: SearchSettings
 ) -> tuple[Change, ...]:
     """Each thing in which the winner's recipe differs from the baseline's, and what it gained alone: by two rivals that
-    differ in it and in nothing else. An optimizer is compared at its own best rate."""
-    values = {rival.rival: _recipe_values(rival) for rival in rivals}
+    were raced, and differ in it and in nothing else; if there are none, what all readings together let expect. An
+    optimizer is compared at its own best rate."""
+    raced = {reading.rival for reading in readings}
+    values = {rival.rival: _recipe_values(rival) for rival in lineup.rivals if rival.rival in raced}
     ours, recipe, own = values[winner.rival], winner.candidate.recipe, settings.recipe
     theirs = {"shape": own.shape, "optimizer": own.optimizer, "learning rate": 1.0, "batch": own.tokens_per_step}
-    found = []
+    rivals, found = [rival for rival in lineup.rivals if rival.rival in raced], []
     for what in [name for name in ours if ours[name] != theirs[name]]:
         free = {what, "learning rate"} if what == "optimizer" else {what}
         pairs = [
@@ -281,10 +289,41 @@ def _changes(
             and all(values[one.rival][name] == values[other.rival][name] for name in ours.keys() - free)
         ]  # fmt: skip
         before, after = (_in_words(what, value[what]) for value in (theirs, ours))
-        found.append(_compared(what, before, after, pairs, winner, readings))
+        change = _compared(what, before, after, pairs, winner, readings)
+        found.append(change if change.nats is not None else _expected_change(change, winner, lineup, readings, own))
     if recipe.schedule != own.schedule:
         found.append(Change(what="schedule", before=own.schedule, after=recipe.schedule, rivals=()))
     return tuple(found)
+
+
+def _expected_change(
+    change: Change, winner: Rival, lineup: Lineup, readings: Sequence[Reading], own: Recipe
+) -> Change:  # fmt: skip
+    """The change with the difference that is expected after the whole training between the winner and the same recipe
+    with the baseline's `change.what`. A shape of which no rival tells the speed has none."""
+    recipe, tokens = winner.candidate.recipe, float(winner.candidate.recipe.max_tokens)
+    rate = recipe.learning_rate / winner.rate_factor
+    if change.what == "shape":
+        alike = [rival.candidate.recipe for rival in lineup.rivals if rival.candidate.shape == own.shape]
+        if not alike:
+            return change
+        tokens = float(alike[0].max_tokens)
+        rows = max(1, recipe.tokens_per_step // own.shape.block_size)
+        other = replace(alike[0], optimizer=recipe.optimizer, global_batch_size=rows)
+        ruled = next(r for r in lineup.rivals if r.candidate.recipe is alike[0])
+        other = replace(other, learning_rate=alike[0].learning_rate / ruled.rate_factor * winner.rate_factor)
+    elif change.what == "optimizer":
+        other = replace(recipe, optimizer=own.optimizer, learning_rate=rate)
+    elif change.what == "learning rate":
+        other = replace(recipe, learning_rate=rate)
+    else:
+        other = replace(recipe, global_batch_size=own.global_batch_size)
+    found = expected(lineup.rivals, readings, also=[Training(recipe=other, tokens=tokens, rival="as before")])
+    place = [rival.rival for rival in lineup.rivals].index(winner.rival)
+    apart = np.zeros(len(found.means))
+    apart[place], apart[-1] = 1.0, -1.0
+    sd = found.widening * math.sqrt(max(0.0, float(apart @ found.covariance @ apart)))
+    return replace(change, nats=float(apart @ found.means), ci95=Z95 * sd)
 
 
 def _recipe_values(rival: Rival) -> dict[str, object]:

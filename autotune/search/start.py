@@ -2,12 +2,14 @@
 
 What a roofline says least about is which kernels and which way of compiling are best, and in a large micro batch speeds
 hardly differ: so each further start differs in that way of running, each with the amounts that make it fastest. Where
-shapes are searched, all starts have the one whose predicted objective is best.
+shapes are searched, all starts have the one whose predicted objective is best; where a race follows, the others are of
+other widths.
 """
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from autotune.config import cards
@@ -17,6 +19,7 @@ from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
 from autotune.memory.model import MemoryModel, predictions
 from autotune.runs.objective import maximised, score
+from autotune.runs.records import TrialRecord
 from autotune.search.roofline import log_speed
 from autotune.search.space import Space, Value, candidate_at, values_of
 
@@ -36,34 +39,56 @@ def card_of(environment: Environment) -> Card | None:
     )
 
 
+def pace(records: Iterable[TrialRecord], card: Card | None) -> float:
+    """How much faster than predicted the machine is, by what was measured. Predictions for a CPU are for comparison
+    only; a card's are not corrected."""
+    found = ((record.candidate, record.result.tokens_per_second) for record in records if record.objective is not None)
+    ratios = [speed / math.exp(log_speed(candidate, None)) for candidate, speed in found if speed and card is None]
+    return statistics.median(ratios) if ratios else 1.0
+
+
 def starts(
-    space: Space, settings: SearchSettings, card: Card | None, model: MemoryModel | None, count: int = STARTS
-) -> list[Candidate]:
-    """At most `count` candidates, the best first, no two of which run in the same way. All fit by the upper bound of
-    their predicted peaks; if nothing does, by the predicted peaks themselves. `model`: None: memory is not considered.
-    Empty where shapes are searched on a CPU, whose speeds are predicted for comparison only."""
-    if settings.search_shape and card is None:
+    space: Space, settings: SearchSettings, card: Card | None, model: MemoryModel | None, count: int = STARTS,
+    pace: float = 1.0,
+) -> list[Candidate]:  # fmt: skip
+    """At most `count` candidates, the best first, no two of which have one shape and run in the same way. All fit by
+    the upper bound of their predicted peaks; if nothing does, by the predicted peaks themselves. `model`: None: memory
+    is not considered. `pace`: factor of the predicted speeds."""
+    ranking = _Ranking(settings, card, model, pace)
+    if not settings.search_shape:
+        return ranking.best(space, _WAYS, count)
+    plain = {name: value for name, value in vars(space.plan).items() if name in _WAYS}
+    best = ranking.best(_only(space, plain), _SHAPES, 1)
+    if not best:
         return []
-    ranking = _Ranking(settings, card, model)
-    if settings.search_shape:
-        plain = {name: (value,) for name, value in vars(space.plan).items() if name in _WAYS and name in space.choices}
-        best = ranking.best(replace(space, choices={**space.choices, **plain}), _SHAPES, 1)
-        if not best:
-            return []
-        own = {name: (value,) for name, value in values_of(space, best[0]).items() if name in _SHAPES}
-        space = replace(space, choices={**space.choices, **own})
-    return ranking.best(space, _WAYS, count)
+    ways = ranking.best(_only(space, _part(space, best[0], _SHAPES)), _WAYS, count)
+    if settings.race == "off":
+        return ways
+    alike = {**_part(space, ways[0], _WAYS), **_part(space, ways[0], ("head_size",))}
+    widths = (_only(space, {**alike, "n_embd": width}) for width in space.choices["n_embd"])
+    shapes = sorted((best for one in widths for best in ranking.best(one, _SHAPES, 1)), key=ranking.value, reverse=True)
+    return [shapes[0], *ways[1:2], *shapes[1:]][:count]
+
+
+def _part(space: Space, candidate: Candidate, names: tuple[str, ...]) -> dict[str, Value]:
+    return {name: value for name, value in values_of(space, candidate).items() if name in names}
+
+
+def _only(space: Space, values: Mapping[str, Value]) -> Space:
+    """The space with one choice for each of `values`."""
+    fixed = {name: (value,) for name, value in values.items() if name in space.choices}
+    return replace(space, choices={**space.choices, **fixed})
 
 
 class _Ranking:
     """Candidates by their predicted objective, and whether they fit."""
 
-    def __init__(self, settings: SearchSettings, card: Card | None, model: MemoryModel | None) -> None:
-        self._settings, self._card, self._model = settings, card, model
+    def __init__(self, settings: SearchSettings, card: Card | None, model: MemoryModel | None, pace: float) -> None:
+        self._settings, self._card, self._model, self._pace = settings, card, model, pace
 
     def value(self, candidate: Candidate) -> float:
         """Larger is better."""
-        found = score(self._settings, candidate, math.exp(log_speed(candidate, self._card)))
+        found = score(self._settings, candidate, self._pace * math.exp(log_speed(candidate, self._card)))
         return found if maximised(self._settings) else -found
 
     def fitting(self, candidates: Sequence[Candidate], bound: str) -> list[Candidate]:

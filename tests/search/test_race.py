@@ -26,7 +26,7 @@ from autotune.runs.races import COLUMNS, Reading, Rival, difference
 from autotune.runs.read import load_run
 from autotune.runs.verdict import Verdict, read_verdict
 from autotune.search import study as studies
-from autotune.search.halving import cost, next_rung, order_of, tied
+from autotune.search.halving import cost, expected, next_rung, order_of, tied
 from autotune.search.loop import rebuild, resume, search
 from autotune.search.progress import reading_line
 from autotune.search.race import candidates_for_race, is_baseline
@@ -159,7 +159,7 @@ def test_every_rung_is_a_row_and_every_candidate_a_trial(raced: tuple[Path, Trac
     assert len({row["candidate_id"] for row in trials}) == len(trials)
 
 
-def test_the_gain_of_each_change_is_measured_by_a_pair_of_rivals(raced: tuple[Path, Track, Verdict]) -> None:
+def test_the_gain_of_each_change_is_measured_by_a_pair_or_expected(raced: tuple[Path, Track, Verdict]) -> None:
     race = raced[2].race
     assert race is not None
     rivals = {rival.rival: rival for rival in race.rivals}
@@ -167,10 +167,14 @@ def test_the_gain_of_each_change_is_measured_by_a_pair_of_rivals(raced: tuple[Pa
     assert changes["optimizer"].nats == pytest.approx(-0.4, abs=0.35)
     assert changes["learning rate"].nats == pytest.approx(-0.1, abs=0.05)
     assert changes["schedule"].nats is None
-    for what in ("optimizer", "learning rate"):
-        pair = [rivals[number].candidate.recipe for number in changes[what].rivals]
-        assert pair[0].shape == pair[1].shape
-        assert pair[0].tokens_per_step == pair[1].tokens_per_step
+    for change in changes.values():
+        pair = [rivals[number].candidate.recipe for number in change.rivals]
+        assert (change.fraction is None) == (not pair)
+        if pair and change.what in ("optimizer", "learning rate"):
+            assert pair[0].shape == pair[1].shape
+            assert pair[0].tokens_per_step == pair[1].tokens_per_step
+        if not pair and change.what != "schedule":
+            assert change.ci95 is not None
     assert race.against_baseline is not None
     assert race.against_baseline.nats < -0.4  # type: ignore[operator]
 
@@ -418,8 +422,11 @@ def test_rivals_are_ordered_by_plausibility(tmp_path: Path, text: Path) -> None:
     assert sum(is_baseline(rival, wanted) for rival in found[:5]) == 1
     keys = [(r.candidate.id, r.candidate.recipe.learning_rate) for r in found]
     assert len(keys) == len(set(keys))
-    first, second = (rival.candidate for rival in found[:2])
-    assert second.recipe.optimizer == "adamw"  # what matters most is compared first, and alone
-    assert (second.shape, second.recipe.global_batch_size) == (first.shape, first.recipe.global_batch_size)
+    before = expected(found, [])
+    draws = np.random.default_rng(1).multivariate_normal(before.means, before.covariance, 2000)
+    others = [rival.rival for rival in found if not is_baseline(rival, wanted)]
+    most_likely = sorted(others, key=lambda rival: before.means[rival])
+    assert others[0] == most_likely[0]
+    assert draws[:, others[:4]].min(1).mean() < draws[:, most_likely[:4]].min(1).mean()  # not four that are alike
     assert len({rival.candidate.shape for rival in found}) >= 3
     assert all(r.candidate.plan.micro_batch_size <= r.candidate.recipe.global_batch_size for r in found)

@@ -1,23 +1,34 @@
 """The first candidates of a search, by predicted speed within predicted memory."""
 
+import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_machine import CPU, CUDA, OLD_CUDA, settings
 from proposals import SMALL, Trials
 
 from autotune.config.cards import find
+from autotune.data.shards import write_shard
 from autotune.memory.model import MemoryModel, predict
+from autotune.runs.objective import score
 from autotune.search.roofline import log_speed
 from autotune.search.simulation import Trace, read_tables, replay
 from autotune.search.space import build_space
-from autotune.search.start import STARTS, card_of, starts
+from autotune.search.start import STARTS, card_of, pace, starts
 from autotune.units import GIB
 
 MODEL = MemoryModel(device="cuda")
 CARD = find("3090")
 TABLE = Path(__file__).parents[2] / "results" / "reference" / "cpu-torch-2.13" / "trials.jsonl"
+
+
+def text(directory: Path) -> Path:
+    write_shard(directory / "a_val_000000.bin", np.arange(20_000) % 50_000)
+    write_shard(directory / "a_train_000001.bin", np.arange(50_000) % 50_000)
+    return directory
 
 
 def test_starts_are_the_fastest_ways_that_fit() -> None:
@@ -63,9 +74,22 @@ def test_starts_of_a_search_for_shapes_have_the_shape_with_the_least_predicted_l
     assert shape("20m") < shape("3d")
 
 
-def test_on_a_cpu_shapes_are_not_compared() -> None:
-    asked = settings(CPU, model="", objective="loss")
-    assert starts(build_space(asked, CPU), asked, card_of(CPU), MemoryModel(device="cpu")) == []
+def test_a_race_starts_from_shapes_of_several_widths(tmp_path: Path) -> None:
+    asked = settings(CPU, model="", objective="loss", data=text(tmp_path), train_time="3m")
+    found = starts(build_space(asked, CPU), asked, card_of(CPU), MemoryModel(device="cpu"))
+    assert len({candidate.shape.n_embd for candidate in found}) >= STARTS - 1
+    losses = [score(asked, c, math.exp(log_speed(c, None))) for c in found]
+    assert losses[0] == min(losses)
+    fast = starts(build_space(asked, CPU), asked, card_of(CPU), MemoryModel(device="cpu"), pace=100.0)
+    assert fast[0].shape.parameters_non_embedding > found[0].shape.parameters_non_embedding
+
+
+def test_the_pace_of_a_cpu_is_what_was_measured_over_what_was_predicted() -> None:
+    trials = Trials(settings(CPU)).run(3)
+    ratios = [(r.result.tokens_per_second or 0.0) / math.exp(log_speed(r.candidate, None)) for r in trials.records]
+    assert pace(trials.records, None) == pytest.approx(statistics.median(ratios))
+    assert pace(trials.records, CARD) == 1.0
+    assert pace([], None) == 1.0
 
 
 def test_the_card_of_a_machine() -> None:
