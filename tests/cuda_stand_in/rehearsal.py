@@ -178,7 +178,7 @@ def limit(card: Card) -> str:
     """A smaller card emulated on this one."""
     own = card.folder / "large_batch.py"
     own.write_text(NANOGPT.replace("batch_size = 8", "batch_size = 128") + f"dtype = '{card.dtype}'\n")
-    words = ("--from", own, "--budget", "120s", "--name", "limited", "--memory-limit", "3GiB", "--device", "cuda:0")
+    words = ("--from", own, "--budget", "400s", "--name", "limited", "--memory-limit", "3GiB", "--device", "cuda:0")
     choices = ("micro_batch_size=4,128", "compile=off", f"attention={card.attention}", "loss=full", "allocator=default")
     choices += ("activation_checkpointing=none", f"dtype={card.dtype}")
     card.autotune("search", *words, *given(choices))
