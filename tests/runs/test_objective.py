@@ -5,6 +5,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from fake_machine import CPU, CUDA, settings
+from hypothesis import given
+from hypothesis import strategies as st
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.search_settings import SearchSettings
@@ -22,6 +24,7 @@ from autotune.runs.objective import (
 )
 from autotune.search.space import baseline
 
+RACES = Path(__file__).parents[2] / "results" / "reference" / "cpu-torch-2.13" / "races.jsonl"
 PUBLISHED = Path(__file__).parents[2] / "results" / "reference" / "losses-published" / "losses.csv"
 
 
@@ -59,6 +62,31 @@ def test_the_default_law_fits_the_runs_it_was_fitted_to() -> None:
     table = one_recipe()
     errors = predictions(find_law("lingle"), table) - table.final_loss
     assert (errors**2).mean() ** 0.5 < 0.02
+
+
+def recorded_short() -> pd.DataFrame:
+    """The least loss of AdamW by shape and length, of trainings with 65,536 tokens and more."""
+    table = pd.read_json(RACES, lines=True)
+    table = table[(table.optimizer == "adamw") & (table.tokens >= 2**16)]
+    return table.groupby(["shape", "tokens"], as_index=False).loss.min()
+
+
+def test_short_trainings_are_predicted_by_what_short_trainings_showed() -> None:
+    for row in recorded_short().itertuples():
+        layers, heads, width, block = map(int, str(row.shape).split("x"))
+        shape = Shape(n_layer=layers, n_head=heads, n_embd=width, block_size=block)
+        assert predict_loss(find_law("lingle"), shape, row.tokens) == pytest.approx(row.loss, abs=0.17)
+
+
+@given(
+    layers=st.integers(1, 48), width=st.integers(1, 32), block=st.integers(16, 4096),
+    tokens=st.floats(1.0, 1e13), more=st.floats(1.0, 100.0), law=st.sampled_from(LAWS),
+)  # fmt: skip
+def test_more_tokens_never_predict_a_higher_loss(
+    layers: int, width: int, block: int, tokens: float, more: float, law: Law
+) -> None:
+    shape = Shape(n_layer=layers, n_head=1, n_embd=64 * width, block_size=block)
+    assert predict_loss(law, shape, more * tokens) <= predict_loss(law, shape, tokens) + 1e-9
 
 
 def test_an_unknown_law_is_refused_with_the_known_ones() -> None:
