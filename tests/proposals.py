@@ -42,7 +42,7 @@ class Trials:
         self.asked, self.answers = asked, answers or formulas(asked)
         direction = "maximize" if maximised(asked) else "minimize"
         self.study = optuna.create_study(direction=direction)
-        self.proposer = Proposer(self.study, build_space(asked, environment), asked, environment, priors=True)
+        self.proposer = Proposer(self.study, build_space(asked, environment), asked, environment)
         self.records: list[TrialRecord] = []
 
     def model(self) -> MemoryModel:

@@ -59,6 +59,12 @@ def enough_for(seconds: float) -> str:
     return neat(1.1 * seconds + 10.0 + CLOSING_SECONDS)
 
 
+def enough_for_more(settings: SearchSettings, environment: Environment, records: Sequence[TrialRecord]) -> str:
+    """Value for --budget in which two more trials fit, one to search and one to confirm."""
+    longest = max((record.result.trial_seconds or 0.0 for record in records), default=0.0)
+    return enough_for(2 * (longest or trial_seconds(baseline(settings), environment, None)))
+
+
 def neat(seconds: float) -> str:
     """Next longer round duration, as --budget takes it."""
     rounded = next((duration for duration in _NEAT_SECONDS if duration >= seconds), None)

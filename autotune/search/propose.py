@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,15 +30,28 @@ _ERROR = 0.1
 """Relative error of values by which machines differ: small beside the differences that matter."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Knowledge:
+    """What proposals may use beyond the measured speeds; `scripts/replay` leaves parts out."""
+
+    priors: bool = True
+    """Prior means of speed and trial seconds (`autotune.search.priors`)."""
+    start: bool = True
+    """The default sampler's first candidates from predicted speeds (`autotune.search.start`)."""
+    memory_model: bool = True
+    """Predicted peaks: their probability to fit, and skipping what is predicted not to."""
+
+
+EVERYTHING = Knowledge()
+
 class Proposer:
     """The only one who begins trials in the study: of proposed candidates, and of given ones."""
 
     def __init__(
-        self, study: "optuna.Study", space: Space, settings: SearchSettings, environment: Environment, priors: bool,
-        start: bool = True,
+        self, study: "optuna.Study", space: Space, settings: SearchSettings, environment: Environment,
+        knowledge: Knowledge = EVERYTHING,
     ) -> None:  # fmt: skip
-        """Gives the study the sampler that the settings name. `start`: the default sampler's first proposals are
-        those of `autotune.search.start`. Raises ConfigError."""
+        """Gives the study the sampler that the settings name. Raises ConfigError."""
         from autotune.search.samplers import GuardedSampler, make_sampler
 
         trials = study.get_trials(deepcopy=False)
@@ -45,9 +59,10 @@ class Proposer:
         others = [c for c in (baseline(settings), guide_candidate(settings, environment)) if c is not None]
         kinds = {name: known.get(name, kind) for name, kind in distributions(space, *others).items()}
         self._study, self._space, self._settings, self._kinds = study, space, settings, kinds
-        self._problem = CandidateProblem(space, settings, kinds, priors=priors)
+        self._problem = CandidateProblem(space, settings, kinds, priors=knowledge.priors)
         self._repeated, self._card = False, card_of(environment)
-        self._start = start and settings.sampler == "additive"
+        self.knowledge = knowledge
+        self._start = knowledge.start and settings.sampler == "additive"
         self._dice = np.random.default_rng()
         sampler = make_sampler(settings.sampler, (settings.seed + len(trials)) % 2**32, self._problem)
         self._guard = None if settings.sampler == "additive" else GuardedSampler(sampler, space, settings.seed)
@@ -61,21 +76,21 @@ class Proposer:
         return [*(self._guard.notes if self._guard else []), *([repeated] if self._repeated else [])]
 
     def propose(
-        self, records: Iterable[TrialRecord], model: MemoryModel | None, pending: Sequence[Candidate] = (),
+        self, records: Iterable[TrialRecord], model: MemoryModel, pending: Sequence[Candidate] = (),
         taken: Callable[[], Container[str]] | None = None,
     ) -> "tuple[optuna.Trial | None, Candidate] | None":
         """A candidate whose answer does not follow from the records and which is not `pending`; None where none is
         left. With Optuna's trial, which runs, where an Optuna sampler proposed it. A proposal whose answer is known is
-        answered from its record. `model`: None: memory is not considered. `taken`: ids of the candidates that other
-        machines have begun with until the moment when it is called, which is as late as possible."""
+        answered from its record. `taken`: ids of the candidates that other machines have begun with until the moment
+        when it is called, which is as late as possible."""
         from autotune.search.sampler import choose
 
-        problem = self._problem
-        problem.update(records, model, pending)
+        problem, used = self._problem, model if self.knowledge.memory_model else None
+        problem.update(records, used, pending)
         if not problem.left.candidates:
             return None
         runs = {candidate.id for candidate in pending}
-        if (first := self._first(model, runs, taken)) is not None:
+        if (first := self._first(used, runs, taken)) is not None:
             return None, first
         if self._guard is None:
             row = choose(problem, None if taken is None else partial(self._apart, taken))

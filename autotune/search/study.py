@@ -341,16 +341,16 @@ def heartbeat(trial: "optuna.Trial") -> None:
     """Say that the machine of a running trial lives, where the storage is a server."""
     from optuna.storages._heartbeat import BaseHeartbeat
 
-    if heartbeats_are_kept(trial.storage):
+    if is_shared(trial.study):
         assert isinstance(trial.storage, BaseHeartbeat)
         trial.storage.record_heartbeat(trial._trial_id)
 
 
-def heartbeats_are_kept(storage: "optuna.storages.BaseStorage") -> bool:
+def is_shared(study: "optuna.Study") -> bool:
     """Whether the storage is a server, which several machines use."""
     from optuna.storages._heartbeat import is_heartbeat_enabled
 
-    return bool(is_heartbeat_enabled(storage))
+    return bool(is_heartbeat_enabled(study._storage))
 
 
 def fail_dead(study: "optuna.Study", old: Collection[int]) -> None:
@@ -506,7 +506,7 @@ def close_stale(study: "optuna.Study", run_dir: Path, limit_bytes: int) -> None:
     import optuna
 
     take_in(study, run_dir, limit_bytes)
-    if heartbeats_are_kept(study._storage):
+    if is_shared(study):
         return
     states = optuna.trial.TrialState
     while study.get_trials(deepcopy=False, states=(states.WAITING,)):

@@ -42,7 +42,7 @@ def request_of(candidate: Candidate) -> TrialRequest:
 
 
 def proposer_of(study: optuna.Study) -> Proposer:
-    return Proposer(study, SPACE, SETTINGS, CUDA, priors=True)
+    return Proposer(study, SPACE, SETTINGS, CUDA)
 
 
 def measured(study: optuna.Study, proposer: Proposer, number: int) -> TrialRecord:
