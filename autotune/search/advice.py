@@ -11,7 +11,7 @@ from autotune.runs.records import TrialRecord
 from autotune.search.budget import CLOSING_SECONDS
 from autotune.search.pool import by_candidate
 from autotune.search.space import baseline, in_words
-from autotune.search.study import violation
+from autotune.search.study_trials import violation
 from autotune.units import MIB, format_bytes, format_duration
 
 _CPU_FLOPS_A_CORE, _CUDA_FLOPS = 2e10, 1e13

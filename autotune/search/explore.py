@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from autotune.config.candidate import Candidate
 from autotune.environment import Slot
 from autotune.runs.records import Role
-from autotune.search import study as studies
+from autotune.search import study_trials
 from autotune.search.budget import Allowance, next_allowance
 from autotune.search.crew import Job
 from autotune.search.pool import by_candidate
@@ -57,7 +57,7 @@ class Exploration:
             allowance = self._allowance(self._race_seconds() if role == "search" else 0.0)
             if allowance is None:
                 if trial is not None:
-                    studies.withdraw(self._state.study, trial)
+                    study_trials.withdraw(self._state.study, trial)
                 self._why = [] if role == "search" else [f"the budget ended before the {role} was measured"]
                 return None
             if (job := self._trials.begin(slot, role, candidate, allowance, trial)) is not None:

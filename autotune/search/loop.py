@@ -19,7 +19,7 @@ from autotune.measure.runner import Measure, TrainRung, run_rung, run_trial
 from autotune.runs import directory as files
 from autotune.runs.records import write_csv
 from autotune.runs.verdict import Verdict
-from autotune.search import storage
+from autotune.search import storage, study_trials
 from autotune.search import study as studies
 from autotune.search.advice import enough_for_more, nothing_found
 from autotune.search.budget import CLOSING_SECONDS, begin
@@ -135,7 +135,7 @@ def resume(
         patience = storage.within(begin(whole, started, clock))
         study = studies.load_study(run_dir, settings, patience)
         studies.refuse_older(study, run_dir)
-        studies.close_stale(study, run_dir, settings.memory_limit_bytes)
+        study_trials.close_stale(study, run_dir, settings.memory_limit_bytes)
         spent = part.follows(run_dir, 0.0 if shared else studies.spent_seconds(study))
         if not shared:
             study.set_user_attr(studies.SPENT, spent + clock() - started)
@@ -205,8 +205,8 @@ def _run(
     except KeyboardInterrupt:
         trials.keep_on_disk()  # what has ended is not lost
         for job in crew.stop():
-            studies.interrupt(state.study, job.trial)
-        studies.close_stale(state.study, state.directory, state.settings.memory_limit_bytes)
+            study_trials.interrupt(state.study, job.trial)
+        study_trials.close_stale(state.study, state.directory, state.settings.memory_limit_bytes)
         state.read_again()
         end(["the search was interrupted"])
         raise InterruptedByUser(

@@ -13,7 +13,7 @@ from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
 from autotune.memory.model import MemoryModel
 from autotune.runs.records import TrialRecord
-from autotune.search import study as studies
+from autotune.search import study_trials
 from autotune.search.gp import Array
 from autotune.search.pool import CandidateProblem, dominated_by_oom
 from autotune.search.space import Space, baseline, candidate_at, distributions, guide_candidate, parameters_of
@@ -97,13 +97,13 @@ class Proposer:
             assert row is not None
             return None, problem.left.candidates[row]
         for _ in range(REPEATS):
-            trial = studies.ask(self._study, self._kinds)
+            trial = study_trials.ask(self._study, self._kinds)
             candidate = candidate_at(self._space, trial.params)
             answer = problem.known.get(candidate.id) or dominated_by_oom(candidate, problem.known)
             if answer is not None:
-                studies.repeat(self._study, trial, answer, self._settings.memory_limit_bytes)
+                study_trials.repeat(self._study, trial, answer, self._settings.memory_limit_bytes)
             elif candidate.id in runs:
-                studies.withdraw(self._study, trial)
+                study_trials.withdraw(self._study, trial)
             else:
                 return trial, candidate
         self._repeated = True
@@ -137,10 +137,10 @@ class Proposer:
     ) -> "optuna.Trial":
         """The running trial of a candidate: the one that Optuna's sampler proposed, or a new one."""
         if trial is None:
-            return studies.claim(
+            return study_trials.claim(
                 self._study, parameters_of(self._space, candidate, self._kinds), self._kinds, attributes
             )
         for name, value in attributes.items():
             trial.set_user_attr(name, value)
-        studies.heartbeat(trial)
+        study_trials.heartbeat(trial)
         return trial

@@ -16,7 +16,7 @@ from autotune.runs.objective import loss_at, score
 from autotune.runs.races import Lineup, RaceVerdict, Reading, write_races
 from autotune.runs.records import Role, TrialRecord
 from autotune.runs.verdict import Verdict
-from autotune.search import storage
+from autotune.search import storage, study_trials
 from autotune.search import study as studies
 from autotune.search.budget import Budget
 from autotune.search.conclude import conclude
@@ -61,12 +61,12 @@ class State:
         """`spent_before`: seconds that earlier parts of a resumed search took."""
         self.directory, self.settings, self.environment, self.space = directory, settings, environment, space
         self.study, self.budget = study, budget
-        self.records = studies.records(study)
+        self.records = study_trials.records(study)
         self.lineup, self.readings = studies.lineup_of(study), studies.readings_of(study)
         self.peers = Peers(study, {record.trial for record in self.records}) if studies.is_shared(study) else None
         self.elsewhere: list[Claim] = []
         """What other machines measure."""
-        self._spent_before, self._notify, self._journal = spent_before, notify, studies.Journal(directory)
+        self._spent_before, self._notify, self._journal = spent_before, notify, study_trials.Journal(directory)
         self._notes = studies.notes_of(study)
         self._calibrate()
         self.verdict, self._marked = self._conclude(), Verdict()
@@ -102,7 +102,7 @@ class State:
 
     def attributes(self, role: Role, request: TrialRequest) -> dict[str, object]:
         """Attributes of a trial that is about to be measured."""
-        return studies.requested(role, request, self.environment.alike.fingerprint, self.spent())
+        return study_trials.requested(role, request, self.environment.alike.fingerprint, self.spent())
 
     def record(
         self, number: int, role: Role, candidate: Candidate, result: TrialResult, prediction: Prediction
@@ -119,7 +119,7 @@ class State:
     def keep(self, trial: "optuna.Trial", record: TrialRecord) -> TrialRecord | None:
         """Give the study and all files the record of a trial that has ended. Returns it as the study holds it; None
         where it was given to another machine meanwhile."""
-        kept = studies.finish(self.study, trial, record, self.settings.memory_limit_bytes, self._journal)
+        kept = study_trials.finish(self.study, trial, record, self.settings.memory_limit_bytes, self._journal)
         if self.peers is not None:
             self.peers.done(trial.number if kept is None else kept.trial)
         self._add([] if kept is None else [kept])
@@ -159,7 +159,7 @@ class State:
     def read_again(self) -> None:
         """Take over what ended without a record of this process."""
         if self.peers is None:
-            self.records = studies.records(self.study)
+            self.records = study_trials.records(self.study)
         self._calibrate()
 
     def tell(

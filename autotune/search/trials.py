@@ -12,7 +12,7 @@ from autotune.memory.model import Prediction, predict
 from autotune.runs import directory as files
 from autotune.runs.objective import speed_needed
 from autotune.runs.records import Role, TrialRecord
-from autotune.search import study as studies
+from autotune.search import study_trials
 from autotune.search.budget import Allowance, measure_seconds
 from autotune.search.crew import Crew, Job
 from autotune.search.posterior import NOISY
@@ -80,7 +80,7 @@ class Trials:
         )  # fmt: skip
         trial = self._proposer.claim(candidate, state.attributes(role, request), trial)
         if state.peers is not None and state.peers.has_lost(trial.number, candidate, role):
-            studies.withdraw(state.study, trial)
+            study_trials.withdraw(state.study, trial)
             return None
         state.tell(trial.number, role, candidate, device=slot.device)
         prediction = predict(state.model, candidate)
