@@ -6,7 +6,7 @@ files stay readable, and `resume` continues. Its phases: `explore`, `race_phase`
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,11 +80,7 @@ def search(
             refuse_to_join(studies.when_begun(study), settings, environment, tokens, same_machine=same_machine)
             settings, space = replace(settings, joined=True), studies.as_begun(study, space)
         else:
-            study.set_user_attr(studies.ENVIRONMENT, asdict(environment))
-            study.set_user_attr(studies.REMARKS, remarks)
-            study.set_user_attr(studies.DATA, tokens)
-            studies.keep_choices(study, space)
-            study.set_user_attr(studies.SETTINGS, asdict(settings))  # last: others may join from now on
+            studies.describe(study, settings, environment, space, remarks, tokens)
         state = State(run_dir, settings, environment, space, study, budget, notify=notify)
         proposer = Proposer(study, space, settings, environment, knowledge)
         files.write_inputs(run_dir, settings, environment)
@@ -192,7 +188,7 @@ def _run(
     phases = Exploration(state, trials, proposer, race.kept_seconds), race, Confirmation(state, trials)
 
     def end(notes: Sequence[str]) -> None:
-        own = (note for note in (*proposer.notes, *trials.left, *notes) if note not in remarks)
+        own = (note for note in (*proposer.notes, *trials.gone, *notes) if note not in remarks)
         state.end([*remarks, *own])
 
     patience.meanwhile = trials.keep_on_disk

@@ -107,7 +107,7 @@ class Race:
         if not any(record.role == "race" and record.candidate.id == candidate.id for record in state.records):
             trial = self._proposer.claim(candidate, state.attributes("race", racing.as_trial_request(request)))
             found = predict(state.model, candidate)
-            state.keep(trial, state.record(trial.number, "race", candidate, racing.as_trial(result), found))
+            state.keep(trial, state.record_of(trial.number, "race", candidate, racing.as_trial(result), found))
         reading = racing.reading_of(number, step, result, rival)
         state.keep_reading(reading)
         state.tell(number, "race", candidate, reading=reading)

@@ -104,7 +104,7 @@ class State:
         """Attributes of a trial that is about to be measured."""
         return study_trials.requested(role, request, self.environment.alike.fingerprint, self.spent())
 
-    def record(
+    def record_of(
         self, number: int, role: Role, candidate: Candidate, result: TrialResult, prediction: Prediction
     ) -> TrialRecord:
         """Record of a trial that has ended, which is not kept yet."""

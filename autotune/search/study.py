@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,9 +154,16 @@ def notes_of(study: "optuna.Study", attribute: str = NOTES) -> tuple[str, ...]:
     return read_table(_State, {"notes": study.user_attrs.get(attribute, ())}, "the study").notes
 
 
-def keep_choices(study: "optuna.Study", space: Space) -> None:
-    """Write the choices of the space into the study."""
+def describe(
+    study: "optuna.Study", settings: SearchSettings, environment: Environment, space: Space,
+    remarks: Sequence[str] = (), data: str = "",
+) -> None:  # fmt: skip
+    """Write into a new study what is searched and where. `data`: id of the tokens."""
+    study.set_user_attr(ENVIRONMENT, asdict(environment))
+    study.set_user_attr(REMARKS, remarks)
+    study.set_user_attr(DATA, data)
     study.set_user_attr(_CHOICES, {name: list(choices) for name, choices in space.choices.items()})
+    study.set_user_attr(SETTINGS, asdict(settings))  # last: others may join from now on
 
 
 def as_begun(study: "optuna.Study", space: Space) -> Space:

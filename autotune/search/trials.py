@@ -38,7 +38,7 @@ class Trials:
         self._state, self._proposer, self._crew = state, proposer, crew
         self.ended = 0
         """Trials of this process."""
-        self.left: list[str] = []
+        self.gone: list[str] = []
         """Notes on devices that have left."""
 
     def work(
@@ -114,7 +114,7 @@ class Trials:
         others = [slot for slot in self._crew.slots if slot != job.slot]
         if result.remedy and others:  # the candidate is not at fault: another device may run it
             self._crew.slots = others
-            self.left.append(f"{job.slot.device} left the search: {result.remedy}")
+            self.gone.append(f"{job.slot.device} left the search: {result.remedy}")
             result = replace(result, status="interrupted", message=result.remedy)
         record = self._state.keep(job.trial, self._record_of(job, result))
         self._state.tell(job.trial.number, job.role, job.candidate, device=job.slot.device, record=record)
@@ -127,7 +127,7 @@ class Trials:
         self._state.keep_on_disk(self._record_of(job, _judged(job, result)) for job, result in self._crew.look())
 
     def _record_of(self, job: Job, result: TrialResult) -> TrialRecord:
-        return self._state.record(job.trial.number, job.role, job.candidate, result, job.prediction)
+        return self._state.record_of(job.trial.number, job.role, job.candidate, result, job.prediction)
 
 
 def _least_speed(state: State, candidate: Candidate) -> float | None:

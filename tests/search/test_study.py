@@ -34,7 +34,7 @@ CARD = replace(CUDA, device_memory_bytes=48 * GIB)
 def new_study(tmp_path: Path) -> optuna.Study:
     study = studies.create_study(tmp_path, SETTINGS)
     assert study is not None
-    studies.keep_choices(study, SPACE)
+    studies.describe(study, SETTINGS, CUDA, SPACE)
     return study
 
 
