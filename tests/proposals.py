@@ -13,7 +13,7 @@ from autotune.measure.types import TrialRequest, TrialResult
 from autotune.memory.model import MemoryModel, calibrate
 from autotune.runs.objective import maximised, score
 from autotune.runs.records import TrialRecord
-from autotune.search import study as studies
+from autotune.search import study_trials
 from autotune.search.propose import Proposer
 from autotune.search.space import baseline, build_space
 
@@ -42,7 +42,7 @@ class Trials:
         self.asked, self.answers = asked, answers or formulas(asked)
         direction = "maximize" if maximised(asked) else "minimize"
         self.study = optuna.create_study(direction=direction)
-        self.proposer = Proposer(self.study, build_space(asked, environment), asked, environment, priors=True)
+        self.proposer = Proposer(self.study, build_space(asked, environment), asked, environment)
         self.records: list[TrialRecord] = []
 
     def model(self) -> MemoryModel:
@@ -69,7 +69,7 @@ class Trials:
         speed = result.tokens_per_second if result.status == "ok" else None
         objective = score(self.asked, candidate, speed) if speed else None
         record = TrialRecord(trial=trial.number, role="search", candidate=candidate, result=result, objective=objective)
-        studies.tell(self.study, trial, record, self.asked.memory_limit_bytes)
+        study_trials.tell(self.study, trial, record, self.asked.memory_limit_bytes)
         self.records.append(record)
 
     def best(self, count: int | None = None) -> float:

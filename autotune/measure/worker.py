@@ -293,10 +293,9 @@ def measure_eval_and_checkpoint(step: TrainStep, batches: list[MicroBatch], mete
     process is killed."""
     torch.compiler.set_stance("default")  # the forward without gradients is compiled here
     tokens, targets, _ = batches[0]
-    rows = step.candidate.evaluation.eval_batch_size or step.candidate.plan.micro_batch_size
-    repeats = -(-rows // tokens.shape[0])
+    rows = step.candidate.evaluation.eval_batch_size or len(tokens)
     with meter.stage("evaluation"):
-        step.evaluate(tokens.repeat(repeats, 1)[:rows], targets.repeat(repeats, 1)[:rows])
+        step.evaluate(tokens[:rows], targets[:rows])
     with meter.stage("checkpoint"), tempfile.TemporaryDirectory(dir=folder) as directory:
         save_checkpoint(Path(directory), step, TrainState(iteration=0, tokens=0, candidate=step.candidate))
 

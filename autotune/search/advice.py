@@ -11,7 +11,7 @@ from autotune.runs.records import TrialRecord
 from autotune.search.budget import CLOSING_SECONDS
 from autotune.search.pool import by_candidate
 from autotune.search.space import baseline, in_words
-from autotune.search.study import violation
+from autotune.search.study_trials import violation
 from autotune.units import MIB, format_bytes, format_duration
 
 _CPU_FLOPS_A_CORE, _CUDA_FLOPS = 2e10, 1e13
@@ -57,6 +57,12 @@ def _flops(environment: Environment) -> float:
 def enough_for(seconds: float) -> str:
     """Value for --budget in which `seconds` of trials fit, plus the start and the end of a search."""
     return neat(1.1 * seconds + 10.0 + CLOSING_SECONDS)
+
+
+def enough_for_more(settings: SearchSettings, environment: Environment, records: Sequence[TrialRecord]) -> str:
+    """Value for --budget in which two more trials fit, one to search and one to confirm."""
+    longest = max((record.result.trial_seconds or 0.0 for record in records), default=0.0)
+    return enough_for(2 * (longest or trial_seconds(baseline(settings), environment, None)))
 
 
 def neat(seconds: float) -> str:

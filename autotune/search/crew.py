@@ -54,7 +54,7 @@ class Crew:
         return [*(job for job, _ in self._running.values()), *(job for job, _ in self._ended)]
 
     def work(
-        self, choose: Callable[[Slot], Job | None], record: Callable[[Job, TrialResult], None],
+        self, choose: Callable[[Slot], Job | None], record: Callable[[Job, TrialResult], object],
         watch: Callable[[], None] = lambda: None, *, at_once: int | None = None,
     ) -> None:  # fmt: skip
         """Keep the slots busy with what `choose` gives and `record` what ends, until nothing is given and nothing runs.
@@ -93,7 +93,7 @@ class Crew:
                 self._ended.append((job, end.value))
         return self._ended
 
-    def _record(self, record: Callable[[Job, TrialResult], None]) -> bool:
+    def _record(self, record: Callable[[Job, TrialResult], object]) -> bool:
         """Whether something had ended."""
         some = bool(self._ended)
         while self._ended:

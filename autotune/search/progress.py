@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from autotune.config.candidate import Candidate
 from autotune.runs.races import Reading
 from autotune.runs.records import TrialRecord
-from autotune.search.loop import Event, Notify
 from autotune.search.space import in_words
+from autotune.search.state import Event, Notify
 from autotune.terminal import say, visible
 from autotune.units import format_bytes, format_count, format_duration
 

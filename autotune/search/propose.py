@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
 from autotune.memory.model import MemoryModel
 from autotune.runs.records import TrialRecord
-from autotune.search import study as studies
+from autotune.search import study_trials
 from autotune.search.gp import Array
 from autotune.search.pool import CandidateProblem, dominated_by_oom
 from autotune.search.space import Space, baseline, candidate_at, distributions, guide_candidate, parameters_of
@@ -29,15 +30,28 @@ _ERROR = 0.1
 """Relative error of values by which machines differ: small beside the differences that matter."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Knowledge:
+    """What proposals may use beyond the measured speeds; `scripts/replay` leaves parts out."""
+
+    priors: bool = True
+    """Prior means of speed and trial seconds (`autotune.search.priors`)."""
+    start: bool = True
+    """The default sampler's first candidates from predicted speeds (`autotune.search.start`)."""
+    memory_model: bool = True
+    """Predicted peaks: their probability to fit, and skipping what is predicted not to."""
+
+
+EVERYTHING = Knowledge()
+
 class Proposer:
     """The only one who begins trials in the study: of proposed candidates, and of given ones."""
 
     def __init__(
-        self, study: "optuna.Study", space: Space, settings: SearchSettings, environment: Environment, priors: bool,
-        start: bool = True,
+        self, study: "optuna.Study", space: Space, settings: SearchSettings, environment: Environment,
+        knowledge: Knowledge = EVERYTHING,
     ) -> None:  # fmt: skip
-        """Gives the study the sampler that the settings name. `start`: the default sampler's first proposals are
-        those of `autotune.search.start`. Raises ConfigError."""
+        """Gives the study the sampler that the settings name. Raises ConfigError."""
         from autotune.search.samplers import GuardedSampler, make_sampler
 
         trials = study.get_trials(deepcopy=False)
@@ -45,9 +59,10 @@ class Proposer:
         others = [c for c in (baseline(settings), guide_candidate(settings, environment)) if c is not None]
         kinds = {name: known.get(name, kind) for name, kind in distributions(space, *others).items()}
         self._study, self._space, self._settings, self._kinds = study, space, settings, kinds
-        self._problem = CandidateProblem(space, settings, kinds, priors=priors)
+        self._problem = CandidateProblem(space, settings, kinds, priors=knowledge.priors)
         self._repeated, self._card = False, card_of(environment)
-        self._start = start and settings.sampler == "additive"
+        self.knowledge = knowledge
+        self._start = knowledge.start and settings.sampler == "additive"
         self._dice = np.random.default_rng()
         sampler = make_sampler(settings.sampler, (settings.seed + len(trials)) % 2**32, self._problem)
         self._guard = None if settings.sampler == "additive" else GuardedSampler(sampler, space, settings.seed)
@@ -61,34 +76,34 @@ class Proposer:
         return [*(self._guard.notes if self._guard else []), *([repeated] if self._repeated else [])]
 
     def propose(
-        self, records: Iterable[TrialRecord], model: MemoryModel | None, pending: Sequence[Candidate] = (),
+        self, records: Iterable[TrialRecord], model: MemoryModel, pending: Sequence[Candidate] = (),
         taken: Callable[[], Container[str]] | None = None,
     ) -> "tuple[optuna.Trial | None, Candidate] | None":
         """A candidate whose answer does not follow from the records and which is not `pending`; None where none is
         left. With Optuna's trial, which runs, where an Optuna sampler proposed it. A proposal whose answer is known is
-        answered from its record. `model`: None: memory is not considered. `taken`: ids of the candidates that other
-        machines have begun with until the moment when it is called, which is as late as possible."""
+        answered from its record. `taken`: ids of the candidates that other machines have begun with until the moment
+        when it is called, which is as late as possible."""
         from autotune.search.sampler import choose
 
-        problem = self._problem
-        problem.update(records, model, pending)
+        problem, used = self._problem, model if self.knowledge.memory_model else None
+        problem.update(records, used, pending)
         if not problem.left.candidates:
             return None
         runs = {candidate.id for candidate in pending}
-        if (first := self._first(model, runs, taken)) is not None:
+        if (first := self._first(used, runs, taken)) is not None:
             return None, first
         if self._guard is None:
             row = choose(problem, None if taken is None else partial(self._apart, taken))
             assert row is not None
             return None, problem.left.candidates[row]
         for _ in range(REPEATS):
-            trial = studies.ask(self._study, self._kinds)
+            trial = study_trials.ask(self._study, self._kinds)
             candidate = candidate_at(self._space, trial.params)
             answer = problem.known.get(candidate.id) or dominated_by_oom(candidate, problem.known)
             if answer is not None:
-                studies.repeat(self._study, trial, answer, self._settings.memory_limit_bytes)
+                study_trials.repeat(self._study, trial, answer, self._settings.memory_limit_bytes)
             elif candidate.id in runs:
-                studies.withdraw(self._study, trial)
+                study_trials.withdraw(self._study, trial)
             else:
                 return trial, candidate
         self._repeated = True
@@ -123,10 +138,10 @@ class Proposer:
     ) -> "optuna.Trial":
         """The running trial of a candidate: the one that Optuna's sampler proposed, or a new one."""
         if trial is None:
-            return studies.claim(
+            return study_trials.claim(
                 self._study, parameters_of(self._space, candidate, self._kinds), self._kinds, attributes
             )
         for name, value in attributes.items():
             trial.set_user_attr(name, value)
-        studies.heartbeat(trial)
+        study_trials.heartbeat(trial)
         return trial

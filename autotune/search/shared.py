@@ -16,6 +16,7 @@ from autotune.environment import Environment, differences
 from autotune.errors import ConfigError
 from autotune.runs.records import Role, TrialRecord
 from autotune.search import study as studies
+from autotune.search import study_trials
 from autotune.search.storage import BEAT_SECONDS, GRACE_SECONDS
 
 if TYPE_CHECKING:
@@ -73,13 +74,13 @@ class Peers:
         for trial in trials:
             if trial.number in self._done:
                 continue
+            number = trial.number
             if trial.state.is_finished():
-                self.done(trial.number)
-                if (record := studies.record_of(trial)) is not None:
+                self.done(number)
+                if (record := study_trials.record_of(trial)) is not None:
                     new.append(record)
-            elif trial.number not in self._claims and (candidate := studies.requested_candidate(trial)) is not None:
-                role = trial.user_attrs["role"]
-                self._claims[trial.number] = Claim(number=trial.number, candidate=candidate, role=role)
+            elif number not in self._claims and (candidate := study_trials.requested_candidate(trial)) is not None:
+                self._claims[number] = Claim(number=number, candidate=candidate, role=trial.user_attrs["role"])
         self._seen = {trial.number for trial in trials}
         return new, list(self._claims.values())
 
@@ -108,9 +109,9 @@ class Peers:
             self._since = now
         self._looked = now
         for trial in trials:
-            studies.heartbeat(trial)
+            study_trials.heartbeat(trial)
         if now - self._since > GRACE_SECONDS:
-            studies.fail_dead(self._study, self._without_beat(now))
+            study_trials.fail_dead(self._study, self._without_beat(now))
 
     def _without_beat(self, now: float) -> list[int]:
         """Numbers of trials that have run for a while, as far as seen from here."""

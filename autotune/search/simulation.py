@@ -23,7 +23,8 @@ from autotune.environment import Environment, Slot
 from autotune.errors import ConfigError, NoFeasibleError
 from autotune.measure.runner import Running
 from autotune.measure.types import MemoryView, TrialRequest, TrialResult
-from autotune.search.loop import Knowledge, search
+from autotune.search.loop import search
+from autotune.search.propose import Knowledge
 from autotune.search.resolve import resolve
 from autotune.search.space import Space, build_space, canonical, every_candidate
 

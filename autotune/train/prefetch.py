@@ -29,8 +29,10 @@ class Prefetcher:
         self.validation_rows = candidate.evaluation.eval_batch_size or micro
         """Sequences of a validation batch. Fixed: the validation loss depends on it."""
         # a process may have fewer rows than a micro batch, which need no padding then
-        self.sizes: dict[Work, int] = {"step": min(micro, largest_part), "evaluation": self.validation_rows}
-        """Sequences of a forward."""
+        self.sizes: dict[Work, int] = {
+            "step": min(micro, largest_part), "evaluation": min(micro, self.validation_rows)
+        }  # fmt: skip
+        """Sequences of a forward: an evaluation must not need more memory than the steps."""
         self.waited_seconds = 0.0
         """Total time that steps waited for their batch."""
         self._pool = ThreadPoolExecutor(1)

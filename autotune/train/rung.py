@@ -56,7 +56,6 @@ def run(request: RungRequest, outcome: Outcome) -> None:
     )  # fmt: skip
     by_chunk = replace(request.candidate, evaluation=replace(request.candidate.evaluation, eval_batch_size=rows))
     with closing(Prefetcher(source, DistributedContext(), by_chunk, device)) as batches:
-        batches.sizes["evaluation"] = min(rows, request.candidate.plan.micro_batch_size)
         rung = Rung(request, outcome, step, meter, batches, state)
         if recipe.schedule == "wsd":
             rung.train_level_and_decay()

@@ -12,8 +12,9 @@ from autotune.measure.types import MemoryView
 from autotune.runs.records import TrialRecord
 from autotune.runs.verdict import Verdict, read_verdict, write_verdict
 from autotune.search.conclude import conclude
-from autotune.search.loop import Event, search
+from autotune.search.loop import search
 from autotune.search.space import build_space
+from autotune.search.state import Event
 
 
 def concluded(tmp_path: Path, records: list[TrialRecord], objective: str = "throughput") -> Verdict:

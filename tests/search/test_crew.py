@@ -14,7 +14,8 @@ from autotune.errors import InterruptedByUser, MachineError
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.runs.verdict import Verdict
 from autotune.search import study as studies
-from autotune.search.loop import Event, search
+from autotune.search.loop import search
+from autotune.search.state import Event
 
 CARDS = tuple(Slot(device=f"cuda:{number}") for number in range(3))
 

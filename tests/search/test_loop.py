@@ -23,8 +23,9 @@ from autotune.measure.types import TrialRequest, TrialResult
 from autotune.runs.records import COLUMNS
 from autotune.runs.verdict import Verdict, read_verdict
 from autotune.search import study as studies
-from autotune.search.loop import Event, rebuild, resume, search
+from autotune.search.loop import rebuild, resume, search
 from autotune.search.space import baseline, build_space, canonical, every_candidate
+from autotune.search.state import Event
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ from autotune import cli
 from autotune.config.storage import PASSWORD_VARIABLE
 from autotune.errors import AutotuneError, ConfigError
 from autotune.measure.types import TrialRequest, TrialResult
-from autotune.search import shared, storage
+from autotune.search import shared, storage, study_trials
 from autotune.search import study as studies
 from autotune.search.loop import rebuild, resume, search
 
@@ -136,7 +136,7 @@ def go(run_dir: Path, url: str, **words: object) -> None:
 def test_a_second_machine_knows_what_the_first_has_measured(tmp_path: Path, url: str) -> None:
     go(tmp_path / "a", url)
     go(tmp_path / "b", url)
-    records = studies.records(study_of(url))
+    records = study_trials.records(study_of(url))
     searched = [record.candidate.id for record in records if record.role not in ("final", "race")]
     assert len(searched) == len(set(searched)) > 6
     assert (tmp_path / "b" / "search.toml").read_text().count("joined = true") == 1
@@ -168,7 +168,7 @@ def test_who_may_not_join_is_told_why(tmp_path: Path, url: str) -> None:
 def test_of_two_that_begin_with_one_candidate_the_lower_number_stays(tmp_path: Path, url: str) -> None:
     """While the first proposes, another machine begins with every candidate that it could take."""
     taken = list[str]()
-    claim = studies.claim
+    claim = study_trials.claim
 
     def too_late(study: optuna.Study, parameters, kinds, attributes):  # type: ignore[no-untyped-def]
         if len(taken) < 3 and attributes["role"] == "search":
@@ -177,7 +177,7 @@ def test_of_two_that_begin_with_one_candidate_the_lower_number_stays(tmp_path: P
         return claim(study, parameters, kinds, attributes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(studies, "claim", too_late)
+        patch.setattr(study_trials, "claim", too_late)
         go(tmp_path / "a", url)
     trials = [trial for trial in study_of(url).trials if trial.user_attrs.get("candidate_id") in taken]
     assert len(taken) == len(set(taken)) == 3
@@ -202,7 +202,7 @@ def test_a_trial_that_was_given_away_is_told_under_another_number(tmp_path: Path
     trials = study_of(url).trials
     late = [t for t in trials if t.user_attrs["candidate_id"] == trials[given[0]].user_attrs["candidate_id"]]
     assert [trial.state.name for trial in late][:2] == ["FAIL", "COMPLETE"]
-    assert len(studies.records(study_of(url))) == len(trials)
+    assert len(study_trials.records(study_of(url))) == len(trials)
 
 
 def test_the_dead_ones_trial_is_given_back(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,9 +213,9 @@ def test_the_dead_ones_trial_is_given_back(tmp_path: Path, url: str, monkeypatch
     go(tmp_path / "a", url)
     study = studies.load_study(tmp_path / "a", settings(storage=url))
     told = {"role": "search", "candidate_id": "x", "request": study.trials[0].user_attrs["request"]}
-    with_beat = studies.claim(study, {}, {}, told).number
-    monkeypatch.setattr(studies, "heartbeat", lambda trial: None)
-    without = studies.claim(study, {}, {}, told).number
+    with_beat = study_trials.claim(study, {}, {}, told).number
+    monkeypatch.setattr(study_trials, "heartbeat", lambda trial: None)
+    without = study_trials.claim(study, {}, {}, told).number
     seconds = iter(range(0, 120, 3))
     peers = shared.Peers(study, clock=lambda: float(next(seconds)))
     peers.read()
@@ -245,11 +245,11 @@ def test_a_server_that_does_not_come_back_ends_the_search_in_one_line(
         with pytest.raises(AutotuneError, match=r"the study cannot be read .*; what was measured is kept") as caught:
             search(asked, tmp_path / "a", CUDA, measure=measure, clock=simulated.clock)
         assert "\n" not in str(caught.value)
-        assert len(json.loads((tmp_path / "a" / studies.PENDING).read_text())["records"]) == 1
+        assert len(json.loads((tmp_path / "a" / study_trials.PENDING).read_text())["records"]) == 1
         own.start()
         assert resume(tmp_path / "a", CUDA, measure=simulated.measure, clock=simulated.clock).confirmed
-        assert [r.result.status for r in studies.records(study_of(own.url()))][:3] == ["ok"] * 3
-        assert not (tmp_path / "a" / studies.PENDING).exists()
+        assert [r.result.status for r in study_trials.records(study_of(own.url()))][:3] == ["ok"] * 3
+        assert not (tmp_path / "a" / study_trials.PENDING).exists()
         own.stop()
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("autotune.environment.probe", lambda device: CUDA)

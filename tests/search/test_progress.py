@@ -4,8 +4,9 @@ import pytest
 from fake_machine import CUDA, Machine, settings
 from rich.console import Console
 
-from autotune.search.loop import Event, search
+from autotune.search.loop import search
 from autotune.search.progress import _picture, show_progress
+from autotune.search.state import Event
 
 
 def events(tmp_path: Path, **words: object) -> list[Event]:

@@ -26,6 +26,7 @@ from autotune.runs.races import COLUMNS, Reading, Rival, difference
 from autotune.runs.read import load_run
 from autotune.runs.verdict import Verdict, read_verdict
 from autotune.search import study as studies
+from autotune.search import study_trials
 from autotune.search.halving import cost, expected, next_rung, order_of, tied
 from autotune.search.loop import rebuild, resume, search
 from autotune.search.progress import reading_line
@@ -414,7 +415,7 @@ def test_differences_are_paired_and_ties_named() -> None:
 def test_rivals_are_ordered_by_plausibility(tmp_path: Path, text: Path) -> None:
     wanted = asked(text, race="off", budget="6m")
     go(tmp_path / "run", Track(Slow()), wanted)
-    records = studies.records(studies.load_study(tmp_path / "run", wanted))
+    records = study_trials.records(studies.load_study(tmp_path / "run", wanted))
     found = candidates_for_race(records, wanted)
     assert [rival.rival for rival in found] == list(range(len(found)))
     assert found[0].candidate.recipe.optimizer == "muon"

@@ -20,7 +20,7 @@ from autotune.config.toml import read_candidate
 from autotune.errors import AutotuneError, ConfigError
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.runs.verdict import Verdict
-from autotune.search import storage
+from autotune.search import storage, study_trials
 from autotune.search import study as studies
 from autotune.search.loop import rebuild, resume, search
 
@@ -70,7 +70,7 @@ def test_a_reader_does_not_hold_the_search_up(tmp_path: Path, monkeypatch: pytes
     verdict = go(tmp_path / "run", machine, measure=measure)
     holders[0].let_go()
     assert verdict.confirmed
-    assert len(studies.records(studies.load_study(tmp_path / "run", None))) == len(trials(tmp_path / "run")) > 5
+    assert len(study_trials.records(studies.load_study(tmp_path / "run", None))) == len(trials(tmp_path / "run")) > 5
 
 
 @pytest.mark.parametrize("begin", ["BEGIN EXCLUSIVE", "BEGIN IMMEDIATE"])
@@ -99,13 +99,13 @@ def test_a_lock_that_stays_loses_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(AutotuneError, match=r"database is locked; what was measured is kept, .* --resume") as caught:
         go(run_dir, machine, measure=measure)
     assert "\n" not in str(caught.value)
-    assert (run_dir / studies.PENDING).exists()
+    assert (run_dir / study_trials.PENDING).exists()
     holders[0].let_go()
     assert len(machine.requests) == 3
 
     resume(run_dir, CUDA, measure=machine.measure, clock=machine.clock)
-    assert not (run_dir / studies.PENDING).exists()
-    found = studies.records(studies.load_study(run_dir, None))
+    assert not (run_dir / study_trials.PENDING).exists()
+    found = study_trials.records(studies.load_study(run_dir, None))
     assert [record.trial for record in found] == trials(run_dir)
     assert found[2].result.status == "ok"  # the one that the study had not been told
     searched = [request.candidate.id for request in machine.requests if not request.final]
@@ -132,7 +132,7 @@ def test_a_search_that_meets_a_lock_between_trials_goes_on_later(
 def test_a_damaged_record_beside_the_study_is_one_line(tmp_path: Path) -> None:
     go(tmp_path / "run", Machine())
     for content in ("", "[]", "{}", '{"records": [5]}', "\0", "[" * 100_000):
-        (tmp_path / "run" / studies.PENDING).write_text(content)
+        (tmp_path / "run" / study_trials.PENDING).write_text(content)
         with pytest.raises(ConfigError, match=r"pending_records\.json") as caught:
             resume(tmp_path / "run", CUDA, budget_seconds=9.0)
         assert len(str(caught.value)) < 400

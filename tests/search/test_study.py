@@ -17,6 +17,7 @@ from autotune.errors import ConfigError
 from autotune.measure.types import MemoryView, Status, TrialRequest, TrialResult
 from autotune.runs.records import TrialRecord
 from autotune.search import study as studies
+from autotune.search import study_trials
 from autotune.search.loop import rebuild, resume, search
 from autotune.search.pool import by_candidate, dominated_by_oom, pool, unanswered
 from autotune.search.propose import Proposer
@@ -33,7 +34,7 @@ CARD = replace(CUDA, device_memory_bytes=48 * GIB)
 def new_study(tmp_path: Path) -> optuna.Study:
     study = studies.create_study(tmp_path, SETTINGS)
     assert study is not None
-    studies.keep_choices(study, SPACE)
+    studies.describe(study, SETTINGS, CUDA, SPACE)
     return study
 
 
@@ -42,15 +43,15 @@ def request_of(candidate: Candidate) -> TrialRequest:
 
 
 def proposer_of(study: optuna.Study) -> Proposer:
-    return Proposer(study, SPACE, SETTINGS, CUDA, priors=True)
+    return Proposer(study, SPACE, SETTINGS, CUDA)
 
 
 def measured(study: optuna.Study, proposer: Proposer, number: int) -> TrialRecord:
-    records = studies.records(study)
+    records = study_trials.records(study)
     candidate = random.Random(number).choice(unanswered(pool(SPACE, {}, SETTINGS), by_candidate(records)).candidates)
-    trial = proposer.claim(candidate, studies.requested("search", request_of(candidate), "here", 0.0))
+    trial = proposer.claim(candidate, study_trials.requested("search", request_of(candidate), "here", 0.0))
     record = record_of(trial.number, candidate)
-    assert studies.finish(study, trial, record, LIMIT, studies.Journal(folder_of(study))) == record
+    assert study_trials.finish(study, trial, record, LIMIT, study_trials.Journal(folder_of(study))) == record
     return record
 
 
@@ -71,7 +72,7 @@ def test_records_come_back_as_they_were_kept(tmp_path: Path) -> None:
     proposer = proposer_of(study)
     kept = [measured(study, proposer, number) for number in range(12)]
     again = studies.load_study(tmp_path, SETTINGS)
-    assert studies.records(again) == kept
+    assert study_trials.records(again) == kept
 
 
 def test_infeasible_trials_are_pruned_with_their_violation_never_failed(tmp_path: Path) -> None:
@@ -91,7 +92,8 @@ def test_infeasible_trials_are_pruned_with_their_violation_never_failed(tmp_path
 @pytest.mark.parametrize("status", ["timeout", "crashed", "incorrect", "unsupported"])
 def test_other_failures_are_worse_than_any_overshoot(status: Status) -> None:
     overshoot = TrialResult(status="oom", phase="build", wanted_bytes=5 * LIMIT)
-    assert studies.violation(TrialResult(status=status, phase="build"), LIMIT) > studies.violation(overshoot, LIMIT)
+    failed = TrialResult(status=status, phase="build")
+    assert study_trials.violation(failed, LIMIT) > study_trials.violation(overshoot, LIMIT)
 
 
 def test_the_violation_is_the_overshoot_over_the_limit() -> None:
@@ -99,10 +101,10 @@ def test_the_violation_is_the_overshoot_over_the_limit() -> None:
         memory = {"steady": MemoryView(allocated_bytes=peak // 2, device_bytes=peak)}
         return TrialResult(status=status, phase="done", memory=memory, wanted_bytes=wanted)
 
-    assert studies.violation(result("over_limit", 12 * GIB), 10 * GIB) == pytest.approx(0.2)
-    assert studies.violation(result("oom", 9 * GIB, 4 * GIB), 10 * GIB) == pytest.approx(0.3)
-    assert studies.violation(result("oom", 5 * GIB), 10 * GIB) == 0.05
-    assert studies.violation(result("ok", 5 * GIB), 10 * GIB) == pytest.approx(-0.5)
+    assert study_trials.violation(result("over_limit", 12 * GIB), 10 * GIB) == pytest.approx(0.2)
+    assert study_trials.violation(result("oom", 9 * GIB, 4 * GIB), 10 * GIB) == pytest.approx(0.3)
+    assert study_trials.violation(result("oom", 5 * GIB), 10 * GIB) == 0.05
+    assert study_trials.violation(result("ok", 5 * GIB), 10 * GIB) == pytest.approx(-0.5)
 
 
 def test_stale_trials_are_closed_and_what_was_in_flight_is_interrupted(tmp_path: Path) -> None:
@@ -114,16 +116,16 @@ def test_stale_trials_are_closed_and_what_was_in_flight_is_interrupted(tmp_path:
     study.enqueue_trial({})
     study.ask()  # killed before its values were drawn
     candidate = pool(SPACE, {}, SETTINGS).candidates[0]
-    attributes = studies.requested("search", request_of(candidate), "here", 0.0)
+    attributes = study_trials.requested("search", request_of(candidate), "here", 0.0)
     proposer.claim(candidate, attributes)  # killed while it was measured
     study.enqueue_trial({})
 
     again = studies.load_study(tmp_path, SETTINGS)
-    assert studies.records(again) == [first]
-    studies.close_stale(again, tmp_path, LIMIT)
+    assert study_trials.records(again) == [first]
+    study_trials.close_stale(again, tmp_path, LIMIT)
     states = {trial.state for trial in again.trials}
     assert not states & {optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING}
-    interrupted = studies.records(again)[1]
+    interrupted = study_trials.records(again)[1]
     assert (interrupted.trial, interrupted.result.status, interrupted.candidate) == (3, "interrupted", candidate)
     assert interrupted.candidate.id not in by_candidate([first, interrupted])
     # what the sampler searches has not shrunk
@@ -181,7 +183,7 @@ def test_a_runs_study_reads_naturally_in_optunas_tools(run: Path) -> None:
     roles = frame["user_attrs_role"].tolist()
     assert roles[:3] == ["baseline", "guide", "search"]
     assert {"final"} < set(roles)
-    found = studies.records(studies.load_study(run, None))
+    found = study_trials.records(studies.load_study(run, None))
     for record, (_, row) in zip(found, frame.iterrows(), strict=True):
         shape, plan = record.candidate.shape, record.candidate.plan
         assert row["params_n_embd"] == shape.n_embd
