@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,3 +122,38 @@ if __name__ == "__main__":  # a search in a process of its own: fake_machine.py 
     else:
         verdict = resume(directory, CUDA, budget_seconds=float(seconds), measure=slow_measure)
     print(json.dumps({"winner": verdict.winner.trial, "torch": "torch" in sys.modules}))
+
+
+class Beside(Machine):
+    """Trials that run at the same time: `pause` passes the time to the next end of one."""
+
+    def __init__(self, trial_seconds: float = 5.0) -> None:
+        super().__init__(trial_seconds)
+        self.running: dict[str, float] = {}
+        self.most, self.stopped = 0, list[str]()
+        self.together = set[tuple[bool, int]]()
+
+    def start(self, request: TrialRequest, log: Path) -> Generator[None, None, TrialResult]:
+        began = self.now
+        result = self.measure(request, log)
+        end, self.now = self.now + int(request.device[-1] == "2"), began  # the last card is a second slower
+        with self.busy(request.device, end):
+            self.together.add((request.final, len(self.running)))
+            while self.now < end:
+                yield
+        return result
+
+    @contextmanager
+    def busy(self, device: str, end: float) -> Iterator[None]:
+        """A worker runs there until then, unless it is stopped."""
+        self.running[device] = end
+        try:
+            yield
+        except GeneratorExit:
+            self.stopped.append(device)
+            raise
+        finally:
+            del self.running[device]
+
+    def pause(self) -> None:
+        self.now = max(self.now, min(self.running.values()))

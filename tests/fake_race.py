@@ -1,11 +1,12 @@
 """A race made of formulas, beside the machine of `fake_machine`."""
 
 import math
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from fake_machine import Machine, tokens_per_second
+from fake_machine import Beside, Machine, tokens_per_second
 
 from autotune.config.candidate import Recipe
 from autotune.measure.types import MemoryView, RungRequest, RungResult, TrialRequest, TrialResult
@@ -57,6 +58,21 @@ class Track:
             iterations=round(tokens / recipe.tokens_per_step),
             chunk_losses=tuple((final_loss(recipe, tokens) + noise + own).tolist()),
         )  # fmt: skip
+
+
+class SideBySide(Track):
+    """Rungs that run at the same time, on cards of `machine`."""
+
+    machine: Beside
+
+    def start(self, request: RungRequest, log: Path) -> Generator[None, None, RungResult]:
+        began = self.machine.now
+        result = self.train(request, log)
+        end, self.machine.now = self.machine.now, began
+        with self.machine.busy(request.device, end):
+            while self.machine.now < end:
+                yield
+        return result
 
 
 class Slow(Machine):

@@ -84,13 +84,14 @@ class Standby:
 
 Measure = Callable[[TrialRequest, Path], TrialResult | Running[TrialResult]]
 """Runs one trial, or starts it so that others can run at the same time."""
-TrainRung = Callable[[RungRequest, Path], RungResult]
+TrainRung = Callable[[RungRequest, Path], RungResult | Running[RungResult]]
+"""The same for one rung of a race."""
 
 
 @contextmanager
 def trials_in_a_row() -> Iterator[tuple[Measure, TrainRung]]:
-    """`start_trial` and `run_rung` with standby workers, which end with the block: one for each device, or part of the
-    cores, that trials run on. Removes leftovers of killed searches first."""
+    """`start_trial` and `start_rung` with standby workers, which end with the block: one for each device, or part of
+    the cores, that trials run on. Removes leftovers of killed searches first."""
     remove_leftovers()
     standbys: dict[tuple[str, frozenset[int]], Standby] = {}
     with ExitStack() as stack:
@@ -103,7 +104,7 @@ def trials_in_a_row() -> Iterator[tuple[Measure, TrainRung]]:
 
         yield (
             lambda request, log: start_trial(request, log, of(request)),
-            lambda request, log: run_rung(request, log, of(request)),
+            lambda request, log: start_rung(request, log, of(request)),
         )
 
 
@@ -131,10 +132,16 @@ def run_rung(
     request: RungRequest, log: Path, standby: Standby | None = None, groups: ControlGroups | None = None
 ) -> RungResult:
     """Train one rung of a race in a fresh worker process; otherwise as `run_trial`."""
-    dead = RungResult(status="crashed", phase="start")
+    return until_ended(start_rung(request, log, standby, groups))
+
+
+def start_rung(
+    request: RungRequest, log: Path, standby: Standby | None = None, groups: ControlGroups | None = None
+) -> Running[RungResult]:
+    """`run_rung`, as something that runs beside others."""
+    module, dead = "autotune.train.rung", RungResult(status="crashed", phase="start")
     with trial_folder() as directory:
-        module = "autotune.train.rung"
-        return until_ended(_run(module, request, dead, directory, log, standby, groups or ControlGroups()))
+        return (yield from _run(module, request, dead, directory, log, standby, groups or ControlGroups()))
 
 
 def until_ended(running: R | Running[R]) -> R:

@@ -6,7 +6,7 @@ from autotune.measure.types import TrialResult
 from autotune.runs.records import TrialRecord
 from autotune.search.advice import enough_for
 from autotune.search.budget import allow, final_seconds, final_steps
-from autotune.search.crew import Job
+from autotune.search.crew import TrialJob
 from autotune.search.decide import searched, unconfirmed
 from autotune.search.outliers import suspected_outliers
 from autotune.search.pool import by_candidate
@@ -25,10 +25,10 @@ class Confirmation:
     def run(self) -> list[str]:
         """Confirm as time permits. Returns notes."""
         self._skipped = {}
-        self._trials.work(self._next, self._record, self._trials.finals_at_once)
+        self._trials.work(self._next, self._record, self._trials.alone_on_a_cpu)
         return list(self._skipped.values())
 
-    def _next(self, slot: Slot) -> Job | None:
+    def _next(self, slot: Slot) -> TrialJob | None:
         """What a slot confirms next; None where nothing is left to do."""
         budget = self._state.budget
         self._state.read_peers()
@@ -63,7 +63,7 @@ class Confirmation:
     def _running(self) -> set[str]:
         return {candidate.id for candidate in self._trials.pending(final=True)}
 
-    def _record(self, job: Job, result: TrialResult) -> None:
+    def _record(self, job: TrialJob, result: TrialResult) -> None:
         result = self._trials.record(job, result)
         if result.status == "interrupted":
             self._skip(job.candidate, "the budget ended first", result.trial_seconds or 0.0)

@@ -1,4 +1,4 @@
-"""Trials at the same time: one in each slot (a card, or a part of the cores), in one process and one thread.
+"""Trials and rungs at the same time: one in each slot (a card, or a part of the cores), in one process and one thread.
 
 Measuring is waiting for worker processes, so a loop that looks at each in turn is enough, and nothing is shared.
 """
@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autotune.config.candidate import Candidate
 from autotune.environment import Slot, on_cores
-from autotune.measure.runner import POLL_SECONDS, Measure, Running
-from autotune.measure.types import TrialRequest, TrialResult
+from autotune.measure.runner import POLL_SECONDS, Measure, Running, TrainRung
+from autotune.measure.types import RungRequest, TrialRequest, TrialResult
 from autotune.memory.model import Prediction
 from autotune.runs.records import Role
 from autotune.search.budget import Allowance
@@ -23,14 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
-    """A trial that a slot is to run, or runs."""
+    """A trial or a rung that a slot is to run, or runs."""
 
     slot: Slot
-    trial: "optuna.Trial"
-    """Optuna's, which is running; its number is the trial's."""
     role: Role
     candidate: Candidate
-    prediction: Prediction
     request: TrialRequest
     allowance: Allowance
     """What the request's timeout was at first."""
@@ -38,15 +35,29 @@ class Job:
     """The result, where nothing needs to run."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrialJob(Job):
+    """A trial."""
+
+    trial: "optuna.Trial"
+    """Optuna's, which is running; its number is the trial's."""
+    prediction: Prediction
+
+
+J = TypeVar("J", bound=Job)
+
+
 class Crew:
     """The slots that are left, and what runs in them."""
 
-    def __init__(self, slots: Sequence[Slot], measure: Measure, pause: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, slots: Sequence[Slot], measure: Measure, train_rung: TrainRung, pause: Callable[[], None] | None = None
+    ) -> None:
         """`pause`: passes the time until something may have ended."""
         self.slots = list(slots)
-        self._measure, self._pause = measure, pause or _pause
-        self._running: dict[Slot, tuple[Job, Running[TrialResult]]] = {}
-        self._ended: list[tuple[Job, TrialResult]] = []
+        self._measure, self._train_rung, self._pause = measure, train_rung, pause or _pause
+        self._running: dict[Slot, tuple[Any, Running[TrialResult]]] = {}
+        self._ended: list[tuple[Any, TrialResult]] = []
 
     @property
     def jobs(self) -> list[Job]:
@@ -54,7 +65,7 @@ class Crew:
         return [*(job for job, _ in self._running.values()), *(job for job, _ in self._ended)]
 
     def work(
-        self, choose: Callable[[Slot], Job | None], record: Callable[[Job, TrialResult], object],
+        self, choose: Callable[[Slot], J | None], record: Callable[[J, TrialResult], object],
         watch: Callable[[], None] = lambda: None, *, at_once: int | None = None,
     ) -> None:  # fmt: skip
         """Keep the slots busy with what `choose` gives and `record` what ends, until nothing is given and nothing runs.
@@ -75,8 +86,9 @@ class Crew:
             asked = not self._record(record)
 
     def _start(self, job: Job) -> None:
-        log = Path(job.request.result_path).with_suffix(".log")
-        found = job.answer or self._measure(job.request, log)
+        request, log = job.request, Path(job.request.result_path).with_suffix(".log")
+        started = self._train_rung(request, log) if isinstance(request, RungRequest) else None
+        found = job.answer or started or self._measure(request, log)
         if isinstance(found, Generator):
             self._running[job.slot] = job, found
             self.look()  # a generator starts at its first `next`
@@ -93,7 +105,7 @@ class Crew:
                 self._ended.append((job, end.value))
         return self._ended
 
-    def _record(self, record: Callable[[Job, TrialResult], object]) -> bool:
+    def _record(self, record: Callable[[J, TrialResult], object]) -> bool:
         """Whether something had ended."""
         some = bool(self._ended)
         while self._ended:
@@ -103,6 +115,12 @@ class Crew:
             finally:
                 self._ended = [ended for ended in self._ended if ended[0] is not job]
         return some
+
+    def leave(self, slot: Slot) -> bool:
+        """Use the slot no more, unless it is the last one: False."""
+        others = [other for other in self.slots if other != slot]
+        self.slots = others or self.slots
+        return bool(others)
 
     def stop(self) -> list[Job]:
         """Kill what runs, and return it."""

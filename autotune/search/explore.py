@@ -8,7 +8,7 @@ from autotune.environment import Slot
 from autotune.runs.records import Role
 from autotune.search import study_trials
 from autotune.search.budget import Allowance, next_allowance
-from autotune.search.crew import Job
+from autotune.search.crew import TrialJob
 from autotune.search.pool import by_candidate
 from autotune.search.propose import Proposer
 from autotune.search.space import baseline, guide_candidate
@@ -39,7 +39,7 @@ class Exploration:
         self._trials.work(self._next, self._trials.record)
         return self._why
 
-    def _next(self, slot: Slot) -> Job | None:
+    def _next(self, slot: Slot) -> TrialJob | None:
         """What a slot measures next; None, with the reason in `_why`, where nothing is left to do."""
         while True:
             self._state.read_peers()
@@ -82,5 +82,5 @@ class Exploration:
         return {*by_candidate(self._state.records), *(candidate.id for candidate in self._trials.pending(final=False))}
 
     def _allowance(self, ahead: float) -> Allowance | None:
-        state, at_once = self._state, self._trials.finals_at_once
+        state, at_once = self._state, self._trials.alone_on_a_cpu
         return next_allowance(state.budget, state.records, state.settings, ahead, at_once=at_once)

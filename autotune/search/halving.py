@@ -49,26 +49,33 @@ def next_rung(
     seconds_left: float,
     overhead_seconds: float,
     rule: Rule = RULE,
+    *,
+    running: Sequence[Step] = (),
+    slots: int = 1,
 ) -> Step | None:
-    """The next rung; None: the race is over, or nothing useful fits in the time left. `rivals`: the most plausible
-    first. `overhead_seconds`: expected time of a rung beside its steps."""
-    if not readings:
-        fraction = _first_fraction(rivals, seconds_left, overhead_seconds, rule.eta)
-        return None if fraction is None else Step(rival=rivals[0].rival, fraction=fraction)
-    fraction = min(reading.fraction for reading in readings)
+    """The next rung; None: the race is over, nothing useful fits in the time left, or what runs must end first.
+    `rivals`: the most plausible first. `overhead_seconds`: expected time of a rung beside its steps. `running`: rungs
+    that have begun; `slots`: how many can run at the same time."""
+    begun = [*((reading.rival, reading.fraction) for reading in readings), *((s.rival, s.fraction) for s in running)]
     known = {rival.rival: rival for rival in rivals}
-    field = [rival for rival in rivals if _read_at(readings, rival.rival, fraction)]
-    longest = max(reading.fraction for reading in readings)
+    busy = sum(cost(known[step.rival], step.fraction, readings, overhead_seconds) for step in running)
+    work_left = slots * seconds_left - busy
+    if not begun:
+        first = _first_fraction(rivals, work_left, overhead_seconds, rule.eta)
+        return None if first is None else _affordable(rivals[0], first, readings, seconds_left, overhead_seconds)
+    fraction, longest = min(length for _, length in begun), max(length for _, length in begun)
+    runs = {(step.rival, step.fraction) for step in running}
+    field = [rival for rival in rivals if (rival.rival, fraction) in runs or _read_at(readings, rival.rival, fraction)]
     waiting = [rival for rival in rivals if rival not in field]
     if waiting and longest == fraction:  # the first level is open as long as the levels after it still fit
         later = _later_levels([*field, waiting[0]], fraction, overhead_seconds, rule.eta)
-        if len(field) < FEWEST or cost(waiting[0], fraction, [], overhead_seconds) + later <= seconds_left:
+        if len(field) < FEWEST or cost(waiting[0], fraction, [], overhead_seconds) + later <= work_left:
             return _affordable(waiting[0], fraction, readings, seconds_left, overhead_seconds)
     order = _ahead(rivals, readings, fraction, rule)
-    while fraction < 1.0 and len(order) >= FEWEST:
+    while fraction < 1.0 and len(order) >= FEWEST and fraction not in {step.fraction for step in running}:
         fraction, kept = min(1.0, rule.eta * fraction), order[: max(FEWEST, math.ceil(len(order) / rule.eta))]
         for rival in kept:
-            if not _read_at(readings, rival, fraction):
+            if (rival, fraction) not in runs and not _read_at(readings, rival, fraction):
                 return _affordable(known[rival], fraction, readings, seconds_left, overhead_seconds)
         order = _ahead(rivals, readings, fraction, rule)
     return None

@@ -24,7 +24,7 @@ from autotune.search import study as studies
 from autotune.search.advice import enough_for_more, nothing_found
 from autotune.search.budget import CLOSING_SECONDS, begin
 from autotune.search.confirm import Confirmation
-from autotune.search.crew import Crew
+from autotune.search.crew import Crew, TrialJob
 from autotune.search.explore import Exploration
 from autotune.search.propose import EVERYTHING, Knowledge, Proposer
 from autotune.search.race_phase import Race
@@ -88,8 +88,8 @@ def search(
     shared = is_server(settings.storage)
     with files.locked(run_dir), Part(run_dir, budget.started, clock, keep=shared) as part:
         part.follows(run_dir, 0.0)
-        crew = Crew(slots or (Slot(device=settings.device),), measure, pause)
-        return _run(state, proposer, crew, train_rung, patience, remarks)
+        crew = Crew(slots or (Slot(device=settings.device),), measure, train_rung, pause)
+        return _run(state, proposer, crew, patience, remarks)
 
 
 def _tokens(settings: SearchSettings) -> str:
@@ -149,7 +149,7 @@ def resume(
                 f"the budget of {run_dir} ({format_duration(settings.budget_seconds)}) is used up; "
                 f"give more time with --budget, for example {enough_for_more(settings, here, state.records)}"
             )
-        return _run(state, proposer, Crew(slots, measure, pause), train_rung, patience, remarks)
+        return _run(state, proposer, Crew(slots, measure, train_rung, pause), patience, remarks)
 
 
 @storage.storage_errors()
@@ -180,11 +180,11 @@ def _known_settings(run_dir: Path) -> SearchSettings | None:
 
 
 def _run(
-    state: State, proposer: Proposer, crew: Crew, train_rung: TrainRung, patience: storage.Patience,
-    remarks: Sequence[str],
-) -> Verdict:  # fmt: skip
+    state: State, proposer: Proposer, crew: Crew, patience: storage.Patience, remarks: Sequence[str]
+) -> Verdict:
     """Search until the budget's end. `remarks` come before the search's own notes."""
-    trials, race = Trials(state, proposer, crew), Race(state, proposer, train_rung)
+    trials = Trials(state, proposer, crew)
+    race = Race(state, trials, proposer)
     phases = Exploration(state, trials, proposer, race.kept_seconds), race, Confirmation(state, trials)
 
     def end(notes: Sequence[str]) -> None:
@@ -201,7 +201,8 @@ def _run(
     except KeyboardInterrupt:
         trials.keep_on_disk()  # what has ended is not lost
         for job in crew.stop():
-            study_trials.interrupt(state.study, job.trial)
+            if isinstance(job, TrialJob):
+                study_trials.interrupt(state.study, job.trial)
         study_trials.close_stale(state.study, state.directory, state.settings.memory_limit_bytes)
         state.read_again()
         end(["the search was interrupted"])

@@ -1,30 +1,43 @@
 """The second phase of a search: its race, rung after rung, as `autotune.search.race` and `halving` say."""
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from autotune.environment import Slot
 from autotune.errors import MachineError
-from autotune.measure.runner import TrainRung
+from autotune.measure.types import RungRequest, RungResult, TrialResult
 from autotune.memory.model import predict
 from autotune.runs import directory as files
 from autotune.runs.objective import best_first, maximised
-from autotune.runs.races import Lineup
+from autotune.runs.races import Lineup, Rival
 from autotune.search import race as racing
 from autotune.search.advice import enough_for
 from autotune.search.budget import allow, final_seconds
+from autotune.search.crew import Job
 from autotune.search.decide import searched, unconfirmed
 from autotune.search.halving import RULE, Step, cost, next_rung
 from autotune.search.propose import Proposer
 from autotune.search.state import State
+from autotune.search.trials import Trials
 from autotune.units import format_duration
 
 
-class Race:
-    """Trains rivals as the rule says, as time permits."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RungJob(Job):
+    """A rung."""
 
-    def __init__(self, state: State, proposer: Proposer, train_rung: TrainRung) -> None:
-        self._state, self._proposer, self._train_rung = state, proposer, train_rung
+    number: int
+    step: Step
+    rival: Rival
+
+
+class Race:
+    """Trains rivals as the rule says, as time permits; several at the same time where each has a card of its own."""
+
+    def __init__(self, state: State, trials: Trials, proposer: Proposer) -> None:
+        self._state, self._trials, self._proposer = state, trials, proposer
         self._wanted = state.settings.race == "on" and not state.settings.joined
         self._not_raced = ""  # why there is no race although there should be one
 
@@ -40,8 +53,7 @@ class Race:
         lineup = self._state.lineup or self._line_up()
         if lineup is None:
             return [self._not_raced]
-        while (step := self._next(lineup)) is not None:
-            self._rung(lineup, step)
+        self._trials.work(partial(self._begin, lineup), self._record, self._trials.alone_on_a_cpu)
         race = self._state.race()
         kept = {self._checkpoints(number) for number in race.order[: RULE.eta]} if race else set()
         for folder in (self._state.directory / files.RACE).glob("*"):
@@ -81,37 +93,50 @@ class Race:
     def _overhead(self) -> float:
         return racing.overhead(self._state.readings, racing.first_overhead(self._state.records))
 
-    def _next(self, lineup: Lineup) -> Step | None:
-        return next_rung(lineup.rivals, self._state.readings, self._left(), self._overhead())
-
-    def _rung(self, lineup: Lineup, step: Step) -> None:
-        """Run one rung and record it; the first of a candidate is its trial too, as it measures speed and memory."""
+    def _begin(self, lineup: Lineup, slot: Slot) -> RungJob | None:
+        """The next rung; None where none can begin now."""
         state, settings = self._state, self._state.settings
+        running = tuple(job.step for job in self._trials.running(RungJob))
+        beside, left, slots = self._overhead(), self._left(), self._trials.alone_on_a_cpu
+        step = next_rung(lineup.rivals, state.readings, left, beside, running=running, slots=slots)
+        if step is None:
+            return None
         rival = next(rival for rival in lineup.rivals if rival.rival == step.rival)
-        number, candidate = len(state.readings), rival.candidate
+        numbers = [*(job.number for job in self._trials.running(RungJob)), *(r.reading for r in state.readings)]
+        number = max(numbers, default=-1) + 1
         state.keep_spent()
-        state.tell(number, "race", candidate)
-        expected = cost(rival, step.fraction, state.readings, self._overhead())
-        allowance = allow(max(0.0, self._left()), racing.patience(expected))
-        seconds = settings.train_seconds
-        tokens = racing.equal_tokens(rival, step.fraction, lineup, state.readings, state.records, seconds)
+        state.tell(number, "race", rival.candidate, device=slot.device)
+        expected = cost(rival, step.fraction, state.readings, beside)
+        allowance, seconds = allow(max(0.0, self._left()), racing.patience(expected)), settings.train_seconds
         request = racing.rung_request(
-            rival, step, lineup, device=settings.device, checkpoints=self._checkpoints(step.rival),
+            rival, step, lineup, device=slot.device, checkpoints=self._checkpoints(step.rival),
             memory_limit_bytes=settings.memory_limit_bytes, timeout_seconds=allowance.seconds,
-            result_path=state.directory / files.LOGS / f"rung-{number:04d}.json",
-            train_seconds=seconds, tokens=tokens,
+            result_path=state.directory / files.LOGS / f"rung-{number:04d}.json", train_seconds=seconds,
+            tokens=racing.equal_tokens(rival, step.fraction, lineup, state.readings, state.records, seconds),
         )  # fmt: skip
-        result = self._train_rung(request, Path(request.result_path).with_suffix(".log"))
-        if result.status == "timeout" and allowance.ends_budget:
+        return RungJob(
+            slot=slot, role="race", candidate=rival.candidate, request=request, allowance=allowance,
+            number=number, step=step, rival=rival,
+        )  # fmt: skip
+
+    def _record(self, job: RungJob, result: TrialResult) -> None:
+        """Record a rung; the first of a candidate is its trial too, as it measures speed and memory."""
+        assert isinstance(result, RungResult)
+        assert isinstance(job.request, RungRequest)
+        state, candidate = self._state, job.candidate
+        if result.status == "timeout" and job.allowance.ends_budget:
             result = replace(result, status="interrupted", message="the budget ended during this rung")
+        others = self._trials.leave(job, result)
+        if result.remedy and others:
+            result = replace(result, status="interrupted", message=result.remedy)
         if not any(record.role == "race" and record.candidate.id == candidate.id for record in state.records):
-            trial = self._proposer.claim(candidate, state.attributes("race", racing.as_trial_request(request)))
+            trial = self._proposer.claim(candidate, state.attributes("race", racing.as_trial_request(job.request)))
             found = predict(state.model, candidate)
             state.keep(trial, state.record_of(trial.number, "race", candidate, racing.as_trial(result), found))
-        reading = racing.reading_of(number, step, result, rival)
+        reading = racing.reading_of(job.number, job.step, result, job.rival)
         state.keep_reading(reading)
-        state.tell(number, "race", candidate, reading=reading)
-        if result.remedy:
+        state.tell(job.number, "race", candidate, device=job.slot.device, reading=reading)
+        if result.remedy and not others:
             raise MachineError(result.remedy)
 
     def _checkpoints(self, rival: int) -> Path:

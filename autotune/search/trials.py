@@ -14,7 +14,7 @@ from autotune.runs.objective import speed_needed
 from autotune.runs.records import Role, TrialRecord
 from autotune.search import study_trials
 from autotune.search.budget import Allowance, measure_seconds
-from autotune.search.crew import Crew, Job
+from autotune.search.crew import Crew, J, Job, TrialJob
 from autotune.search.posterior import NOISY
 from autotune.search.propose import Proposer
 from autotune.search.shared import Claim
@@ -42,7 +42,7 @@ class Trials:
         """Notes on devices that have left."""
 
     def work(
-        self, choose: Callable[[Slot], Job | None], record: Callable[[Job, TrialResult], object],
+        self, choose: Callable[[Slot], J | None], record: Callable[[J, TrialResult], object],
         at_once: int | None = None,
     ) -> None:  # fmt: skip
         """Run what `choose` gives, in so many slots `at_once`, until it gives nothing and nothing runs."""
@@ -51,12 +51,16 @@ class Trials:
     def _watch(self) -> None:
         """Say that this machine lives."""
         if self._state.peers is not None:
-            self._state.peers.beat(job.trial for job in self._crew.jobs)
+            self._state.peers.beat(job.trial for job in self.running(TrialJob))
+
+    def running(self, kind: type[J]) -> list[J]:
+        """What runs of this kind."""
+        return [job for job in self._crew.jobs if isinstance(job, kind)]
 
     @property
-    def finals_at_once(self) -> int:
-        """Finals run alone on the CPU: beside others they would share its memory bandwidth and caches, and the figure
-        would depend on what happens to run there. Cards have memory of their own."""
+    def alone_on_a_cpu(self) -> int:
+        """How many finals, or rungs, run at once. Alone on the CPU: beside others they would share its memory bandwidth
+        and caches, and the figure would depend on what happens to run there. Cards have memory of their own."""
         return 1 if self._state.settings.device_kind == "cpu" else max(1, len(self._crew.slots))
 
     def pending(self, *, final: bool) -> list[Candidate]:
@@ -67,7 +71,7 @@ class Trials:
     def begin(
         self, slot: Slot, role: Role, candidate: Candidate, allowance: Allowance, trial: "optuna.Trial | None" = None,
         steps: Steps = "composed",
-    ) -> Job | None:  # fmt: skip
+    ) -> TrialJob | None:  # fmt: skip
         """A trial that has begun in the study; None where another machine has just begun with the same. `trial`:
         Optuna's; None: a new one."""
         state, final = self._state, role == "final"
@@ -86,7 +90,7 @@ class Trials:
         prediction = predict(state.model, candidate)
         log = state.directory / files.LOGS / f"trial-{trial.number:04d}.json"
         left = max(0.0, state.budget.remaining())  # seconds since the allowance was given, on a slow disk, count
-        return Job(
+        return TrialJob(
             slot=slot, trial=trial, role=role, candidate=candidate, prediction=prediction, allowance=allowance,
             request=replace(request, result_path=str(log), timeout_seconds=min(allowance.seconds, left)),
             answer=self._passed_over(prediction) if role == "search" else None,
@@ -106,15 +110,13 @@ class Trials:
             message=f"predicted to need {low} to {high}, from {trials} measured trials; not run",
         )  # fmt: skip
 
-    def record(self, job: Job, result: TrialResult) -> TrialResult:
+    def record(self, job: TrialJob, result: TrialResult) -> TrialResult:
         """Record what a slot has measured, and return it with what it means. A device that fails leaves; MachineError
         where none is left."""
         self.ended += 1
         result = _judged(job, result)
-        others = [slot for slot in self._crew.slots if slot != job.slot]
-        if result.remedy and others:  # the candidate is not at fault: another device may run it
-            self._crew.slots = others
-            self.gone.append(f"{job.slot.device} left the search: {result.remedy}")
+        others = self.leave(job, result)
+        if result.remedy and others:
             result = replace(result, status="interrupted", message=result.remedy)
         record = self._state.keep(job.trial, self._record_of(job, result))
         self._state.tell(job.trial.number, job.role, job.candidate, device=job.slot.device, record=record)
@@ -122,11 +124,19 @@ class Trials:
             raise MachineError(result.remedy)
         return result
 
+    def leave(self, job: Job, result: TrialResult) -> bool:
+        """Whether another device may run what this one cannot, which leaves then: the candidate is not at fault."""
+        others = bool(result.remedy) and self._crew.leave(job.slot)
+        if others:
+            self.gone.append(f"{job.slot.device} left the search: {result.remedy}")
+        return others
+
     def keep_on_disk(self) -> None:
         """Keep in the run's directory what has ended while the study's server is away."""
-        self._state.keep_on_disk(self._record_of(job, _judged(job, result)) for job, result in self._crew.look())
+        ended = ((job, result) for job, result in self._crew.look() if isinstance(job, TrialJob))
+        self._state.keep_on_disk(self._record_of(job, _judged(job, result)) for job, result in ended)
 
-    def _record_of(self, job: Job, result: TrialResult) -> TrialRecord:
+    def _record_of(self, job: TrialJob, result: TrialResult) -> TrialRecord:
         return self._state.record_of(job.trial.number, job.role, job.candidate, result, job.prediction)
 
 

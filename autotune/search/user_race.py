@@ -227,7 +227,7 @@ def _rungs(
             result_path=out / LOGS / f"rung-{number:04d}.json", timeout_seconds=min(left, patience(expected)),
             train_seconds=None, evaluations=EVALUATIONS,
         )  # fmt: skip
-        result = train_rung(request, Path(request.result_path).with_suffix(".log"))
+        result = until_ended(train_rung(request, Path(request.result_path).with_suffix(".log")))
         if result.status == "timeout" and clock() >= ends:
             result = replace(result, status="interrupted", message="the budget ended during this training")
         reading = reading_of(number, step, result, rival)

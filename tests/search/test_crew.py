@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_machine import CPU, CUDA, Machine, settings
+from fake_machine import CPU, CUDA, Beside, settings
 
 from autotune.environment import Slot
 from autotune.errors import InterruptedByUser, MachineError
@@ -18,35 +18,6 @@ from autotune.search.loop import search
 from autotune.search.state import Event
 
 CARDS = tuple(Slot(device=f"cuda:{number}") for number in range(3))
-
-
-class Beside(Machine):
-    """Trials that run at the same time: `pause` passes the time to the next end of one."""
-
-    def __init__(self, trial_seconds: float = 5.0) -> None:
-        super().__init__(trial_seconds)
-        self.running: dict[str, float] = {}
-        self.most, self.stopped = 0, list[str]()
-        self.together = set[tuple[bool, int]]()
-
-    def start(self, request: TrialRequest, log: Path) -> Generator[None, None, TrialResult]:
-        began = self.now
-        result = self.measure(request, log)
-        end, self.now = self.now + int(request.device[-1] == "2"), began  # the last card is a second slower
-        self.running[request.device] = end
-        self.together.add((request.final, len(self.running)))
-        try:
-            while self.now < end:
-                yield
-        except GeneratorExit:
-            self.stopped.append(request.device)
-            raise
-        finally:
-            del self.running[request.device]
-        return result
-
-    def pause(self) -> None:
-        self.now = max(self.now, min(self.running.values()))
 
 
 def go(run_dir: Path, machine: Beside, slots: tuple[Slot, ...] = CARDS, **more: object) -> Verdict:

@@ -5,18 +5,20 @@ import html
 import json
 import math
 import re
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_machine import CPU, settings, tokens_per_second
-from fake_race import Slow, Track
+from fake_machine import CPU, CUDA, Beside, settings, tokens_per_second
+from fake_race import SideBySide, Slow, Track
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.search_settings import SearchSettings, read_settings
 from autotune.config.toml import read_candidate
 from autotune.data.shards import write_shard
+from autotune.environment import Slot
 from autotune.errors import ConfigError, InterruptedByUser
 from autotune.measure.types import RungRequest, RungResult
 from autotune.report.html import write_html
@@ -37,7 +39,7 @@ from autotune.search.race import candidates_for_race, is_baseline
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("text")
     write_shard(directory / "a_val_000000.bin", np.arange(200_000) % 50_000)
-    write_shard(directory / "a_train_000001.bin", np.arange(500_000) % 50_000)
+    write_shard(directory / "a_train_000001.bin", np.arange(700_000) % 50_000)
     return directory
 
 
@@ -292,7 +294,7 @@ def test_ctrl_c_in_a_rung_keeps_the_race(tmp_path: Path, text: Path) -> None:
 
 def test_a_small_validation_split_is_named_with_its_noise(tmp_path: Path) -> None:
     write_shard(tmp_path / "a_val_000000.bin", np.arange(1100) % 50_000)
-    write_shard(tmp_path / "a_train_000001.bin", np.arange(500_000) % 50_000)
+    write_shard(tmp_path / "a_train_000001.bin", np.arange(700_000) % 50_000)
     verdict = go(tmp_path / "run", Track(Slow()), asked(tmp_path, budget="8m"))
     assert any("the validation split is small" in note and "the noise of a difference is ±" in note
                for note in verdict.notes)  # fmt: skip
@@ -410,6 +412,53 @@ def test_differences_are_paired_and_ties_named() -> None:
     assert apart.ci95 == pytest.approx(1.96 * 0.1 / math.sqrt(32), rel=0.4)  # far less than the text's own spread
     assert set(tied(rivals(3), readings)) | set(order_of(rivals(3), readings)[:1]) == {0, 1}
     assert difference(readings[0], replace(readings[1], chunk_losses=(1.0,))) is None
+
+
+def on_cards(run_dir: Path, text: Path, count: int, fails: str = "") -> tuple[SideBySide, Verdict]:
+    """A race on so many cards, of which one can fail in its second rung."""
+    machine = Beside(20.0)
+    track = SideBySide(machine)
+
+    def start(request: RungRequest, log: Path) -> Generator[None, None, RungResult]:
+        if request.device == fails and [one.device for one in track.requests].count(fails) == 1:
+            yield
+            return RungResult(status="crashed", phase="build", trial_seconds=0.0, remedy=f"{fails} fell off the bus")
+        return (yield from track.start(request, log))
+
+    wanted = settings(CUDA, model="", data=text, budget="20m", train_time="2m", sampler="random")
+    slots = tuple(Slot(device=f"cuda:{number}") for number in range(count))
+    verdict = search(
+        wanted, run_dir, CUDA, measure=machine.start, train_rung=start, clock=machine.clock, pause=machine.pause,
+        slots=slots,
+    )  # fmt: skip
+    return track, verdict
+
+
+def test_on_several_cards_rivals_are_trained_side_by_side(tmp_path: Path, text: Path) -> None:
+    _, alone = on_cards(tmp_path / "alone", text, 1)
+    track, verdict = on_cards(tmp_path / "run", text, 3)
+    assert alone.race is not None
+    assert verdict.race is not None
+    assert verdict.confirmed
+    assert track.machine.now <= 1200
+    assert {request.device for request in track.requests} == {"cuda:0", "cuda:1", "cuda:2"}
+    assert len(verdict.race.readings) > 1.5 * len(alone.race.readings)
+    trained = [(reading.rival, reading.fraction) for reading in verdict.race.readings]
+    assert len(trained) == len(set(trained))
+    assert sorted(reading.reading for reading in verdict.race.readings) == list(range(len(trained)))
+    shortest = min(reading.fraction for reading in verdict.race.readings)
+    kept = {rival for rival, fraction in trained if fraction > shortest}
+    assert kept < {rival for rival, fraction in trained if fraction == shortest}
+
+
+def test_a_card_that_fails_in_the_race_leaves_and_its_rung_runs_elsewhere(tmp_path: Path, text: Path) -> None:
+    track, verdict = on_cards(tmp_path / "run", text, 2, fails="cuda:1")
+    assert verdict.race is not None
+    assert "cuda:1 left the search: cuda:1 fell off the bus" in verdict.notes
+    lost = next(reading for reading in verdict.race.readings if reading.status == "interrupted")
+    again = [r for r in verdict.race.readings if (r.rival, r.fraction) == (lost.rival, lost.fraction)]
+    assert [reading.loss is None for reading in again] == [True, False]
+    assert {request.device for request in track.requests[-3:]} == {"cuda:0"}
 
 
 def test_rivals_are_ordered_by_plausibility(tmp_path: Path, text: Path) -> None:
