@@ -42,6 +42,7 @@ def variables(folder: Path, card: str) -> dict[str, str]:
         "AUTOTUNE_STAND_IN_STATE": str(folder / "memory"),
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH", "")])),
         "LD_PRELOAD": " ".join(str(folder / name) for name in PRELOADED),
+        "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",  # on an H100 torch would choose cuDNN's attention, which is not there
     }
 
 

@@ -44,8 +44,6 @@ def draw(rng: random.Random, here: Environment) -> Candidate:
         dtype=rng.choice([*half, *half, "float32", "tfloat32"]),  # type: ignore[arg-type]
         attention=rng.choice(["sdpa", "sdpa", "sdpa", "sdpa_efficient"]),
     )
-    if plan.matrix_dtype != "float32" and here.stand_in and here.capability >= (9, 0):
-        plan = replace(plan, attention="sdpa_flash")  # torch would choose cuDNN's there, which the stand-in has not
     optimizer = rng.choice(["adamw", "adamw", "adamw", "muon"])
     batch = micro * rng.choice([1, 2, 4])
     return Candidate(recipe=Recipe(shape=shape, global_batch_size=batch, optimizer=optimizer), plan=plan)

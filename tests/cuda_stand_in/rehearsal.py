@@ -32,7 +32,7 @@ HERE, OUT = Path(__file__).parent, ROOT / "results" / "reference" / "cuda-stand-
 PEAKS = OUT / "peaks-torch-2.14.jsonl"
 SMALL = "[model]\nn_layer = {layers}\nn_head = 4\nn_embd = {width}\nblock_size = 256\nvocab_size = 8192\n"
 SMALL += "[training]\nglobal_batch_size = {batch}\n[plan]\nmicro_batch_size = {micro}\ncompile = '{compile}'\n"
-SMALL += "dtype = '{dtype}'\nattention = '{attention}'\n"
+SMALL += "dtype = '{dtype}'\n"
 NANOGPT = "n_layer = 2\nn_head = 4\nn_embd = 256\nblock_size = 256\nbatch_size = 8\ngradient_accumulation_steps = 4\n"
 NANOGPT += "compile = False\n"
 SEGMENT_BYTES = 20 * MIB
@@ -56,11 +56,6 @@ class Card:
     def dtype(self) -> str:
         return "float16" if self.name == "T4" else "bfloat16"
 
-    @property
-    def attention(self) -> str:
-        """torch chooses cuDNN's on an H100, which the stand-in has not."""
-        return "sdpa_flash" if self.name == "H100" else "sdpa"
-
     def run(self, *words: object, real: bool = False, ends: int = 0, **more: str) -> Ended:
         """A Python process on the card, or `real`ly without a driver; it must end with the exit code `ends`."""
         own = {} if real else variables(self.libraries, self.name)
@@ -80,7 +75,7 @@ class Card:
         """A candidate file: the small model, with other values for the words of SMALL."""
         path = self.folder / f"{name}.toml"
         values = {"layers": 2, "width": 256, "batch": 8, "micro": 4, "compile": "off", **changes}
-        path.write_text(SMALL.format(**values, dtype=self.dtype, attention=self.attention))
+        path.write_text(SMALL.format(**values, dtype=self.dtype))
         return path
 
     def trial(self, toml: Path, ends: int = 0, **more: str) -> dict[str, Any]:
@@ -112,7 +107,7 @@ def search(card: Card) -> str:
     own = card.folder / "nanogpt.py"
     own.write_text(NANOGPT + f"dtype = '{card.dtype}'\n")
     words = ("--from", own, "--vocab-size", 8192, "--budget", "180s", "--name", "rehearsal", "--device", "cuda:0")
-    choices = ("micro_batch_size=4,8", "compile=off", f"attention={card.attention}", "loss=full,chunked")
+    choices = ("micro_batch_size=4,8", "compile=off", "attention=sdpa", "loss=full,chunked")
     choices += ("loss_chunk_tokens=1024", "activation_checkpointing=none", "allocator=default,expandable_segments")
     card.autotune("search", *words, "--data", card.data(), *given(choices))
     best = tomllib.loads((card.best / "best.toml").read_text())
@@ -179,7 +174,7 @@ def limit(card: Card) -> str:
     own = card.folder / "large_batch.py"
     own.write_text(NANOGPT.replace("batch_size = 8", "batch_size = 128") + f"dtype = '{card.dtype}'\n")
     words = ("--from", own, "--budget", "400s", "--name", "limited", "--memory-limit", "3GiB", "--device", "cuda:0")
-    choices = ("micro_batch_size=4,128", "compile=off", f"attention={card.attention}", "loss=full", "allocator=default")
+    choices = ("micro_batch_size=4,128", "compile=off", "attention=sdpa", "loss=full", "allocator=default")
     choices += ("activation_checkpointing=none", f"dtype={card.dtype}")
     card.autotune("search", *words, *given(choices))
     rows = list(csv.DictReader((card.folder / "results" / "limited" / "trials.csv").open()))
@@ -223,7 +218,7 @@ def without_a_driver(card: Card) -> str:
 def kernels(card: Card) -> str:
     found: Mapping[str, str] = json.loads(card.run(HERE / "kernels.py").stdout.splitlines()[-1])
     failed = {name: why for name, why in found.items() if why.startswith("FAILED")}
-    known = {"attention sdpa_cudnn"} | ({"attention sdpa"} if card.name == "H100" else set())
+    known = {"attention sdpa_cudnn"}
     assert failed.keys() <= known, failed
     runs = [name for name, why in found.items() if why == "runs"]
     absent = [f"{name} ({why.split(': ')[0]})" for name, why in found.items() if why != "runs" and name not in known]
