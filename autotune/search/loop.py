@@ -69,7 +69,7 @@ def search(
     Raises ConfigError, NoFeasibleError when nothing fits, InterruptedByUser after Ctrl-C.
     """
     budget = begin(settings.budget_seconds, started, clock)
-    patience, tokens = storage.within(budget), _tokens(settings)
+    patience, tokens = storage.within(budget.remaining), _tokens(settings)
     with files.new_directory(run_dir):
         if not settings.storage and (note := storage.lock_note(run_dir / files.STUDY_DB)):
             remarks = (*remarks, note)
@@ -128,7 +128,7 @@ def resume(
         if same_machine:
             files.refuse_another_machine(run_dir, here)
         whole = settings.budget_seconds if budget_seconds is None else budget_seconds
-        patience = storage.within(begin(whole, started, clock))
+        patience = storage.within(begin(whole, started, clock).remaining)
         study = studies.load_study(run_dir, settings, patience)
         studies.refuse_older(study, run_dir)
         study_trials.close_stale(study, run_dir, settings.memory_limit_bytes)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from autotune.config.storage import PASSWORD_VARIABLE, connect_url, scrub, secrets_in, without_password
 from autotune.errors import AutotuneError, ConfigError, one_line, shown
 from autotune.runs.directory import STUDY_DB
-from autotune.search.budget import Budget
 from autotune.units import format_duration
 
 if TYPE_CHECKING:  # importing optuna takes a quarter of a second; only a search pays it
@@ -57,9 +56,9 @@ _NETWORK = {
 """File systems that other machines share, where the log's shared memory does not work."""
 
 
-def within(budget: Budget) -> Patience:
+def within(remaining: Callable[[], float]) -> Patience:
     """Waiting counts in the budget, but a finished measurement is worth a minute more."""
-    return Patience(lambda: max(LEAST_PATIENCE_SECONDS, budget.remaining()))
+    return Patience(lambda: max(LEAST_PATIENCE_SECONDS, remaining()))
 
 
 in_a_minute = Patience(lambda: LEAST_PATIENCE_SECONDS)

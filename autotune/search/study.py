@@ -1,4 +1,4 @@
-"""The Optuna study, the store of truth: opened, and what it says of the search as a whole.
+"""The Optuna study, the store of truth: how it is opened, and what it says of its search.
 
 Everything is a user attribute. Its trials are in `autotune.search.study_trials`.
 """
