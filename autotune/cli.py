@@ -223,6 +223,9 @@ def search(
     workers: Annotated[
         int, typer.Option(metavar="N", help="On the CPU: trials at the same time, which divide the cores.")
     ] = 1,
+    nproc: Annotated[
+        int, typer.Option(metavar="N", help="Processes of a trial (torchrun): a card each, or parts of the cores.")
+    ] = 1,
     storage: Annotated[
         str,
         typer.Option(
@@ -280,7 +283,7 @@ def search(
         raise ConfigError(
             "--other-machine is for a search that goes on or is joined; give --resume RUN or --storage URL"
         )
-    found, slots = probe_slots(device, workers)
+    found, slots = probe_slots(device, workers, nproc)
     asked = resolve.resolve(
         found,
         budget=budget or "1h",
@@ -315,6 +318,8 @@ def search(
     directory, again = run_directory.own_directory(Path("results"), asked)
     if asked.objective == "loss" and not (asked.recipe.data or race):
         remarks = (*remarks, resolve.NO_TEXT)
+    if asked.objective == "loss" and asked.recipe.data and nproc > 1 and not race:
+        remarks = (*remarks, resolve.ONE_PROCESS)
     if again:  # the same command, after a kill
         go_on = partial(_resume, directory, device, seconds=None, other_machine=other_machine)
         _watch(directory, partial(go_on, started=started, remarks=remarks), remarks, json)
@@ -333,7 +338,7 @@ def _resume(run: Path, device: str, *, seconds: float | None, other_machine: boo
     ) -> "tuple[Environment, tuple[Slot, ...]]":  # probed when its seconds are recorded
         own = ",".join(settings.devices) or settings.device
         devices = own if device == "auto" else device
-        return probe_slots(devices, 1 if settings.devices else settings.workers)
+        return probe_slots(devices, 1 if settings.devices else settings.workers, settings.baseline.processes)
 
     loop.resume(run, here, budget_seconds=seconds, same_machine=not other_machine, **more)
 

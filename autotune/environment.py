@@ -103,6 +103,9 @@ class Environment:
     """Environment variables of workers that can change a measurement."""
     workers: int = 1
     """Trials that share this machine's cores and memory at the same time; this environment is the part of one."""
+    processes: int = 1
+    """Processes of one trial, started by torchrun, with a card each or a part of the cores and memory; this environment
+    is the part of one."""
 
     def __post_init__(self) -> None:
         plain_texts("environment.", vars(self))
@@ -116,8 +119,9 @@ class Environment:
     def fingerprint(self) -> str:
         """Ten hexadecimal digits, equal for machines whose measurements are comparable; of a stand-in, marked so."""
         told = asdict(self)
-        if self.workers == 1:  # as before this field
-            del told["workers"]
+        for name in ("workers", "processes"):  # as before these fields
+            if told[name] == 1:
+                del told[name]
         digits = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
         return STAND_IN_FINGERPRINT + digits if self.stand_in else digits
 
@@ -238,7 +242,7 @@ def differences(there: Mapping[str, Any], here: Environment) -> list[str]:
     after, complete = now.pop("variables"), "threads" in there  # TOML omits None
     lines = []
     for key, value in now.items():
-        before = there.get(key, 1 if key == "workers" else None if complete else value)
+        before = there.get(key, 1 if key in ("workers", "processes") else None if complete else value)
         if before != value:
             lines.append(f"{key} {_value(before)} there, {_value(value)} here")
     earlier = there.get("variables", {} if complete else after)
@@ -314,7 +318,7 @@ def make_slots(device: str, workers: int) -> tuple[Slot, ...]:
             "give several cards, --device cuda:0,cuda:1"
         )
     cores = sorted(os.sched_getaffinity(0))
-    usable = min(len(cores), max(1, int(ControlGroups().cpu_quota() or len(cores))))
+    usable = _usable_cores()
     if workers > usable:
         raise ConfigError(
             f"--workers {workers} is not allowed: each needs a core, there are {usable}; give at most that"
@@ -324,6 +328,31 @@ def make_slots(device: str, workers: int) -> tuple[Slot, ...]:
     if many := [f"{name}={value}" for name, value in asked.items() if value.isdecimal() and int(value) > each]:
         raise ConfigError(f"{many[0]} is more than the {each} cores of one of {workers} workers; unset it")
     return tuple(Slot(device="cpu", cores=frozenset(cores[i * each : (i + 1) * each])) for i in range(workers))
+
+
+def part_of_cores(index: int, parts: int) -> frozenset[int]:
+    """The cores of one of `parts` processes, which divide those of this one evenly; at least one."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(1, _usable_cores() // parts)
+    return frozenset(cores[(index * each + i) % len(cores)] for i in range(each))
+
+
+def _usable_cores() -> int:
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, max(1, int(ControlGroups().cpu_quota() or cores)))
+
+
+def part_of_one(whole: Environment, processes: int) -> Environment:
+    """What each of several processes under torchrun finds, where `whole` is what one alone finds."""
+    if processes == 1:
+        return whole
+    cores = sorted(part_of_cores(0, processes))
+    variables = {name: value for name, value in whole.variables.items() if name != "OMP_NUM_THREADS"}  # is not heeded
+    part = replace(whole, threads=len(cores), variables=variables, processes=processes)
+    if whole.device != "cpu":
+        return part
+    memory = whole.device_memory_bytes // processes
+    return replace(part, device_memory_bytes=memory, cpu_count=len(cores), cores=_ranges(cores))
 
 
 @contextlib.contextmanager
@@ -340,8 +369,11 @@ def on_cores(cores: frozenset[int]) -> Iterator[None]:
             os.sched_setaffinity(0, before)
 
 
-def probe_slots(device: str = "auto", workers: int = 1) -> tuple[Environment, tuple[Slot, ...]]:
-    """What a trial finds in each slot of `--device` and `--workers`. Raises ConfigError, also for unlike cards."""
+def probe_slots(device: str = "auto", workers: int = 1, processes: int = 1) -> tuple[Environment, tuple[Slot, ...]]:
+    """What a trial finds in each slot of `--device` and `--workers`, or each process of one with `--nproc`.
+    Raises ConfigError, also for unlike cards."""
+    if processes != 1:
+        return _probe_processes(device, workers, processes)
     if workers > 1 and device == "auto":
         device = probe(device).device
     slots = make_slots(device, workers)
@@ -357,6 +389,30 @@ def probe_slots(device: str = "auto", workers: int = 1) -> tuple[Environment, tu
                 "search on each alone"
             )
     return first, (Slot(device=first.device), *slots[1:])
+
+
+def _probe_processes(device: str, workers: int, processes: int) -> tuple[Environment, tuple[Slot, ...]]:
+    if processes < 1:
+        raise ConfigError(f"--nproc {processes} is not allowed; give 1 or more")
+    if workers != 1 or "," in device:
+        raise ConfigError(
+            f"--nproc {processes} is one trial on {processes} cards or parts of the cores; leave out --workers and "
+            "all but the kind of --device: cuda or cpu"
+        )
+    first = probe(device)
+    if first.device == "cpu":
+        if processes > _usable_cores():
+            raise ConfigError(
+                f"--nproc {processes} is not allowed: each needs a core, there are {_usable_cores()}; give at most that"
+            )
+        return part_of_one(first, processes), (Slot(device="cpu"),)
+    if first.device != "cuda:0":
+        raise ConfigError(
+            f"--device {device} is not allowed with --nproc: its processes take cuda:0 to cuda:{processes - 1}; "
+            "choose cards by CUDA_VISIBLE_DEVICES"
+        )
+    probe_slots(",".join(f"cuda:{index}" for index in range(processes)))  # all are there, and alike
+    return part_of_one(first, processes), (Slot(device="cuda:0"),)
 
 
 def worker_environment(cache_dir: Path | None = None, allocator: str = "default") -> dict[str, str]:

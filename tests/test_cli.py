@@ -24,8 +24,8 @@ OPTIONS = {
     "": ["--version", "--debug", "--install-completion", "--show-completion"],
     "search": [
         "--budget", "--objective", "--memory-limit", "--train-time", "--train-tokens", "--model", "--from", "--guide",
-        "--data", "--vocab-size", "--choices", "--device", "--workers", "--storage", "--resume", "--seed", "--sampler",
-        "--name", "--law", "--race", "--keep", "--for", "--dry-run", "--other-machine", "--json",
+        "--data", "--vocab-size", "--choices", "--device", "--workers", "--nproc", "--storage", "--resume", "--seed",
+        "--sampler", "--name", "--law", "--race", "--keep", "--for", "--dry-run", "--other-machine", "--json",
     ],
     "report": ["RUN...", "--html", "--json", "--top", "--rebuild"],
     "race": ["RUN|FILE...", "--time", "--tokens", "--seeds", "--data", "--budget", "--out", "--device", "--json"],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_machine import CUDA
+from fake_machine import CPU, CUDA
 from recorded_run import ENVIRONMENT
 
 from autotune.environment import (
@@ -23,6 +23,8 @@ from autotune.environment import (
     describe,
     differences,
     make_slots,
+    part_of_cores,
+    part_of_one,
     probe,
     probe_slots,
     refuse_stand_in,
@@ -334,6 +336,38 @@ def test_more_threads_than_a_workers_cores_are_refused(monkeypatch: pytest.Monke
     assert [sorted(slot.cores) for slot in make_slots("cpu", 2)] == [[3, 4], [5, 8]]
     with pytest.raises(ConfigError, match="OMP_NUM_THREADS=2 is more than the 1 cores of one of 4 workers; unset it"):
         make_slots("cpu", 4)
+
+
+def test_processes_divide_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 4, 5, 8})
+    whole = replace(CPU, cpu_count=4, threads=4, variables={"OMP_NUM_THREADS": "4"})
+    part = part_of_one(whole, 2)
+    assert (part.processes, part.threads, part.cores, part.cpu_count) == (2, 2, "3-4", 2)
+    assert (part.device_memory_bytes, part.variables) == (whole.device_memory_bytes // 2, {})
+    assert [sorted(part_of_cores(rank, 2)) for rank in (0, 1)] == [[3, 4], [5, 8]]
+    assert part.fingerprint != replace(part, processes=1).fingerprint
+    card = part_of_one(replace(CUDA, threads=4), 2)
+    assert (card.threads, card.device_memory_bytes) == (2, CUDA.device_memory_bytes)
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "processes", "says"),
+    [
+        ("cpu", 1, 0, "--nproc 0 is not allowed; give 1 or more"),
+        ("cpu", 2, 2, "--nproc 2 is one trial on 2 cards or parts of the cores; leave out --workers"),
+        ("cuda:0,cuda:1", 1, 2, "leave out --workers and all but the kind of --device"),
+        ("cpu", 1, 10_000, "--nproc 10000 is not allowed: each needs a core, there are"),
+        ("cuda:1", 1, 2, "its processes take cuda:0 to cuda:1; choose cards by CUDA_VISIBLE_DEVICES"),
+        ("cuda:0", 1, 2, "cuda:1 is unlike cuda:0"),
+    ],
+)
+def test_processes_that_the_machine_lacks_are_refused(
+    device: str, workers: int, processes: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machines = {"cpu": CPU, "cuda:0": CUDA, "cuda:1": replace(CUDA, device="cuda:1", device_name="Other Card")}
+    monkeypatch.setattr("autotune.environment.probe", machines.__getitem__)
+    with pytest.raises(ConfigError, match=says):
+        probe_slots(device, workers, processes)
 
 
 def test_unlike_cards_are_refused_with_the_difference(monkeypatch: pytest.MonkeyPatch) -> None:

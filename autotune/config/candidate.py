@@ -22,6 +22,7 @@ DType = Literal["float32", "tfloat32", "bfloat16", "bfloat16_residual", "float16
 AUTOCAST = ("bfloat16", "float16")
 """dtypes whose matrix products have operands of two bytes, cast from float32."""
 Allocator = Literal["default", "expandable_segments"]
+Sharding = Literal["none", "optimizer", "full"]
 Schedule = Literal["cosine", "wsd", "constant"]
 Optimizer = Literal["adamw", "adamw_8bit", "muon"]
 
@@ -271,6 +272,11 @@ class Plan:
     factors rounded to 10 bits of mantissa. `bfloat16_residual` keeps the residual stream in bfloat16 too, as llm.c and
     nanochat do."""
     allocator: Allocator = "default"
+    processes: int = number(1, at_most=10_000)
+    """Processes under torchrun that train one model, with a card each and parts of every batch."""
+    sharding: Sharding = "none"
+    """What they divide: nothing, each a replica; the `optimizer`'s state (ZeRO stage 1); or weights, gradients and
+    optimizer state (`full`, torch's FSDP2)."""
 
     def __post_init__(self) -> None:
         check("plan", self)
@@ -341,15 +347,25 @@ class Candidate:
                 f"plan.micro_batch_size = {self.plan.micro_batch_size} is larger than "
                 f"training.global_batch_size = {self.recipe.global_batch_size}; lower it"
             )
+        if self.plan.processes > self.recipe.global_batch_size:
+            raise ConfigError(
+                f"training.global_batch_size = {self.recipe.global_batch_size} is less than one sequence for each of "
+                f"{self.plan.processes} processes; start fewer"
+            )
 
     @property
     def shape(self) -> Shape:
         return self.recipe.shape
 
     @property
+    def sequences(self) -> int:
+        """Sequences per optimizer step and process, in the one that has most."""
+        return -(-self.recipe.global_batch_size // self.plan.processes)
+
+    @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro steps per optimizer step; the last one is padded if the division leaves a remainder."""
-        return -(-self.recipe.global_batch_size // self.plan.micro_batch_size)
+        """Micro steps per optimizer step and process; the last one is padded if the division leaves a remainder."""
+        return -(-self.sequences // self.plan.micro_batch_size)
 
     @functools.cached_property
     def id(self) -> str:

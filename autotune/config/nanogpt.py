@@ -292,6 +292,7 @@ def format_nanogpt(candidate: Candidate, heading: str, device: str, *, dataset: 
         )
     train_py_has = {
         "micro_batch_size": True,
+        "processes": True,
         "compile": plan.compile != "block",
         "dtype": plan.dtype == "float32" if device == "cpu" else plan.dtype != "bfloat16_residual",
     }
@@ -326,7 +327,9 @@ def nanogpt_values(candidate: Candidate, device: str) -> dict[str, Value]:
     """The candidate in train.py's keys; the micro batch becomes the largest that divides the global batch."""
     recipe, shape, plan = candidate.recipe, candidate.shape, candidate.plan
     rows = recipe.global_batch_size
-    micro = max(size for size in range(1, plan.micro_batch_size + 1) if rows % size == 0)
+    # train.py divides gradient_accumulation_steps by the number of processes, and refuses a rest
+    sizes = (size for size in range(1, plan.micro_batch_size + 1) if rows % (size * plan.processes) == 0)
+    micro = max(sizes, default=1)
     values: dict[str, Value] = {
         "gradient_accumulation_steps": rows // micro,
         "batch_size": micro,

@@ -49,6 +49,12 @@ class TrainSettings:
             at_least("--max-tokens", self.max_tokens, 1)
 
 
+def train_command(what: object, processes: int) -> str:
+    """The command that trains a run or candidate file in so many processes."""
+    launcher = f"torchrun --standalone --nproc-per-node {processes} -m " if processes > 1 else ""
+    return f"{launcher}autotune train {what}"
+
+
 def locate(path: Path) -> tuple[Path, Path]:
     """RUN, a training directory or a TOML file -> the candidate file, and the default training directory.
 

@@ -174,9 +174,10 @@ def synthetic_batch(*, seed: int, step: int, global_batch_size: int, block_size:
 
 
 def micro_batches(
-    tokens: IntArray, targets: IntArray, micro_batch_size: int, global_rows: int | None = None
+    tokens: IntArray, targets: IntArray, micro_batch_size: int, global_rows: int | None = None, count: int = 0
 ) -> Iterator[tuple[IntArray, IntArray, float]]:
-    """tokens, targets (rows, T) -> (tokens, targets, share) with micro_batch_size rows each.
+    """tokens, targets (rows, T) -> (tokens, targets, share) with micro_batch_size rows each; the last one again, with a
+    share of 0, until there are `count`, so that all processes have as many.
 
     If the division leaves a rest, the last micro batch is padded with token 0 and target -1, so that all micro batches
     have one shape (one compilation) and the global batch stays exact.
@@ -192,6 +193,8 @@ def micro_batches(
             x = np.pad(x, missing, constant_values=0)
             y = np.pad(y, missing, constant_values=-1)
         yield x, y, counted / (global_rows or rows)
+    for _ in range(-(-rows // micro_batch_size), count):
+        yield x, y, 0.0
 
 
 def fingerprint(directory: Path) -> str:

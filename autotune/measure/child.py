@@ -2,33 +2,23 @@
 
 python -P -m autotune.measure.child PARENT autotune.measure.worker < request.json
 
-`autotune.environment.child_command` builds this command; PARENT is the parent's process id. With `standby` in the place
-of the module, the module's name is the first line of stdin.
+`autotune.environment.child_command` builds this command; PARENT is the parent's process id, or 0 in a process that
+torchrun starts. With `standby` in the place of the module, the module's name is the first line of stdin.
 """
 
-import ctypes
 import importlib
 import os
 import runpy
-import signal
 import sys
+
+from autotune.model.distributed import die_with
 
 STANDBY = "standby"
 
 
-def die_with(parent: int) -> None:
-    """End this process when its parent ends for whatever reason (man 2 prctl). Workers left behind by a killed search
-    or torchrun would slow the next one down."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # the parent died before the call took effect
-            os._exit(1)
-
-
 if __name__ == "__main__":
     _, parent, module, *rest = sys.argv
-    die_with(int(parent))  # before torch loads, which takes seconds
+    die_with(int(parent) or os.getppid())  # before torch loads, which takes seconds
     if module == STANDBY:
         # Loaded by torch.compile in the first step otherwise; takes twice as long as torch itself. Starts no process
         # and creates no CUDA context.

@@ -1,4 +1,4 @@
-"""The parent's side of a trial: a fresh worker process in its own group, a timeout, and the report of a crash.
+"""The parent's side of a trial: fresh worker processes in their own groups, a timeout, and the report of a crash.
 
 In a series of trials, the next worker loads torch while the current one builds and compiles.
 """
@@ -17,8 +17,10 @@ from typing import TypeVar
 from autotune.cgroup import ControlGroups
 from autotune.environment import child_command, worker_environment
 from autotune.errors import ConfigError, one_line
+from autotune.files import write_atomically
 from autotune.measure.blame import card_remedy, start_remedy
 from autotune.measure.child import STANDBY
+from autotune.measure.processes import first_to_end, result_file, together, torchrun
 from autotune.measure.scratch import remove_leftovers, trial_folder
 from autotune.measure.types import MemoryProfile, RungRequest, RungResult, TrialRequest, TrialResult, from_json, to_json
 from autotune.model.compile_cache import compile_cache_dir
@@ -54,7 +56,7 @@ class Standby:
         """Start a worker, unless one is waiting, for a trial whose log will be in the directory of `log`."""
         if self._worker is None or self._worker.poll() is not None:
             self._log = log.with_name(self._name)
-            self._worker = _start(STANDBY, self._log, "default")
+            self._worker = _start(child_command(STANDBY), self._log, "default")
 
     def take(self, request: TrialRequest, log: Path) -> _Process | None:
         """The waiting worker, now logging to `log`; None if there is none that suits the request. The allocator is
@@ -185,14 +187,11 @@ def _run(
     """Run a worker whose files go to `directory`, and complete its result with what only the parent knows. `dead`: the
     result of a worker that leaves none."""
     started_at, started = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    file, kills = directory / "result.json", groups.oom_kills()
+    file, kills, processes = directory / "result.json", groups.oom_kills(), _processes(module, request)
     returncode = yield from _run_worker(module, replace(request, result_path=str(file)), log, standby)
-    result = dead
-    if file.exists():
-        try:
-            result = from_json(type(dead), file.read_text(encoding="utf-8"))
-        except (ValueError, OSError, ConfigError) as error:
-            result = replace(result, message=f"the worker's result cannot be read: {one_line(str(error))}")
+    ended = first_to_end(log.read_text(errors="replace")) if processes > 1 and returncode else None
+    results = [_read(result_file(file, rank), dead) for rank in range(processes)]
+    result = results[0] if processes == 1 else together(results, ended[0] if ended else None)
     seconds = time.monotonic() - started
     phases = dict(result.phase_seconds)
     # a killed worker has not recorded the seconds of its last phase
@@ -211,6 +210,9 @@ def _run(
         return replace(result, status="oom", message=message)
     if result.status == "crashed" and (remedy := card_remedy(result.message or _last_line(log), request.device)):
         return replace(result, remedy=remedy)
+    if result.status == "crashed" and not result.message and ended:
+        message = f"{_death(ended[1], f'rank {ended[0]}')} in phase {result.phase}; see {log.name}"
+        return replace(result, message=message)
     if result.status == "crashed" and not result.message:
         message = f"{_death(returncode)} in phase {result.phase}: {_last_line(log)}; see {log.name}"
         remedy = start_remedy(_last_line(log)) if result.phase == "start" else ""
@@ -218,18 +220,39 @@ def _run(
     return result
 
 
+def _processes(module: str, request: TrialRequest) -> int:
+    """Processes of a worker; rungs and profiles have one, and tell that they cannot run other plans."""
+    return request.candidate.plan.processes if module == _WORKER else 1
+
+
+def _read(file: Path, dead: R) -> R:
+    """The result that a worker has left; `dead` where there is none."""
+    if not file.exists():
+        return dead
+    try:
+        return from_json(type(dead), file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, ConfigError) as error:
+        return replace(dead, message=f"the worker's result cannot be read: {one_line(str(error))}")
+
+
 def _run_worker(
     module: str, request: TrialRequest, log: Path, standby: Standby | None
 ) -> Generator[None, None, int | None]:
     """Return code of the worker (negative: a signal's number); None if it exceeded its time or its log."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    worker, words = standby.take(request, log) if standby else None, f"{module}\n"
-    if worker is None:
-        worker, words = _start(module, log, request.candidate.plan.allocator), ""
+    plan, processes = request.candidate.plan, _processes(module, request)
+    standby = standby if processes == 1 else None
+    worker, words = standby.take(request, log) if standby else None, f"{module}\n{to_json(request)}"
+    if worker is None and processes == 1:
+        worker, words = _start(child_command(module), log, plan.allocator), to_json(request)
+    elif worker is None:  # all of them must read it
+        file, words = Path(request.result_path).with_name("request.json"), ""
+        write_atomically(file, to_json(request), durable=False)
+        worker = _start(torchrun(module, processes, file), log, plan.allocator)
     try:
         assert worker.stdin is not None
         with suppress(BrokenPipeError), worker.stdin as pipe:  # a dead worker is reported below
-            pipe.write((words + to_json(request)).encode())
+            pipe.write(words.encode())
         if standby:
             standby.start(log)
         return (yield from _wait(worker, request, log, standby))
@@ -239,10 +262,10 @@ def _run_worker(
             standby.resume()
 
 
-def _start(module: str, log: Path, allocator: str) -> _Process:
+def _start(command: list[str], log: Path, allocator: str) -> _Process:
     with log.open("ab") as output:
         return subprocess.Popen(
-            child_command(module),
+            command,
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -267,6 +290,11 @@ def _wait(
 
 
 def _end(worker: _Process) -> None:
+    children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children")
+    with suppress(OSError):  # each process that torchrun has started has a group of its own
+        for child in children.read_text().split():
+            with suppress(ProcessLookupError):
+                os.killpg(int(child), signal.SIGKILL)
     with suppress(ProcessLookupError):  # the group includes the worker's compilers and data loaders
         os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
@@ -277,8 +305,7 @@ def _last_line(log: Path) -> str:
     return lines[-1].strip()[:300] if lines else "no output"
 
 
-def _death(returncode: int) -> str:
+def _death(returncode: int, who: str = "worker") -> str:
     if returncode >= 0:
-        return f"worker ended with exit code {returncode}"
-    name = signal.Signals(-returncode).name
-    return f"worker killed by {name}"
+        return f"{who} ended with exit code {returncode}"
+    return f"{who} killed by {signal.Signals(-returncode).name}"

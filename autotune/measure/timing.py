@@ -70,13 +70,14 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
-def warm_up(cycle: Callable[[], float], deadline: float) -> int:
+def warm_up(cycle: Callable[[], float], deadline: float, agreed: Callable[[bool], bool] = bool) -> int:
     """Run `cycle`, which returns its seconds, until one is within 5 % of its predecessor: at least three times and at
-    most MAX_WARMUP, and until `deadline` (time.monotonic) at the latest. Returns the number of cycles."""
+    most MAX_WARMUP, and until `deadline` (time.monotonic) at the latest. `agreed`: whether any of several processes
+    would end. Returns the number of cycles."""
     previous = math.inf
     for done in range(1, MAX_WARMUP + 1):
         seconds = cycle()
-        if time.monotonic() > deadline or (done >= 3 and abs(seconds - previous) <= 0.05 * previous):
+        if agreed(time.monotonic() > deadline or (done >= 3 and abs(seconds - previous) <= 0.05 * previous)):
             return done
         previous = seconds
     return MAX_WARMUP

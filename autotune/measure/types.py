@@ -120,6 +120,8 @@ class TrialResult:
     """`trial_seconds` by phase; `start` is start and end of the process."""
     started_at: str = ""
     """ISO 8601, UTC."""
+    process_peak_bytes: tuple[int, ...] = ()
+    """Peak of each process in the widest view, where there are several; `memory` is the fullest's."""
     remedy: str = ""
     """What to do about a failure of the machine, which every other trial would share; empty otherwise."""
 

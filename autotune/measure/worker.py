@@ -1,6 +1,7 @@
 """The child's side of a trial: one candidate, built, verified, compiled, warmed up and measured.
 
     python -m autotune.measure.worker < request.json
+    torchrun --nproc-per-node 2 -m autotune.measure.worker request.json
 
 result.json is replaced at every phase, so the last phase of a killed worker is known.
 """
@@ -15,6 +16,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,11 +31,13 @@ from autotune.files import write_atomically
 from autotune.measure.blame import remedy
 from autotune.measure.limit import limit_data
 from autotune.measure.memory import MemoryMeter, out_of_memory
+from autotune.measure.processes import result_file
 from autotune.measure.ran import check_ran
 from autotune.measure.timing import MIN_SAMPLES, TARGET, Stopwatch, Timing, summarise, warm_up
 from autotune.measure.types import Status, TrialRequest, TrialResult, from_json, to_json
-from autotune.model.checkpoint import TrainState, save_checkpoint
+from autotune.model.checkpoint import TrainState, gather, save_checkpoint
 from autotune.model.compile_cache import compile_cache
+from autotune.model.distributed import DistributedContext, distributed_context, process_group
 from autotune.model.step import COMPILING_STEPS, TrainStep, build
 
 CYCLE = 4
@@ -82,28 +86,32 @@ class Outcome:
 
 def run(request: TrialRequest, outcome: Outcome) -> None:
     """Measure the candidate of `request`. Exceptions become a status in `main`."""
-    candidate, device = request.candidate, torch.device(request.device)
+    candidate, context = request.candidate, distributed_context()
+    device = torch.device("cuda", context.local_rank) if context.world_size > 1 and request.device != "cpu" else None
+    device = device or torch.device(request.device)
     outcome.enter(phase="build")
     started = time.perf_counter()
     outcome.meter = meter = MemoryMeter(device, lambda: live_bytes(step, batches))  # before the CUDA context
     limit_memory(request, device, meter)
     step = build(candidate, device)
-    batches = resident_batches(candidate, device, whole_step=request.whole_steps)
-    outcome.enter(
-        phase="verify",
-        build_seconds=time.perf_counter() - started,
-        other_processes_bytes=meter.other_processes_bytes,
-    )
-    outcome.enter(first_loss=verify(step, batches[0]))
-    compiled = compile_step(step, batches[:2], outcome, meter)
-    if computes(device):
-        check_loss(compiled, candidate, "compiled", batches[:2])
-    stop_if_over_limit(request, outcome.result)
-    measured = time_steps(step, batches, request, outcome)
-    if request.final:
-        measure_eval_and_checkpoint(step, batches, meter, outcome.path.parent)
-    outcome.enter(phase="done", status="ok", memory=meter.views(), **throughput(measured, request))
-    stop_if_over_limit(request, outcome.result)
+    with process_group(context), step.over_processes(context.world_size):
+        batches = resident_batches(candidate, device, whole_step=request.whole_steps)
+        outcome.enter(
+            phase="verify",
+            build_seconds=time.perf_counter() - started,
+            other_processes_bytes=meter.other_processes_bytes,
+        )
+        outcome.enter(first_loss=verify(step, batches[0]))
+        compiled = compile_step(step, batches[:2], outcome, meter)
+        if computes(device):
+            check_loss(compiled, candidate, "compiled", batches[:2])
+        stop_if_over_limit(request, outcome.result)
+        measured = time_steps(step, batches, request, outcome, context)
+        if request.final:
+            measure_eval_and_checkpoint(step, batches, meter, outcome.path.parent, context)
+        outcome.enter(phase="done", status="ok", memory=meter.views(), **throughput(measured, request))
+        stop_if_over_limit(request, outcome.result)
+        context.barrier()  # torchrun ends the others when one has failed, so none may be done before
 
 
 def compile_step(step: TrainStep, batches: list[MicroBatch], outcome: Outcome, meter: MemoryMeter) -> float:
@@ -152,21 +160,25 @@ def limit_memory(request: TrialRequest, device: torch.device, meter: MemoryMeter
 
 
 def resident_batches(candidate: Candidate, device: torch.device, whole_step: bool) -> list[MicroBatch]:
-    """Micro batches (tokens, targets, share) on the device: from the recipe's data, else from a Zipf law."""
-    shape, recipe, micro = candidate.shape, candidate.recipe, candidate.plan.micro_batch_size
+    """This process's micro batches (tokens, targets, share) on the device: from the recipe's data, else from a Zipf
+    law."""
+    context, shape, recipe = distributed_context(), candidate.shape, candidate.recipe
+    micro = min(candidate.plan.micro_batch_size, candidate.sequences)
     count = candidate.gradient_accumulation_steps
-    sizes = {
-        "global_batch_size": recipe.global_batch_size if whole_step else min(count, CYCLE) * micro,
+    count = count if whole_step else min(count, CYCLE)
+    total = recipe.global_batch_size if whole_step else count * micro * context.world_size
+    rows, sizes = context.rows(total), {
+        "global_batch_size": total,
         "block_size": shape.block_size,
         "vocab_size": shape.vocab_size,
     }
     if recipe.data:
-        tokens, targets = open_batches(Path(recipe.data), seed=recipe.seed, **sizes).train_batch(0)
+        tokens, targets = open_batches(Path(recipe.data), seed=recipe.seed, **sizes).train_batch(0, rows)
     else:
-        tokens, targets = synthetic_batch(seed=recipe.seed, step=0, **sizes)
+        tokens, targets = (ids[rows] for ids in synthetic_batch(seed=recipe.seed, step=0, **sizes))
     return [
         (torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), share)
-        for x, y, share in micro_batches(tokens, targets, micro)
+        for x, y, share in micro_batches(tokens, targets, micro, total, count)
     ]
 
 
@@ -205,10 +217,13 @@ def check_loss(loss: float, candidate: Candidate, which: str, batches: list[Micr
 
 Timings = Mapping[str, Timing]
 """Timings of `whole` steps and of their parts: the `first` micro step after an update, the `later` ones, which add to
-existing gradients (absent without accumulation), and the `optimizer` update."""
+existing gradients (absent without accumulation), the `last` one of several processes, which exchange gradients in it,
+and the `optimizer` update. Of several processes, the slowest's."""
 
 
-def time_steps(step: TrainStep, batches: list[MicroBatch], request: TrialRequest, outcome: Outcome) -> Timings:
+def time_steps(
+    step: TrainStep, batches: list[MicroBatch], request: TrialRequest, outcome: Outcome, context: DistributedContext
+) -> Timings:
     """Warm up, then repeat steps until the interval is narrow enough or the time is over."""
     watch, lr = Stopwatch(step.device), request.candidate.recipe.learning_rate
     samples: dict[str, list[float]] = defaultdict(list)
@@ -217,18 +232,20 @@ def time_steps(step: TrainStep, batches: list[MicroBatch], request: TrialRequest
     def cycle() -> float:
         readings = []
         for index, (tokens, targets, share) in enumerate(batches):
-            kind = "later" if index else "first"
-            readings.append((kind, watch.time(lambda: losses.append(step.micro_step(tokens, targets, share)))))  # noqa: B023
+            last = index == len(batches) - 1
+            kind = "first" if not index else "last" if last and context.world_size > 1 else "later"
+            work = partial(step.micro_step, tokens, targets, share, last=last)
+            readings.append((kind, watch.time(lambda: losses.append(work()))))  # noqa: B023 - called at once
         readings.append(("optimizer", watch.time(lambda: step.optimizer_step(lr))))
         watch.synchronise()
-        seconds = [(kind, reading()) for kind, reading in readings]
-        whole = sum(value for _, value in seconds)
-        for kind, value in (*seconds, ("whole", whole)):
+        seconds = [reading() for _, reading in readings]
+        seconds = context.slowest([*seconds, sum(seconds)])
+        for kind, value in zip([*(kind for kind, _ in readings), "whole"], seconds, strict=True):
             samples[kind].append(value)
-        return whole
+        return seconds[-1]
 
     deadline = time.monotonic() + request.measure_seconds
-    warm_up(cycle, deadline)
+    warm_up(cycle, deadline, context.any)
     samples.clear()
     outcome.enter(phase="measure")
     while True:
@@ -242,9 +259,9 @@ def time_steps(step: TrainStep, batches: list[MicroBatch], request: TrialRequest
             least = request.stop_below_tokens_per_second
             outcome.enter(message=f"timing ended early: below {least:,.0f} tokens/s it cannot win")
             break
-        if steady or time.monotonic() > deadline:
+        if context.any(steady or time.monotonic() > deadline):
             break
-    last = losses[-1].item() / batches[-1][2]
+    last = losses[-1].item() / batches[-1][2] if batches[-1][2] else losses[-1].item()
     outcome.enter(last_loss=last if math.isfinite(last) and computes(step.device) else None)
     if not math.isfinite(last):
         raise TrialEnded("incorrect", f"loss is {last} after {whole.samples} steps")
@@ -255,9 +272,10 @@ def step_seconds(timings: Timings, request: TrialRequest) -> tuple[float, float]
     """Seconds of one optimizer step, timed whole or composed from its parts, and the half width of its interval."""
     if request.whole_steps:
         return timings["whole"].median, timings["whole"].ci95
-    parts = [(1, timings["first"]), (1, timings["optimizer"])]
+    once = [timings[kind] for kind in ("first", "last") if kind in timings]
+    parts = [(1, part) for part in (*once, timings["optimizer"])]
     if "later" in timings:
-        parts.append((request.candidate.gradient_accumulation_steps - 1, timings["later"]))
+        parts.append((request.candidate.gradient_accumulation_steps - len(once), timings["later"]))
     seconds = sum(count * part.median for count, part in parts)
     return seconds, math.sqrt(sum((count * part.ci95) ** 2 for count, part in parts))
 
@@ -275,7 +293,7 @@ def throughput(timings: Timings, request: TrialRequest) -> dict[str, object]:
     candidate = request.candidate
     seconds, ci95 = step_seconds(timings, request)
     tokens_per_second = candidate.recipe.tokens_per_step / seconds
-    peak_flops = describe(request.device).peak_flops
+    peak_flops = (describe(request.device).peak_flops or 0.0) * candidate.plan.processes
     return {
         "tokens_per_second": tokens_per_second,
         "tokens_per_second_ci95": tokens_per_second * ci95 / seconds,
@@ -288,7 +306,9 @@ def throughput(timings: Timings, request: TrialRequest) -> dict[str, object]:
     }
 
 
-def measure_eval_and_checkpoint(step: TrainStep, batches: list[MicroBatch], meter: MemoryMeter, folder: Path) -> None:
+def measure_eval_and_checkpoint(
+    step: TrainStep, batches: list[MicroBatch], meter: MemoryMeter, folder: Path, context: DistributedContext
+) -> None:
     """Record the peaks of an evaluation and a checkpoint. `folder` belongs to the trial and is removed even if this
     process is killed."""
     torch.compiler.set_stance("default")  # the forward without gradients is compiled here
@@ -297,7 +317,10 @@ def measure_eval_and_checkpoint(step: TrainStep, batches: list[MicroBatch], mete
     with meter.stage("evaluation"):
         step.evaluate(tokens[:rows], targets[:rows])
     with meter.stage("checkpoint"), tempfile.TemporaryDirectory(dir=folder) as directory:
-        save_checkpoint(Path(directory), step, TrainState(iteration=0, tokens=0, candidate=step.candidate))
+        held = gather(step)
+        if context.is_main:
+            save_checkpoint(Path(directory), step, TrainState(iteration=0, tokens=0, candidate=step.candidate), held)
+        del held  # what was gathered does not outlive the stage
 
 
 def stop_if_over_limit(request: TrialRequest, result: TrialResult) -> None:
@@ -333,10 +356,11 @@ def wanted_bytes(message: str) -> int | None:
 
 
 def main(measure: Callable[[R, Outcome], None], kind: type[R], result: type[TrialResult] = TrialResult) -> int:
-    """Read a request of that kind from stdin, run `measure`, and leave the outcome, a `result`, in result.json. Returns
-    the exit code."""
-    request = from_json(kind, sys.stdin.read())
-    outcome = Outcome(Path(request.result_path), result(status="crashed", phase="start"))
+    """Read a request of that kind from the file given, or stdin, run `measure`, and leave the outcome, a `result`, in
+    result.json. Returns the exit code."""
+    request = from_json(kind, Path(sys.argv[1]).read_text() if sys.argv[1:] else sys.stdin.read())
+    file = result_file(Path(request.result_path), distributed_context().rank)
+    outcome = Outcome(file, result(status="crashed", phase="start"))
     try:
         measure(request, outcome)
     except KeyboardInterrupt:

@@ -5,7 +5,16 @@ from collections.abc import Mapping
 
 from autotune.config.candidate import Candidate
 from autotune.memory.model import MemoryModel
-from autotune.memory.structure import PeakPoint, keys, optimizer_bytes, overhead, peak_points, tokens
+from autotune.memory.structure import (
+    PeakPoint,
+    gathered_bytes,
+    keys,
+    optimizer_bytes,
+    overhead,
+    peak_points,
+    tokens,
+    weight_bytes,
+)
 
 OUTSIDE = "outside the allocator"
 """Category of the process, its libraries and what the allocator cannot use; all others are of `CATEGORIES`."""
@@ -28,10 +37,11 @@ def predicted_breakdown(model: MemoryModel, candidate: Candidate) -> Mapping[str
     def terms(point: PeakPoint) -> dict[str, float]:
         return {key.kind: float(means[place[key]]) * size for key, size in point.sizes.items()}
 
-    top = max(peak_points(candidate, model.device), key=lambda point: point.exact + sum(terms(point).values()))
-    steps, parameters = candidate.gradient_accumulation_steps, 4.0 * candidate.shape.parameters
+    points = peak_points(candidate, model.device)
+    top = max(points, key=lambda point: point.exact + sum(terms(point).values()))
+    steps, gathered = candidate.gradient_accumulation_steps, 0.0 if top is points[-1] else gathered_bytes(candidate)
     exact = {
-        "parameters": parameters,
+        "parameters": weight_bytes(candidate) + gathered,
         "optimizer state": optimizer_bytes(candidate),
         "batch": 16.0 * tokens(candidate) * min(steps, 4),  # as in `peak_points`
     }

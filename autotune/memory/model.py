@@ -233,7 +233,7 @@ def _prediction(
 def family(candidate: Candidate) -> str:
     """Equal for candidates that differ only in the micro batch, and both accumulate or both do not."""
     several = candidate.gradient_accumulation_steps > 1
-    recipe = replace(candidate.recipe, global_batch_size=2 if several else 1)
+    recipe = replace(candidate.recipe, global_batch_size=(1 + several) * candidate.plan.processes)
     return Candidate(recipe=recipe, plan=replace(candidate.plan, micro_batch_size=1)).id
 
 

@@ -108,8 +108,9 @@ def peak_points(candidate: Candidate, device: str) -> tuple[PeakPoint, ...]:
     shape, plan, steps = candidate.shape, candidate.plan, candidate.gradient_accumulation_steps
     key, head, count = functools.partial(_key, candidate), shape.vocab_size * shape.n_embd, tokens(candidate)
     # weights, and the gradients that later micro steps add to; int64 tokens and targets
-    kept = 4.0 * shape.parameters + optimizer_bytes(candidate) + 16.0 * count * min(steps, 4)
-    state = kept + (4.0 * shape.parameters if steps > 1 else 0.0)
+    kept = weight_bytes(candidate) + optimizer_bytes(candidate) + 16.0 * count * min(steps, 4)
+    gradients = weight_bytes(candidate)
+    state = kept + (gradients if _adds_gradients(candidate) else 0.0) + gathered_bytes(candidate)
     body = _activations(candidate)
     end: dict[Key, float] = {key("embedding gradient"): head, key("matrix gradients"): matrix_elements(candidate)}
     end[key("backward end")] = count * shape.n_embd
@@ -122,7 +123,7 @@ def peak_points(candidate: Candidate, device: str) -> tuple[PeakPoint, ...]:
         points.append((state, body | {key("head gradient twice"): head}))
     if plan.recomputed_every == 1:  # the head's gradient waits for the token embedding's, which is the same tensor
         points.append((state + 4.0 * head, body | _blocks(candidate, 1, "none")))
-    points.append((kept + 4.0 * shape.parameters + update_bytes(candidate, device), {}))
+    points.append((kept + gradients + update_bytes(candidate, device), {}))
     # memory of cuBLAS, counted as allocated: up to 32 MiB for each thread that multiplies
     shared = {key("workspaces"): 1e6} if device == "cuda" else {}
     return tuple(PeakPoint(exact=exact, sizes=sizes | shared) for exact, sizes in points)
@@ -170,8 +171,36 @@ def _whole_logits(candidate: Candidate) -> bool:
     return loss not in VALUES["library"] and not registry.find("loss", loss).chunked
 
 
+def weight_bytes(candidate: Candidate) -> float:
+    """Bytes of the weights that a process keeps."""
+    return 4.0 * candidate.shape.parameters / (candidate.plan.processes if candidate.plan.sharding == "full" else 1)
+
+
+def gathered_bytes(candidate: Candidate) -> float:
+    """Bytes of divided weights that forward and backward need whole: embeddings and last norm throughout, and the block
+    that is computed."""
+    if candidate.plan.sharding != "full":
+        return 0.0
+    shape = candidate.shape
+    blocks = shape.parameters_non_embedding / shape.n_layer
+    return 4.0 * (shape.parameters - shape.parameters_non_embedding + blocks)
+
+
+def _adds_gradients(candidate: Candidate) -> bool:
+    """Whether a micro step adds to gradients that exist: those of the micro step before, or of replicas, which keep the
+    memory in which they are summed."""
+    replicas = candidate.plan.processes > 1 and candidate.plan.sharding != "full"
+    return replicas or candidate.gradient_accumulation_steps > 1
+
+
 def optimizer_bytes(candidate: Candidate) -> float:
-    """Bytes of the optimizer state: two moments per parameter; Muon has one for the blocks' matrices."""
+    """Bytes of the optimizer state of a process."""
+    divided = candidate.plan.processes if candidate.plan.sharding != "none" else 1
+    return _whole_optimizer_bytes(candidate) / divided
+
+
+def _whole_optimizer_bytes(candidate: Candidate) -> float:
+    """Two moments per parameter; Muon has one for the blocks' matrices."""
     parameters = candidate.shape.parameters
     if candidate.recipe.optimizer == "muon":
         return 8.0 * parameters - 4.0 * matrix_elements(candidate)
@@ -204,7 +233,7 @@ def _key(candidate: Candidate, kind: str, **other: str) -> Key:
         "compile": plan.compile,
         "loss": plan.loss if plan.loss in VALUES["loss"] else "full" if _whole_logits(candidate) else "chunked",
         "library": plan.loss,
-        "accumulation": "several" if candidate.gradient_accumulation_steps > 1 else "one",
+        "accumulation": "several" if _adds_gradients(candidate) else "one",
         "allocator": plan.allocator,
         **other,
     }

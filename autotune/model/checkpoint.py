@@ -30,7 +30,6 @@ from autotune.config.candidate import Candidate
 from autotune.config.tables import read_json, read_table
 from autotune.errors import CheckpointError, ConfigError, one_line, shown
 from autotune.files import sha256, sync
-from autotune.model.gpt import GPT
 from autotune.model.step import TrainStep
 
 FORMAT = 2
@@ -86,21 +85,21 @@ class Checkpoint:
     """torch's generator states by device type, base64."""
     scaler: dict[str, Any]
 
-    def load_weights(self, model: GPT) -> None:
-        """Copy the weights into `model`. Raises CheckpointError if their shapes differ or they are not finite."""
+    def load_weights(self, step: TrainStep) -> None:
+        """Copy the weights into the model. Raises CheckpointError if their shapes differ or they are not finite."""
         weights = _load(self.path / _MODEL)
         check_finite(weights, self.path / _MODEL)
         try:
-            model.load_state_dict(weights)
+            step.load_weights(weights)
         except (RuntimeError, SafetensorError) as error:
             difference = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"{self.path / _MODEL} belongs to another model: {difference}") from None
 
     def restore(self, step: TrainStep) -> None:
         """Restore weights, optimizer, scaler and random states in `step`, bit for bit."""
-        self.load_weights(step.model)
+        self.load_weights(step)
         try:
-            _load_optimizer(step, _load(self.path / _OPTIMIZER))
+            step.load_moments(_by_weight(_load(self.path / _OPTIMIZER)))
             if step.scaler.is_enabled() and self.scaler:
                 step.scaler.load_state_dict(self.scaler)
             torch.set_rng_state(_tensor(self.random["cpu"]))
@@ -110,8 +109,22 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} does not fit this training: {one_line(str(error))}") from None
 
 
-def save_checkpoint(directory: Path, step: TrainStep, state: TrainState) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Whole weights and optimizer state, in the main process; views of the training's own where it has them whole."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor | int]
+
+
+def gather(step: TrainStep) -> Held:
+    """What a checkpoint holds; all processes must call it."""
+    return Held(weights=step.weights(), moments=step.moments())
+
+
+def save_checkpoint(directory: Path, step: TrainStep, state: TrainState, held: Held | None = None) -> Path:
     """Write `directory/step_%08d`, point `best` at it if it is, and remove checkpoints older than the last two.
+    `held`: what the processes have gathered; None: there is one process.
 
     Raises CheckpointError if it cannot be written (on a full disk, for example), with earlier checkpoints intact and
     no partial one left.
@@ -120,7 +133,7 @@ def save_checkpoint(directory: Path, step: TrainStep, state: TrainState) -> Path
     temporary = directory / f".{path.name}.tmp"
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, step, state)
+        _write(temporary, step, state, held or gather(step))
         if path.exists():  # a rename cannot replace a directory, so the old one is moved first
             path.rename(directory / f".{path.name}.old.tmp")
         temporary.rename(path)
@@ -221,16 +234,9 @@ def clean(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _write(directory: Path, step: TrainStep, state: TrainState) -> None:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
-    weights = {name: parameter.detach() for parameter, name in names.items()}
-    moments = {
-        f"{names[parameter]}.{key}": _storable(key, value)
-        for parameter, held in step.optimizer.state.items()
-        for key, value in held.items()
-    }
-    save_tensors(weights, directory / _MODEL)
-    save_tensors(moments, directory / _OPTIMIZER)
+def _write(directory: Path, step: TrainStep, state: TrainState, held: Held) -> None:
+    save_tensors(held.weights, directory / _MODEL)
+    save_tensors({name: _storable(name, value) for name, value in held.moments.items()}, directory / _OPTIMIZER)
     random = {"cpu": _text(torch.get_rng_state())}
     if step.device.type == "cuda":
         random["cuda"] = _text(torch.cuda.get_rng_state(step.device))
@@ -264,24 +270,20 @@ def check_finite(weights: Mapping[str, Tensor], where: Path) -> None:
             )
 
 
-def _storable(key: str, value: Tensor | int) -> Tensor:
+def _storable(name: str, value: Tensor | int) -> Tensor:
     """An optimizer state as safetensors accepts it: bitsandbytes has int steps, and one map shared by all weights."""
     if isinstance(value, int):
         return torch.tensor(value)
-    return value.clone() if key.startswith("qmap") else value
+    return value.clone() if name.rpartition(".")[2].startswith("qmap") else value
 
 
-def _load_optimizer(step: TrainStep, moments: dict[str, Tensor]) -> None:
-    """Load through load_state_dict, which puts each optimizer's `step` on the right device."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
+def _by_weight(moments: dict[str, Tensor]) -> dict[str, dict[str, Tensor | int]]:
     held: dict[str, dict[str, Tensor | int]] = {}
     for key, value in moments.items():
         name, _, part = key.rpartition(".")
         # `step` is a float tensor in torch's optimizers, an int in bitsandbytes
         held.setdefault(name, {})[part] = int(value) if value.dtype == torch.int64 else value
-    parameters = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
-    states = {index: held[names[parameter]] for index, parameter in enumerate(parameters) if names[parameter] in held}
-    step.optimizer.load_state_dict({"state": states, "param_groups": step.optimizer.state_dict()["param_groups"]})
+    return held
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """Optimizers and the learning rate of a step."""
 
 import math
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autotune.config.candidate import Recipe
 
@@ -13,18 +14,27 @@ MOMENTUM = 0.95
 """Momentum of Muon: its author's value and torch's default."""
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer. Matrices and embeddings have weight decay, norms and biases have none, as in nanoGPT."""
+def by_muon(name: str, weight: Tensor) -> bool:
+    """Whether Muon would update it: a matrix of a block."""
+    return weight.dim() >= 2 and name.startswith("h.")
+
+
+def make_optimizer(
+    model: nn.Module, recipe: Recipe, own: Mapping[str, nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer. Matrices and embeddings have weight decay, norms and biases have none, as in nanoGPT.
+    `own`: what this process updates, by the weights' names; None: all."""
     named = dict(model.named_parameters())
-    blocks = [p for name, p in named.items() if p.dim() >= 2 and name.startswith("h.")]
-    embeddings = [p for name, p in named.items() if p.dim() >= 2 and not name.startswith("h.")]
-    vectors = {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0}
+    own = named if own is None else own
+    blocks = [own[name] for name, p in named.items() if name in own and by_muon(name, p)]
+    embeddings = [own[name] for name, p in named.items() if name in own and p.dim() >= 2 and not by_muon(name, p)]
+    vectors = {"params": [own[name] for name, p in named.items() if name in own and p.dim() < 2], "weight_decay": 0.0}
     rate, decay = recipe.learning_rate, recipe.weight_decay
     betas = (recipe.beta1, recipe.beta2)
     if recipe.optimizer == "muon":
         # match_rms_adamw scales updates to the size of AdamW's, so that one learning rate serves both
         of_blocks = torch.optim.Muon(
-            blocks, lr=rate, weight_decay=decay, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
+            [{"params": blocks}], lr=rate, weight_decay=decay, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
         )
         others = [{"params": embeddings, "weight_decay": decay}, vectors]
         return CombinedOptimizer(of_blocks, torch.optim.AdamW(others, lr=rate, betas=betas, fused=True))

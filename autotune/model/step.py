@@ -1,7 +1,8 @@
 """Build a candidate and run its optimizer step: the one step that trials measure and training runs."""
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
@@ -17,9 +19,11 @@ from autotune.config.candidate import AUTOCAST, Candidate
 from autotune.errors import UnsupportedError
 from autotune.kernels import registry
 from autotune.model.compile_cache import compile_cache_dir, drop_torn_libraries
+from autotune.model.distributed import distributed_context
 from autotune.model.gpt import GPT
 from autotune.model.optim import make_optimizer
 from autotune.model.recompute import budget, compile_blocks, run_block
+from autotune.model.sharding import DividedOptimizer, divided, local, shard_fully, whole
 
 COMPILING_STEPS = 2
 """Steps until all is compiled. Dynamo guards on autograd's state, which differs between a first call and later ones, so
@@ -38,24 +42,50 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=candidate.plan.dtype == "float16")
         self._forward = _compiled(model, candidate)
         self._parallel: DistributedDataParallel | None = None
+        self._divided: DividedOptimizer | None = None
 
-    def over_processes(self) -> None:
-        """Sum gradients over all processes of torch's default group, once per step, from now on.
+    @contextmanager
+    def over_processes(self, processes: int) -> Iterator[None]:
+        """Within it, sum gradients over all processes of torch's default group, once per step, and divide what the plan
+        says; nothing where there is one. The optimizer is a new one.
 
-        Each process passes its own micro batches to `step`, with shares of the one global batch.
+        Each process passes its own micro batches to `step`, as many as the others, with shares of one global batch.
         """
+        try:
+            if processes > 1:
+                self._divide()
+            yield
+        finally:
+            if self._parallel:
+                # If it were the last to hold the process group, that would end while it holds the interpreter's lock,
+                # and wait for a thread of gloo's that wants the lock to free a tensor
+                self._parallel = None
+                gc.collect()
+
+    def _divide(self) -> None:
+        recipe, sharding = self.candidate.recipe, self.candidate.plan.sharding
+        if sharding == "full":
+            shard_fully(self.model, self.device)
+            self.optimizer = make_optimizer(self.model, recipe)
+            return
         if not isinstance(self._forward, nn.Module):
             raise UnsupportedError("plan.loss = 'auto_chunker' trains in one process only; use chunked")
         devices = [self.device] if self.device.type == "cuda" else None
         self._parallel = DistributedDataParallel(self._forward, device_ids=devices, gradient_as_bucket_view=True)
+        if sharding == "optimizer":
+            self._divided = DividedOptimizer(self.model, recipe)
+            self.optimizer = self._divided.optimizer
 
-    def micro_step(self, tokens: Tensor, targets: Tensor, share: float) -> Tensor:
-        """Forward and backward of one micro batch; gradients accumulate until `optimizer_step`.
+    def micro_step(self, tokens: Tensor, targets: Tensor, share: float, *, last: bool = True) -> Tensor:
+        """Forward and backward of one micro batch; gradients accumulate until `optimizer_step`. In the last one before
+        it, replicas sum their gradients.
 
         tokens, targets: (micro_batch_size, T) on the device, targets -1 in padded rows.
         share: counted targets of this micro batch over those of the global batch.
         Returns its share of the global mean loss, on the device and not synchronised.
         """
+        if self._parallel:
+            self._parallel.require_backward_grad_sync = last
         with _sums_in_order(self.device):
             with record_function("autotune::step::forward"), self._autocast(), budget(self.candidate.plan):
                 loss: Tensor = (self._parallel or self._forward)(tokens, targets) * share
@@ -76,17 +106,15 @@ class TrainStep:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        self.model.zero_grad(set_to_none=True)
+        return whole(norm)
 
     def gradients(self, micro_batches: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
         """Forward and backward of (tokens, targets, share) micro batches -> mean loss; with several processes, this
         one's share of it. The weights do not change: after a failure, clear the gradients and repeat it."""
         loss = torch.zeros((), device=self.device)
         for index, (tokens, targets, share) in enumerate(micro_batches):
-            if self._parallel:
-                self._parallel.require_backward_grad_sync = index == len(micro_batches) - 1
-            loss += self.micro_step(tokens, targets, share)
+            loss += self.micro_step(tokens, targets, share, last=index == len(micro_batches) - 1)
         return loss
 
     def step(self, micro_batches: Sequence[tuple[Tensor, Tensor, float]], lr: float) -> tuple[Tensor, Tensor]:
@@ -99,14 +127,67 @@ class TrainStep:
         self.model.eval()
         with self._autocast():
             loss: Tensor = self._forward(tokens, targets)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # a backward, which does it otherwise, does not follow
         self.model.train()
         return loss
 
     def state_bytes(self) -> int:
-        """Bytes of the existing parameters, gradients and optimizer state."""
+        """Bytes of the existing parameters, gradients and optimizer state of this process."""
         tensors = [t for p in self.model.parameters() for t in (p, p.grad) if t is not None]
+        if self._parallel and self.optimizer.state:
+            # It keeps the memory of gradients. The second step replaces it, and a profiler that sees that does not
+            # see the older memory freed, so until then it is not counted
+            tensors = [*self.model.parameters()] * 2
         tensors += [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-        return sum(t.nbytes for t in tensors)
+        return sum(local(t).nbytes for t in tensors)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by nanoGPT's names, gathered from all processes, which must all call it. Where they are divided,
+        only the main one has them then."""
+        return self._kept((name, whole(p.detach())) for name, p in self.model.named_parameters())
+
+    def moments(self) -> dict[str, Tensor | int]:
+        """The optimizer state as `<weight>.<state>`, likewise."""
+        if self._divided:
+            return self._kept(self._divided.gathered())
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        return self._kept(
+            (f"{names[parameter]}.{key}", whole(value) if torch.is_tensor(value) else value)
+            for parameter, held in self.optimizer.state.items()
+            for key, value in held.items()
+        )
+
+    def _kept(self, tensors: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        """Gathered tensors, out of the device's memory where they are copies."""
+        if self.candidate.plan.sharding == "none":
+            return dict(tensors)
+        main = torch.distributed.get_rank() == 0
+        return {name: tensor.cpu() for name, tensor in tensors if main}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy whole weights into the model. Raises RuntimeError if their names or shapes differ."""
+        own = dict(self.model.named_parameters())
+        self.model.load_state_dict({name: divided(t, own[name]) if name in own else t for name, t in weights.items()})
+
+    def load_moments(self, moments: Mapping[str, Mapping[str, Tensor | int]]) -> None:
+        """Load whole optimizer states, by weight and key. load_state_dict puts each optimizer's `step` on the right
+        device."""
+        own = self._divided.own if self._divided else dict(self.model.named_parameters())
+        names: dict[Tensor, str] = {parameter: name for name, parameter in own.items()}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        states = {
+            index: {key: self._part(names[parameter], parameter, value) for key, value in held.items()}
+            for index, parameter in enumerate(parameters)
+            if (held := moments.get(names[parameter])) is not None
+        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+    def _part(self, name: str, parameter: Tensor, value: Tensor | int) -> Tensor | int:
+        if not isinstance(value, Tensor):
+            return value
+        return self._divided.part(name, value) if self._divided else divided(value, parameter)
 
     def _autocast(self) -> AbstractContextManager[object]:
         name = self.candidate.plan.matrix_dtype
@@ -193,6 +274,7 @@ def _obstacles(candidate: Candidate, machine: registry.Machine) -> Iterator[str]
     if plan.memory_budget is not None and plan.compile == "off":
         checkpointing = f"plan.activation_checkpointing = {plan.activation_checkpointing!r}"
         yield f"{checkpointing} needs compiled graphs; use plan.compile = full or block, or another checkpointing"
+    yield from _obstacles_of_processes(candidate)
     if candidate.recipe.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
         yield (
             "training.optimizer = 'adamw_8bit' needs the package bitsandbytes, which is not installed; "
@@ -213,6 +295,26 @@ def _obstacles(candidate: Candidate, machine: registry.Machine) -> Iterator[str]
     tokens = plan.micro_batch_size * shape.block_size
     if loss.chunked and plan.loss_chunk_tokens > tokens:
         yield f"plan.loss_chunk_tokens = {plan.loss_chunk_tokens} is more than a micro batch has ({tokens}); lower it"
+
+
+def _obstacles_of_processes(candidate: Candidate) -> Iterator[str]:
+    plan, processes = candidate.plan, distributed_context().world_size
+    if plan.processes != processes:
+        yield (
+            f"plan.processes = {plan.processes}, but here {processes} trains; set plan.processes = {processes} and "
+            "plan.sharding = 'none'"
+        )
+    if plan.sharding == "none":
+        return
+    sharding = f"plan.sharding = {plan.sharding!r}"
+    if processes == 1:
+        yield f"{sharding} needs several processes; start it with torchrun --nproc-per-node 2, or use none"
+    if plan.sharding == "full" and plan.compile == "full":
+        yield f"{sharding} gathers block by block, outside of compiled graphs; use plan.compile = block or off"
+    if plan.dtype == "float16":
+        yield f"{sharding} has no loss scaling, which float16 needs; use bfloat16, or plan.sharding = none"
+    if candidate.recipe.optimizer == "adamw_8bit":
+        yield f"{sharding} cannot divide the state of adamw_8bit; use adamw, or plan.sharding = none"
 
 
 def _compiled(model: GPT, candidate: Candidate) -> Callable[..., Tensor]:

@@ -128,7 +128,7 @@ def _context(run: Run) -> dict[str, Any]:
         "advice": advice(run),
         "state": state(run),
         "numbers": headline.figures(run),
-        "next_title": "Train the winner" if next_command(run).startswith("autotune train") else "Next",
+        "next_title": "Train the winner" if "autotune train" in next_command(run) else "Next",
         "next_command": next_command(run),
         "best_toml": known(lambda run: _text(run.path / BEST_TOML), ""),
         "best_nanogpt": known(lambda run: _text(run.path / BEST_NANOGPT), ""),

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 
 from autotune.config.candidate import Shape
 from autotune.config.toml import BEST_TOML
+from autotune.config.train_settings import train_command
 from autotune.environment import NOT_MEASURED
 from autotune.kernels import registry
 from autotune.measure.types import cache_text
@@ -374,7 +375,8 @@ def next_command(run: Run) -> str:
     if run.damage and (verdict.winner is None or run.best is None):
         return advice(run)
     if verdict.winner is not None:
-        return f"autotune {'sample' if run.training else 'train'} {run.path}"
+        processes = run.best.candidate.plan.processes if run.best else 1
+        return f"autotune sample {run.path}" if run.training else train_command(run.path, processes)
     if run.searching is not None:
         return f"autotune report {run.path}"
     longer = f" --budget {verdict.budget_wanted}" if verdict.budget_wanted else ""

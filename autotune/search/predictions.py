@@ -17,7 +17,7 @@ from autotune.files import write_atomically
 from autotune.memory.estimate import largest_micro_batch
 from autotune.memory.model import MemoryModel
 from autotune.memory.model import predict as predict_peak
-from autotune.memory.structure import optimizer_bytes
+from autotune.memory.structure import optimizer_bytes, weight_bytes
 from autotune.runs.law import find_law, predict_loss
 from autotune.runs.objective import finish_candidate
 from autotune.search import roofline
@@ -98,7 +98,7 @@ def predict(
         rows.append(
             Predicted(
                 shape=words, parameters=shape.parameters, tokens=length,
-                state_bytes=round(8.0 * shape.parameters + optimizer_bytes(candidate)),
+                state_bytes=round(2 * weight_bytes(candidate) + optimizer_bytes(candidate)),
                 found=_found(card, finish_candidate(best[0], length), length, limit, model) if best else None,
             )
         )  # fmt: skip

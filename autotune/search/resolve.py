@@ -64,8 +64,12 @@ def resolve(
     _refuse_contradictions(objective, model, from_file, guide)
     fixed = bool(model or from_file or guide)
     chosen = objective or ("throughput" if fixed else "loss")
-    race = _race(race, chosen, data)
+    processes = environment.processes
+    race = _race(race, chosen, data, processes)
     recipe, baseline, source, read = _start(environment, model, from_file, guide)
+    baseline = replace(baseline, processes=processes)
+    if processes == 1 and baseline.sharding != "none":
+        raise ConfigError(f"plan.sharding = {baseline.sharding!r} divides among processes; add for example --nproc 2")
     data, dataset, notes = _dataset(data, from_file, read)
     words = _vocabulary(vocab_size, recipe.shape, read is not None and read.vocab_size_given, data)
     recipe = replace(recipe, shape=replace(recipe.shape, vocab_size=words))
@@ -115,19 +119,23 @@ def resolve(
     return settings
 
 
+ONE_PROCESS = "a race trains in one process, so with --nproc there is none: the winner is by the law, not raced"
+"""Remark on a search for the lowest loss with several processes."""
 NO_TEXT = "there is no race without text: the winner is by the law, not raced; give --data DIR"
 """Remark on a search for the lowest loss without data."""
 
 
-def _race(word: str, objective: str, data: Path | None) -> str:
+def _race(word: str, objective: str, data: Path | None, processes: int) -> str:
     """Whether candidates are raced: as given, else wherever the loss is sought and there is text."""
+    if word == "on" and processes > 1:
+        raise ConfigError(f"--race on trains in one process, --nproc {processes} is several; leave one of the two out")
     if word:
         one_of("--race", word, ("off", "on"))
     if word == "on" and objective != "loss":
         raise ConfigError("--race on seeks the lowest loss, which changes what is learned; add --objective loss")
     if word == "on" and data is None:
         raise ConfigError("--race on trains on your text; add --data DIR, or use --race off")
-    return word or ("on" if objective == "loss" and data is not None else "off")
+    return word or ("on" if objective == "loss" and data is not None and processes == 1 else "off")
 
 
 def _choices(words: str) -> tuple[str, tuple[str, ...]]:
@@ -265,6 +273,9 @@ def _how(settings: SearchSettings) -> str:
 
 
 def _devices(settings: SearchSettings, environment: Environment) -> str:
+    if environment.processes > 1:
+        parts = f"{environment.threads} cores each" if environment.device == "cpu" else "a card each"
+        return f"{environment.processes} processes, {parts}"
     if environment.workers > 1:
         return f"{environment.workers} workers of {environment.cpu_count} cores"
     return ", ".join(settings.devices) or environment.device

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from autotune.config.candidate import Candidate, DType, Plan, Recipe, Shape, one_of
+from autotune.config.candidate import Candidate, DType, Plan, Recipe, Shape, Sharding, one_of
 from autotune.config.presets import guide_row
 from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
+from autotune.errors import ConfigError
 from autotune.kernels import registry
 
 if TYPE_CHECKING:  # importing optuna takes a quarter of a second; only a search pays it
@@ -76,16 +77,21 @@ def build_space(settings: SearchSettings, environment: Environment) -> Space:
         # the tokens of a step must stay the same
         shapes["block_size"] = tuple(block for block in shapes["block_size"] if recipe.tokens_per_step % block == 0)
     shortest = min(shapes.get("block_size", (recipe.shape.block_size,)))
+    processes = settings.baseline.processes
     every: dict[str, tuple[Value, ...]] = {
         **shapes,
-        "micro_batch_size": _micro_batches(recipe.tokens_per_step // shortest),
+        "micro_batch_size": _micro_batches(-(-recipe.tokens_per_step // shortest // processes)),
         "attention": _kernels("attention", machine, recipe.shape),
-        "loss": _kernels("loss", machine, recipe.shape),
+        "loss": tuple(
+            name for name in _kernels("loss", machine, recipe.shape) if processes == 1 or name != "auto_chunker"
+        ),
         "loss_chunk_tokens": (1024, 2048, 4096, 8192, 16384) if on_cuda else (128, 256, 512, 1024),
         "activation_checkpointing": _CUDA_RECOMPUTE if on_cuda else ("none", "block", "selective"),
         "compile": ("off", "full", "block"),
         "dtype": _dtypes(machine),
         "allocator": ("default", "expandable_segments") if on_cuda else ("default",),
+        "processes": (processes,),
+        "sharding": _shardings(machine, settings),
     }
     every = {name: _with_baseline(name, choices, settings.baseline) for name, choices in every.items()}
     for name, words in settings.choices.items():
@@ -106,6 +112,17 @@ def _micro_batches(largest: int) -> tuple[int, ...]:
     """1, 2, 3, 4, 6, 8, 12, 16, 24, ... `largest`: the fastest is often no power of two."""
     ladder = {step << power for power in range(largest.bit_length()) for step in (1, 3)}
     return tuple(sorted({size for size in ladder if size < largest} | {largest}))
+
+
+def _shardings(machine: registry.Machine, settings: SearchSettings) -> tuple[Sharding, ...]:
+    """What several processes may divide. Raises ConfigError for a choice where there is one."""
+    asked = [word for word in settings.choices.get("sharding", ()) if word != "none"]
+    if settings.baseline.processes == 1:
+        if asked:
+            raise ConfigError(f"--choices sharding={asked[0]} divides among processes; add for example --nproc 2")
+        return ("none",)
+    undivided = settings.recipe.optimizer == "adamw_8bit" or "float16" in _dtypes(machine)
+    return ("none",) if undivided else ("none", "optimizer", "full")
 
 
 def _dtypes(machine: registry.Machine) -> tuple[DType, ...]:
@@ -148,6 +165,8 @@ def candidate_at(space: Space, values: Mapping[str, Value]) -> Candidate:
     rows = (registry.find("attention", plan["attention"]), registry.find("loss", plan["loss"]))
     if plan["compile"] == "off" and "full" in space.choices.get("compile", ()) and any(r.compiled_only for r in rows):
         plan["compile"] = "full"
+    if plan["sharding"] == "full" and plan["compile"] == "full" and "block" in space.choices.get("compile", ()):
+        plan["compile"] = "block"  # it gathers block by block, outside of compiled graphs
     recipe = _recipe_of(space, tuple(shape.items()))
     plan["micro_batch_size"] = min(plan["micro_batch_size"], recipe.global_batch_size)
     return Candidate(recipe=recipe, plan=Plan(**{**plan, **_simplest(plan, recipe)}))
@@ -163,8 +182,8 @@ def _recipe_of(space: Space, shape: tuple[tuple[str, Any], ...]) -> Recipe:
 def canonical(candidate: Candidate) -> Candidate:
     """The simplest candidate that executes the same step.
 
-    A micro batch larger than its share of the global batch only pads the last one: with 64 sequences, 48 and 32 both
-    take two micro steps, so 48 becomes 32. A chunk larger than the micro batch is the micro batch; losses without
+    A micro batch larger than its share of a process's sequences only pads the last one: with 64 sequences, 48 and 32
+    both take two micro steps, so 48 becomes 32. A chunk larger than the micro batch is the micro batch; losses without
     chunks do not read its size. Without compilation there are no graphs to have a memory budget.
     """
     return replace(candidate, plan=replace(candidate.plan, **_simplest(vars(candidate.plan), candidate.recipe)))
@@ -172,7 +191,7 @@ def canonical(candidate: Candidate) -> Candidate:
 
 def _simplest(plan: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The fields of `plan` in which the canonical form may differ."""
-    sequences = recipe.global_batch_size
+    sequences = -(-recipe.global_batch_size // plan["processes"])
     micro = -(-sequences // -(-sequences // plan["micro_batch_size"]))
     chunk = min(plan["loss_chunk_tokens"], micro * recipe.shape.block_size)
     if not registry.find("loss", plan["loss"]).chunked:

@@ -110,7 +110,7 @@ def _write_nanogpt(checkpoint: Checkpoint, directory: Path) -> str:
     if own:
         checkpoint.restore(step)
     else:
-        checkpoint.load_weights(step.model)
+        checkpoint.load_weights(step)
     weights = {f"transformer.{name}": tensor for name, tensor in step.model.state_dict().items()}
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     saved = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autotune.config.candidate import Candidate
 from autotune.data.batches import Batch, BatchSource, IntArray, micro_batches
-from autotune.train.distributed import DistributedContext
+from autotune.model.distributed import DistributedContext
 
 MicroBatch = tuple[Tensor, Tensor, float]
 """tokens and targets, both (micro_batch_size, T) on the device, and their share of the global batch."""
@@ -25,12 +25,12 @@ class Prefetcher:
     ) -> None:
         self.source, self.device = source, device
         self.rows = context.rows(source.global_batch_size)
-        micro, largest_part = candidate.plan.micro_batch_size, -(-source.global_batch_size // context.world_size)
+        micro, self.largest_part = candidate.plan.micro_batch_size, -(-source.global_batch_size // context.world_size)
         self.validation_rows = candidate.evaluation.eval_batch_size or micro
         """Sequences of a validation batch. Fixed: the validation loss depends on it."""
         # a process may have fewer rows than a micro batch, which need no padding then
         self.sizes: dict[Work, int] = {
-            "step": min(micro, largest_part), "evaluation": min(micro, self.validation_rows)
+            "step": min(micro, self.largest_part), "evaluation": min(micro, self.validation_rows)
         }  # fmt: skip
         """Sequences of a forward: an evaluation must not need more memory than the steps."""
         self.waited_seconds = 0.0
@@ -66,10 +66,11 @@ class Prefetcher:
 
     def _load(self, number: int) -> list[MicroBatch]:
         batch = self.source.train_batch(number, self.rows)
-        return self._moved(batch, self.sizes["step"], self.source.global_batch_size)
+        size = self.sizes["step"]
+        return self._moved(batch, size, self.source.global_batch_size, -(-self.largest_part // size))
 
-    def _moved(self, batch: Batch, size: int, total: int) -> list[MicroBatch]:
-        return [(self._move(x), self._move(y), share) for x, y, share in micro_batches(*batch, size, total)]
+    def _moved(self, batch: Batch, size: int, total: int, count: int = 0) -> list[MicroBatch]:
+        return [(self._move(x), self._move(y), share) for x, y, share in micro_batches(*batch, size, total, count)]
 
     def _move(self, ids: IntArray) -> Tensor:
         tensor = torch.from_numpy(ids)

@@ -13,8 +13,8 @@ from autotune.config.train_settings import CHECKPOINTS, RECIPE, TrainSettings
 from autotune.data.batches import fingerprint
 from autotune.errors import CheckpointError
 from autotune.model.checkpoint import Checkpoint, TrainState, checkpoints, clean, latest_good, set_aside
+from autotune.model.distributed import DistributedContext
 from autotune.model.step import TrainStep
-from autotune.train.distributed import DistributedContext
 from autotune.train.output import TrainProgress
 
 WINDOW = 32

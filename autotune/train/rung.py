@@ -27,9 +27,9 @@ from autotune.measure.types import RungRequest, RungResult, Stage
 from autotune.measure.worker import Outcome, TrialEnded, limit_memory, main, stop_if_over_limit
 from autotune.model.checkpoint import TrainState, checkpoints, clean, latest_good, save_checkpoint
 from autotune.model.compile_cache import compile_cache
+from autotune.model.distributed import DistributedContext
 from autotune.model.optim import learning_rate
 from autotune.model.step import COMPILING_STEPS, TrainStep, build
-from autotune.train.distributed import DistributedContext
 from autotune.train.prefetch import Prefetcher
 from autotune.train.resume import WINDOW, loss_spike
 

@@ -115,7 +115,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
 def load_model(checkpoint: Checkpoint, device: torch.device) -> GPT:
     """The checkpoint's model, for inference."""
     step = build(replace(checkpoint.state.candidate, plan=INFERENCE), device)
-    checkpoint.load_weights(step.model)
+    checkpoint.load_weights(step)
     return step.model.eval()
 
 

@@ -13,7 +13,7 @@ from autotune.data.vocabulary import check_ids
 from autotune.environment import worker_environment
 from autotune.errors import CheckpointError, ConfigError
 from autotune.model.compile_cache import compile_cache_dir, make_cache
-from autotune.train.distributed import distributed_context
+from autotune.model.distributed import distributed_context
 from autotune.train.output import TrainSummary, check_trackers
 
 
@@ -35,11 +35,8 @@ def train(settings: TrainSettings) -> TrainSummary | None:
             "training.data is empty, a training needs text; write a data directory there, "
             "or make one with `autotune data prepare`"
         )
-    if recipe.global_batch_size < context.world_size:
-        raise ConfigError(
-            f"training.global_batch_size = {recipe.global_batch_size} is less than one sequence for each of "
-            f"{context.world_size} processes; start fewer"
-        )
+    here = replace(file.candidate, plan=replace(file.candidate.plan, processes=context.world_size))
+    file = replace(file, candidate=here)
     check_trackers(file.candidate.tracking)
     if context.is_main:
         _check_directory(settings)

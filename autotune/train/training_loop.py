@@ -4,7 +4,7 @@ import gc
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,21 +16,21 @@ from torch import Tensor
 
 from autotune import files
 from autotune.config.toml import format_candidate
-from autotune.config.train_settings import CHECKPOINTS, RECIPE, TrainSettings
+from autotune.config.train_settings import CHECKPOINTS, RECIPE, TrainSettings, train_command
 from autotune.data.batches import open_batches
-from autotune.environment import NOT_MEASURED, Environment, describe, differences, refuse_stand_in
+from autotune.environment import NOT_MEASURED, Environment, describe, differences, part_of_one, refuse_stand_in
 from autotune.errors import AutotuneError, ConfigError, InterruptedByUser
 from autotune.files import write_atomically
 from autotune.measure.memory import MemoryMeter, out_of_memory
 from autotune.measure.ran import check_ran
 from autotune.measure.timing import Stopwatch, summarise
 from autotune.measure.types import Stage, cache_text, largest_peak
-from autotune.model.checkpoint import TrainState, checkpoints, save_checkpoint
+from autotune.model.checkpoint import TrainState, checkpoints, gather, save_checkpoint
 from autotune.model.compile_cache import compile_cache
+from autotune.model.distributed import DistributedContext, process_group
 from autotune.model.optim import learning_rate
 from autotune.model.step import COMPILING_STEPS, TrainStep, build
 from autotune.train.deadline import APART, EVALUATION_SHARE, UNKNOWN, Deadline, Work
-from autotune.train.distributed import DistributedContext, process_group
 from autotune.train.exchange import load_initial
 from autotune.train.output import LogRow, Output, StoppedBy, TrainProgress, TrainSummary, compare
 from autotune.train.prefetch import Prefetcher
@@ -52,7 +52,9 @@ def run(settings: TrainSettings, context: DistributedContext, notes: tuple[str, 
     candidate = settings.file.candidate
     recipe, shape = candidate.recipe, candidate.shape
     by_rank = context.world_size > 1 and settings.device != "cpu" and torch.cuda.is_available()
-    machine = describe(f"cuda:{context.local_rank}" if by_rank else settings.device)
+    machine = part_of_one(
+        describe(f"cuda:{context.local_rank}" if by_rank else settings.device), context.local_world_size
+    )
     refuse_stand_in(settings.file.environment, machine, "the candidate")
     data = open_batches(
         Path(recipe.data), seed=recipe.seed, global_batch_size=recipe.global_batch_size,
@@ -78,13 +80,12 @@ def run(settings: TrainSettings, context: DistributedContext, notes: tuple[str, 
         progress = stack.enter_context(TrainProgress(recipe.max_iters, quiet=not context.is_main))
         for note in notes:
             progress.note(note)
+        stack.enter_context(step.over_processes(context.world_size))
         state = restore(settings, context, step, progress)
         output = None
         if context.is_main:
             write_atomically(settings.out / RECIPE, format_candidate(settings.file))
             output = Output(settings.out, candidate, state.iteration, progress, stack)
-        if context.world_size > 1:
-            step.over_processes()
         batches = stack.enter_context(closing(Prefetcher(data, context, candidate, step.device)))
         return Training(settings, context, machine, step, meter, batches, progress, output, state).run()
 
@@ -185,9 +186,11 @@ class Training:
                 f"the device ran out of memory at iteration {self.iteration}: {str(error).splitlines()[0]}; "
                 "free some, or lower plan.micro_batch_size, and continue with --resume"
             ) from error
+        views = ("allocated_bytes", "reserved_bytes", "device_bytes")
+        peaks = {f"peak_{view}": self.context.max(self._peak(view) or 0) or None for view in views}  # the fullest's
         if self.output is None:
             return None
-        summary = self._summary(self.output, stopped_by)
+        summary = self._summary(self.output, stopped_by, peaks)
         self.output.finish(summary, trained=self.iteration > self.first)
         return summary
 
@@ -443,10 +446,12 @@ class Training:
             parts = [self.step.evaluate(x, y) * share for x, y, share in self.batches.validation(index)]
             return torch.stack(parts).sum()
 
-        total = torch.zeros((), device=self.step.device)
+        total, together = torch.zeros((), device=self.step.device), self.context.world_size
         with self._measured("evaluation"):
-            for index in range(self.context.rank, batches, self.context.world_size):
-                total += self._retry_smaller("evaluation", lambda: batch_loss(index))  # noqa: B023 - called at once
+            for index in range(self.context.rank, -(-batches // together) * together, together):
+                loss = self._retry_smaller("evaluation", lambda: batch_loss(index % batches))  # noqa: B023 - called at once
+                if index < batches:  # each process has as many, as divided weights are gathered by all together
+                    total += loss
         return float(self.context.sum(total)) / batches
 
     def _log(self, loss: float, norm: float, lr: float, validation_loss: float | None) -> None:
@@ -496,10 +501,12 @@ class Training:
         )  # fmt: skip
         self.saving = True
         with self._timed("checkpoint"):
-            if self.output:
-                self.output.flush()
-                with self._measured("checkpoint"):
-                    save_checkpoint(self.checkpoints, self.step, state)
+            with self._measured("checkpoint"):
+                held = gather(self.step)
+                if self.output:
+                    self.output.flush()
+                    save_checkpoint(self.checkpoints, self.step, state, held)
+                del held  # what was gathered does not outlive the stage
             self.context.barrier()  # torchrun kills all processes when one exits, so none may before it is written
         self.state, self.saving = state, False
 
@@ -507,19 +514,20 @@ class Training:
         saved, recipe = checkpoints(self.checkpoints), self.settings.out / RECIPE
         where = f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         return InterruptedByUser(
-            f"stopped after iteration {self.iteration}; {where}; continue with `autotune train {recipe} --resume`"
+            f"stopped after iteration {self.iteration}; {where}; "
+            f"continue with `{train_command(recipe, self.context.world_size)} --resume`"
         )
 
-    def _summary(self, output: Output, stopped_by: StoppedBy) -> TrainSummary:
+    def _summary(self, output: Output, stopped_by: StoppedBy, peaks: Mapping[str, int | None]) -> TrainSummary:
         timing = summarise(warm) if (warm := self.step_seconds[WARM_AFTER:]) else None
         speed = self.recipe.tokens_per_step / timing.median if timing else None
         figures: dict[str, Any] = {
             "tokens_per_second": speed,
             "tokens_per_second_ci95": speed * timing.ci95 / timing.median if speed and timing else None,
-            **{f"peak_{v}": self._peak(v) for v in ("allocated_bytes", "reserved_bytes", "device_bytes")},
+            **peaks,
         }
-        # the search measured one process, so several are not comparable
-        measured = self.settings.file.measured if self.context.world_size == 1 else {}
+        alike = self.settings.file.environment.get("processes", 1) == self.context.world_size
+        measured = self.settings.file.measured if alike else {}  # else not comparable
         compared = list(compare(measured, figures, self.step.device.type))
         last, asked = output.last_row(), self.recipe.train_seconds
         state = self.state

@@ -21,8 +21,8 @@ from autotune.data.shards import write_shard
 from autotune.measure.runner import run_trial
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.model.checkpoint import checkpoints
+from autotune.model.distributed import DistributedContext
 from autotune.model.step import build
-from autotune.train.distributed import DistributedContext
 from autotune.train.prefetch import Prefetcher
 from autotune.train.trainer import train
 

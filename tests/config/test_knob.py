@@ -9,7 +9,7 @@ from pathlib import Path
 import autotune
 
 TESTS = Path(__file__).parents[1]
-LAST = '    allocator: Allocator = "default"\n'
+LAST = '    sharding: Sharding = "none"\n'
 USE = """
 import sys
 from dataclasses import replace

@@ -450,3 +450,11 @@ def test_data_that_train_py_cannot_read_is_said(tmp_path: Path) -> None:
     assert f"nanoGPT reads a train.bin and a val.bin, {str(tmp_path)!r} holds shards: set dataset." in text
     (tmp_path / "train.bin").touch()
     assert f"dataset = {str(tmp_path)!r}" in format_nanogpt(candidate, "", "cpu")
+
+
+def test_processes_divide_the_accumulation_that_is_written() -> None:
+    plan = Plan(micro_batch_size=8, compile="full", processes=4)
+    text = format_nanogpt(Candidate(recipe=Recipe(global_batch_size=16), plan=plan), "", "cuda:0")
+    assert "batch_size = 4\n" in text
+    assert "gradient_accumulation_steps = 4\n" in text
+    assert "nanoGPT has no" not in text

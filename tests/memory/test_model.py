@@ -201,3 +201,17 @@ def test_an_estimate_says_that_it_rests_on_a_stand_in() -> None:
     assert "by 3 trials on a stand-in for a card" in certainty
     _, certainty = estimate(replace(known, fingerprint="0123456789"), estimates.candidates(["2x4x256"], ()), 24 * GIB)
     assert "stand-in" not in certainty.splitlines()[0]
+
+
+def test_divided_bytes_are_counted_once_a_process() -> None:
+    """Batches and gradients aside: weights 4, state 8 bytes a parameter, of which a process keeps its part."""
+    shape = Shape(n_layer=4, n_head=4, n_embd=256)
+
+    def update(sharding: str, processes: int) -> float:
+        plan = Plan(micro_batch_size=8, processes=processes, sharding=sharding)  # type: ignore[arg-type]
+        return peak_points(Candidate(recipe=Recipe(shape=shape, global_batch_size=256), plan=plan), "cpu")[-1].exact
+
+    batches, parameters = 4 * 16.0 * 8 * shape.block_size, shape.parameters
+    assert update("none", 2) - batches == 16 * parameters
+    assert update("optimizer", 4) - batches == (4 + 4 + 8 / 4) * parameters
+    assert update("full", 2) - batches == 16 / 2 * parameters

@@ -202,3 +202,14 @@ def test_text_given_as_data_names_the_command_that_prepares_it(
     name = data.rpartition("/")[2].removesuffix(".parquet")
     with pytest.raises((ConfigError, DataError), match=f"`autotune data prepare {data} --out data/{name}`"):
         resolve(CPU, data=Path(data))
+
+
+def test_there_is_no_race_with_several_processes(tmp_path: Path) -> None:
+    write_shard(tmp_path / "text_val_000000.bin", np.arange(2000) % 211)
+    write_shard(tmp_path / "text_train_000001.bin", np.arange(200_000) % 211)
+    two = replace(CPU, processes=2)
+    assert resolve(CPU, data=tmp_path).race == "on"
+    assert resolve(two, data=tmp_path).race == "off"
+    assert resolve(two).baseline.processes == 2
+    with pytest.raises(ConfigError, match="--race on trains in one process, --nproc 2 is several"):
+        resolve(two, data=tmp_path, race="on")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from autotune.config.candidate import Plan
 from autotune.config.presets import guide_row
+from autotune.errors import ConfigError
 from autotune.search.space import (
     Space,
     baseline,
@@ -49,6 +50,23 @@ def test_the_canonical_form_is_final_and_takes_no_more_micro_steps(name: str, da
     assert canonical(replace(candidate, plan=replace(candidate.plan, loss="full"))).plan.loss_chunk_tokens == 1024
     padded = candidate.plan.micro_batch_size * candidate.gradient_accumulation_steps
     assert padded - candidate.recipe.global_batch_size < candidate.gradient_accumulation_steps
+
+
+TWO = replace(CUDA, processes=2)
+
+
+def test_several_processes_may_divide_the_state() -> None:
+    space = build_space(settings(TWO), TWO)
+    assert space.choices["sharding"] == ("none", "optimizer", "full")
+    assert "sharding" not in SPACES["cuda fixed"].choices
+    assert "auto_chunker" not in space.choices["loss"]
+    assert space.choices["micro_batch_size"][-1] == 256  # of 512 sequences
+    first = {name: choices[0] for name, choices in space.choices.items()}
+    full = candidate_at(space, first | {"sharding": "full", "compile": "full", "micro_batch_size": 192})
+    assert (full.plan.compile, full.plan.processes, full.plan.micro_batch_size) == ("block", 2, 128)
+    assert full.gradient_accumulation_steps == 2
+    with pytest.raises(ConfigError, match="--choices sharding=full divides among processes; add for example --nproc 2"):
+        settings(CUDA, choices=["sharding=full"])
 
 
 @given(data=st.data())

@@ -1,14 +1,16 @@
-"""The processes of one training, as torchrun starts them; a single process is the ordinary case."""
+"""The processes of one training or trial, as torchrun starts them; a single process is the ordinary case."""
 
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from autotune.environment import part_of_cores
 from autotune.errors import ConfigError
-from autotune.measure.child import die_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,8 @@ class DistributedContext:
     world_size: int = 1
     local_rank: int = 0
     """Rank on this machine: the index of the CUDA device."""
+    local_world_size: int = 1
+    """Processes on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -48,6 +52,21 @@ class DistributedContext:
         torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
         return int(shared)
 
+    def any(self, mine: bool) -> bool:
+        """Whether it is so in any process."""
+        return bool(self.max(int(mine)))
+
+    def slowest(self, seconds: list[float]) -> list[float]:
+        """The largest of all processes, number by number."""
+        if self.world_size == 1:
+            return seconds
+        import torch.distributed
+
+        shared = torch.tensor(seconds, dtype=torch.float64)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        largest: list[float] = shared.tolist()
+        return largest
+
     def barrier(self) -> None:
         """Wait for all processes."""
         self.max(0)
@@ -55,17 +74,30 @@ class DistributedContext:
 
 def distributed_context() -> DistributedContext:
     """The context in torchrun's environment variables. Raises ConfigError if they are not numbers."""
-    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    world = os.environ.get("WORLD_SIZE", "1")
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": world}
     try:
-        rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in variables.items())
+        found = {name.lower(): int(os.environ.get(name, default)) for name, default in variables.items()}
     except ValueError as error:
         raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK are not numbers: {error}; start it with torchrun") from None
-    return DistributedContext(rank=rank, world_size=world_size, local_rank=local_rank)
+    return DistributedContext(**found)
+
+
+def die_with(parent: int) -> None:
+    """End this process when its parent ends for whatever reason (man 2 prctl). Workers left behind by a killed search
+    or torchrun would slow the next one down."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # the parent died before the call took effect
+            os._exit(1)
 
 
 @contextmanager
 def process_group(context: DistributedContext) -> Iterator[None]:
-    """torch's default process group for the block's duration: gloo for CPU tensors, NCCL for CUDA tensors."""
+    """torch's default process group for the block's duration: gloo for CPU tensors, NCCL for CUDA tensors.
+
+    The processes of a machine divide its cores: a thread for each, which on the CPU runs nowhere else."""
     if context.world_size == 1:
         yield
         return
@@ -77,8 +109,12 @@ def process_group(context: DistributedContext) -> Iterator[None]:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
     cuda = torch.cuda.is_available()
+    cores = part_of_cores(context.local_rank, context.local_world_size)
+    torch.set_num_threads(len(cores))  # torchrun would leave one
     if cuda:
         torch.cuda.set_device(context.local_rank)
+    else:
+        os.sched_setaffinity(0, cores)
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield
