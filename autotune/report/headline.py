@@ -51,7 +51,8 @@ def sentence(run: Run) -> str:
         against = race.against_baseline
         if against is not None and against.nats is not None:
             side = "below" if against.nats < 0 else "above"
-            over = f", {abs(against.nats):.3f} {side} the baseline's recipe after equal training"
+            when = "as is expected after the whole training" if against.fraction is None else "after equal training"
+            over = f", {abs(against.nats):.3f} {side} the baseline's recipe {when}"
     elif winner.predicted_loss is not None:
         speed = f"predicted loss {winner.predicted_loss:.3f} at {speed}"
     return f"Trial {winner.trial} is the best of {count}: {speed}{over}; {status}."
@@ -105,6 +106,8 @@ def _gain(run: Run) -> Figure:
     speed = f"{gain.speed:.2f}x ± {gain.speed_ci95:.2f}"
     against = race.against_baseline if (race := raced(run)) else None
     nats = gain.loss if against is None else against.nats
+    if against is not None and against.fraction is None and nats is not None:
+        notes.append("expected after the whole training, not raced")
     if nats is not None:
         notes.append(f"{speed} its tokens/s")
     if gain.memory is not None:

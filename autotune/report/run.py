@@ -158,9 +158,11 @@ def race_lines(race: RaceVerdict) -> list[str]:
             f"after the whole training: {race.expected_loss:.2f} ± {race.expected_ci95:.2f} nats expected on that text"
         )
     if (against := race.against_baseline) is not None and against.nats is not None:
-        lines.append(
-            f"against the baseline's recipe: {_nats(against)} nats, both trained for {against.fraction:.2%} of the time"
-        )
+        over = (
+            "expected after the whole training; it was not raced" if against.fraction is None
+            else f"both trained for {against.fraction:.2%} of the time"
+        )  # fmt: skip
+        lines.append(f"against the baseline's recipe: {_nats(against)} nats, {over}")
     elif all(change.what == "schedule" for change in race.changes):
         lines.append("against the baseline's recipe: it is the same, but for the schedule")
     else:

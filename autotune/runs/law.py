@@ -73,6 +73,8 @@ _POSITION_SCALE, _POSITION_EXPONENT, _REFERENCE_BLOCK = 4.5, 0.56, 1024
 
 REFERENCE_PARAMETERS, REFERENCE_TOKENS = 1e8, 1e9
 """Where the terms of `learned_loss` are given in nats: what the published constants describe."""
+SHORT_TOKENS = 1e8
+"""Two hundred times the longest recorded training: beyond, the recorded ones say nothing."""
 CURVES = Path(__file__).with_name("curves.json")
 
 _SOFT = 8.0  # exponent of the soft minimum in `predict_loss`: a convention
@@ -104,9 +106,9 @@ def predict_loss(law: Law, shape: Shape, tokens: float) -> float:
 
 def short_loss(shape: Shape, tokens: float) -> float:
     """Loss of a short training by AdamW at its best rate and batch: `learned_loss` with the constants that the recorded
-    trainings of `curves.json` left."""
+    trainings of `curves.json` left. More than SHORT_TOKENS do not lower it."""
     log_n = math.log(max(1, shape.parameters_non_embedding) / REFERENCE_PARAMETERS)
-    log_tokens = math.log(max(1.0, tokens) / REFERENCE_TOKENS)
+    log_tokens = math.log(min(max(1.0, tokens), SHORT_TOKENS) / REFERENCE_TOKENS)
     return learned_loss(_recorded(), log_n, log_tokens, context_loss(shape.block_size), 0.0)
 
 

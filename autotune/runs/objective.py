@@ -141,8 +141,8 @@ def finish_candidate(candidate: Candidate, tokens: float, rate_factor: float = 1
 
     Learning rate: `best_learning_rate`, clamped, because the law was fitted from 60M parameters up, times
     `rate_factor`. Warm-up is a tenth of the iterations, at most llm.c's 700; the final rate is a tenth of it, as in
-    nanoGPT. Evaluations take about a tenth of the time at most: a forward pass costs a third of a step, so each covers
-    at most a quarter of the tokens trained since the last one.
+    nanoGPT. Evaluations take a thirtieth of the time at most: a forward pass costs a third of a step, and each covers at
+    most a tenth of the tokens trained since the last one.
     """
     recipe, evaluation = candidate.recipe, candidate.evaluation
     iterations = max(1, round(tokens / recipe.tokens_per_step))
@@ -150,7 +150,7 @@ def finish_candidate(candidate: Candidate, tokens: float, rate_factor: float = 1
     rate = float(f"{rate_factor * clamp_learning_rate(rate):.2g}")  # the rule is not more precise than that
     interval = max(1, min(250, iterations // 5))
     rows = evaluation.eval_batch_size or candidate.plan.micro_batch_size
-    evaluated = round(0.25 * interval * recipe.global_batch_size / rows)
+    evaluated = round(0.1 * interval * recipe.global_batch_size / rows)
     return replace(
         candidate,
         recipe=replace(

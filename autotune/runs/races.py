@@ -159,7 +159,8 @@ class RaceVerdict:
     tied_with: tuple[int, ...] = ()
     """Rivals that cannot be distinguished from the best by the validation text."""
     against_baseline: Change | None = None
-    """The winner against the baseline's recipe. None: the baseline was not raced, or is the winner."""
+    """The winner against the baseline's recipe; as expected, where that was not raced. None: the baseline does not run,
+    or is the winner."""
     changes: tuple[Change, ...] = ()
     """Each thing in which the winner's recipe differs from the baseline's."""
     seconds: float = 0.0

@@ -17,7 +17,7 @@ from autotune.config.candidate import Candidate, Optimizer, Recipe, Shape
 from autotune.config.search_settings import SearchSettings
 from autotune.data.shards import open_split
 from autotune.measure.types import Z95, RungRequest, RungResult, TrialRequest, TrialResult
-from autotune.runs.curves import Training
+from autotune.runs.curves import Posterior, Training
 from autotune.runs.objective import batch_tokens, best_first, finish_candidate, training_tokens
 from autotune.runs.races import Change, Lineup, RaceVerdict, Reading, Rival, by_rival, difference
 from autotune.runs.records import TrialRecord
@@ -237,19 +237,23 @@ def conclude_race(lineup: Lineup, readings: Sequence[Reading], settings: SearchS
     if not order:
         return told
     winner, found = rivals[order[0]], by_rival(readings)
-    own = next((rival for rival in rivals.values() if is_baseline(rival, settings) and rival.rival in found), None)
+    own = next((rival for rival in lineup.rivals if is_baseline(rival, settings)), None)
     widths = [
         apart.ci95 for rival in order[1:]
         if (apart := difference(found[rival][0], found[order[0]][0])) is not None and math.isfinite(apart.ci95)
     ]  # fmt: skip
-    foreseen, place = expected(lineup.rivals, readings), [rival.rival for rival in lineup.rivals].index(order[0])
+    foreseen, places = expected(lineup.rivals, readings), [rival.rival for rival in lineup.rivals]
+    place, against = places.index(order[0]), None
+    if own is not None and own.rival != winner.rival:
+        against = _compared("all of it", "baseline", "best", [(own, winner)], winner, readings)
+        if against.nats is None:
+            against = _expected_apart(against, foreseen, place, places.index(own.rival))
     return replace(
         told,
         expected_loss=float(foreseen.means[place]),
         expected_ci95=float(Z95 * foreseen.sd[place]),
         tied_with=tied(lineup.rivals, readings),
-        against_baseline=_compared("all of it", "baseline", "best", [(own, winner)], winner, readings)
-        if own is not None and own.rival != winner.rival else None,
+        against_baseline=against,
         changes=_changes(winner, lineup, readings, settings),
         noise_ci95=statistics.median(widths) if widths else None,
     )  # fmt: skip
@@ -319,9 +323,13 @@ def _expected_change(
     else:
         other = replace(recipe, global_batch_size=own.global_batch_size)
     found = expected(lineup.rivals, readings, also=[Training(recipe=other, tokens=tokens, rival="as before")])
-    place = [rival.rival for rival in lineup.rivals].index(winner.rival)
+    return _expected_apart(change, found, [rival.rival for rival in lineup.rivals].index(winner.rival), -1)
+
+
+def _expected_apart(change: Change, found: Posterior, one: int, other: int) -> Change:
+    """The change with the expected difference between two losses of the posterior, by their places in it."""
     apart = np.zeros(len(found.means))
-    apart[place], apart[-1] = 1.0, -1.0
+    apart[one], apart[other] = 1.0, -1.0
     sd = found.widening * math.sqrt(max(0.0, float(apart @ found.covariance @ apart)))
     return replace(change, nats=float(apart @ found.means), ci95=Z95 * sd)
 

@@ -22,7 +22,7 @@ from autotune.environment import Slot
 from autotune.errors import ConfigError, InterruptedByUser
 from autotune.measure.types import RungRequest, RungResult
 from autotune.report.html import write_html
-from autotune.report.run import as_json, run_report
+from autotune.report.run import as_json, race_lines, run_report
 from autotune.report.table import print_text
 from autotune.runs.races import COLUMNS, Reading, Rival, difference
 from autotune.runs.read import load_run
@@ -32,7 +32,7 @@ from autotune.search import study_trials
 from autotune.search.halving import cost, expected, next_rung, order_of, tied
 from autotune.search.loop import rebuild, resume, search
 from autotune.search.progress import reading_line
-from autotune.search.race import candidates_for_race, is_baseline
+from autotune.search.race import candidates_for_race, conclude_race, is_baseline
 
 
 @pytest.fixture(scope="module")
@@ -414,6 +414,24 @@ def test_differences_are_paired_and_ties_named() -> None:
     assert difference(readings[0], replace(readings[1], chunk_losses=(1.0,))) is None
 
 
+def test_where_the_baseline_was_not_raced_the_difference_is_expected(
+    raced: tuple[Path, Track, Verdict], text: Path
+) -> None:
+    wanted = asked(text)
+    study = studies.load_study(raced[0], wanted)
+    lineup, readings = studies.lineup_of(study), studies.readings_of(study)
+    assert lineup is not None
+    own = next(rival.rival for rival in lineup.rivals if is_baseline(rival, wanted))
+    race = conclude_race(lineup, [reading for reading in readings if reading.rival != own], wanted)
+    assert race is not None
+    against, measured = race.against_baseline, raced[2].race.against_baseline if raced[2].race else None
+    assert against is not None
+    assert measured is not None
+    assert (against.rivals, against.fraction) == ((), None)
+    assert against.nats == pytest.approx(measured.nats, abs=against.ci95 or 0.0)
+    assert f"{against.nats:+.3f} ± {against.ci95:.3f} nats, expected" in " ".join(race_lines(race))
+
+
 def on_cards(run_dir: Path, text: Path, count: int, fails: str = "") -> tuple[SideBySide, Verdict]:
     """A race on so many cards, of which one can fail in its second rung."""
     machine = Beside(20.0)
@@ -425,7 +443,7 @@ def on_cards(run_dir: Path, text: Path, count: int, fails: str = "") -> tuple[Si
             return RungResult(status="crashed", phase="build", trial_seconds=0.0, remedy=f"{fails} fell off the bus")
         return (yield from track.start(request, log))
 
-    wanted = settings(CUDA, model="", data=text, budget="20m", train_time="2m", sampler="random")
+    wanted = settings(CUDA, model="", data=text, budget="12m", train_time="2m", sampler="random")
     slots = tuple(Slot(device=f"cuda:{number}") for number in range(count))
     verdict = search(
         wanted, run_dir, CUDA, measure=machine.start, train_rung=start, clock=machine.clock, pause=machine.pause,
@@ -440,7 +458,7 @@ def test_on_several_cards_rivals_are_trained_side_by_side(tmp_path: Path, text: 
     assert alone.race is not None
     assert verdict.race is not None
     assert verdict.confirmed
-    assert track.machine.now <= 1200
+    assert track.machine.now <= 720
     assert {request.device for request in track.requests} == {"cuda:0", "cuda:1", "cuda:2"}
     assert len(verdict.race.readings) > 1.5 * len(alone.race.readings)
     trained = [(reading.rival, reading.fraction) for reading in verdict.race.readings]
