@@ -141,8 +141,8 @@ def finish_candidate(candidate: Candidate, tokens: float, rate_factor: float = 1
 
     Learning rate: `best_learning_rate`, clamped, because the law was fitted from 60M parameters up, times
     `rate_factor`. Warm-up is a tenth of the iterations, at most llm.c's 700; the final rate is a tenth of it, as in
-    nanoGPT. Evaluations take a thirtieth of the time at most: a forward pass costs a third of a step, and each covers at
-    most a tenth of the tokens trained since the last one.
+    nanoGPT. Evaluations take a thirtieth of the time at most: a forward pass costs a third of a step, and each covers
+    at most a tenth of the tokens trained since the last one.
     """
     recipe, evaluation = candidate.recipe, candidate.evaluation
     iterations = max(1, round(tokens / recipe.tokens_per_step))
