@@ -722,6 +722,9 @@ def train(
         str | None,
         typer.Option(metavar="TIME", help="Pause after this wall-clock time, wherever the schedule is: 24h."),
     ] = None,
+    from_start: Annotated[
+        bool, typer.Option("--from-start", help="Train again what the search's race has trained of the winner.")
+    ] = False,
     init_from: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="Initial weights: nanoGPT's ckpt.pt, a GPT-2 directory, a run."),
@@ -732,6 +735,7 @@ def train(
 ) -> None:
     """Train a candidate to completion with the step that was measured.
 
+    The winner of a race goes on from what the race has trained of it.
     The summary compares speed and memory with the measurement.
 
     Examples:
@@ -740,18 +744,21 @@ def train(
       autotune train results/NAME --resume --max-time 24h
       torchrun --nproc-per-node 2 -m autotune train results/NAME
     """
-    from autotune.config.toml import read_candidate
+    from autotune.config.toml import BEST_TOML, read_candidate
     from autotune.config.train_settings import TrainSettings, locate
+    from autotune.runs.directory import winner_checkpoints
     from autotune.train.output import summary_text
     from autotune.train.trainer import train as run_training
 
     file, default_out = locate(candidate)
+    raced = file.name == BEST_TOML and not from_start and init_from is None
     asked = TrainSettings(
         file=read_candidate(file),
         out=out or default_out,
         device=device,
         resume=resume,
         init_from=init_from,
+        race=winner_checkpoints(file.parent) if raced else None,
         train_seconds=None if train_time is None else parse_duration(train_time),
         max_tokens=None if max_tokens is None else parse_count(max_tokens),
         max_seconds=None if max_time is None else parse_duration(max_time),

@@ -36,8 +36,8 @@ OPTIONS = {
     ],
     "guide": ["[ROW...]", "--measure", "--device", "--out", "--json"],
     "train": [
-        "RUN|TOML", "--resume", "--max-tokens", "--train-time", "--max-time", "--init-from", "--out", "--device",
-        "--json",
+        "RUN|TOML", "--resume", "--max-tokens", "--train-time", "--max-time", "--from-start", "--init-from", "--out",
+        "--device", "--json",
     ],
     "export": ["RUN|CHECKPOINT", "--to", "--out", "--cut-vocab", "--json"],
     "sample": ["CHECKPOINT", "--prompt", "--tokens", "--temperature", "--top-k", "--seed", "--device", "--json"],

@@ -28,6 +28,8 @@ class TrainSettings:
     """Continue from the newest undamaged checkpoint in `out`."""
     init_from: Path | None = None
     """Initial weights; replaces the candidate file's init_from."""
+    race: Path | None = None
+    """Checkpoints of the race's winner, from which the training goes on; None: it begins at iteration 0."""
     train_seconds: float | None = None
     """Replaces the recipe's train_seconds: the schedule ends with this time."""
     max_tokens: int | None = None

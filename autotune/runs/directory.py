@@ -27,7 +27,7 @@ from autotune.measure.scratch import alive
 from autotune.measure.types import PEAK_VIEWS
 from autotune.runs.objective import loss_at, plan_training
 from autotune.runs.records import TrialRecord, write_csv
-from autotune.runs.verdict import Speed, Verdict, write_verdict
+from autotune.runs.verdict import Speed, Verdict, read_verdict, write_verdict
 
 SEARCH_TOML, ENVIRONMENT_JSON = "search.toml", "environment.json"
 """Inputs: the search's settings, and the machine."""
@@ -49,6 +49,22 @@ _BEAT_MISSED = 5.0
 """Age in seconds of such a file from which on its process no longer counts as running."""
 
 ABANDONED_SECONDS = 5.0
+
+
+def rival_checkpoints(run_dir: Path, rival: int) -> Path:
+    """Where the level phase of a rival of the race is saved."""
+    return run_dir / RACE / f"rival-{rival:02d}"
+
+
+def winner_checkpoints(run_dir: Path) -> Path | None:
+    """Checkpoints of the race's winner, from which its training can go on; None where no race elected the winner, or
+    its verdict cannot be read."""
+    try:
+        verdict = read_verdict(run_dir / VERDICT_JSON)
+    except ConfigError:
+        return None
+    found = rival_checkpoints(run_dir, verdict.race.winner.rival) if verdict.raced and verdict.race else None
+    return found if found and found.is_dir() else None
 
 
 def publish(

@@ -140,4 +140,4 @@ class Race:
             raise MachineError(result.remedy)
 
     def _checkpoints(self, rival: int) -> Path:
-        return self._state.directory / files.RACE / f"rival-{rival:02d}"
+        return files.rival_checkpoints(self._state.directory, rival)

@@ -73,6 +73,7 @@ class TrainSummary:
     stopped_by: StoppedBy
     iterations: int
     tokens: int
+    """Of all iterations, those in the race included."""
     processes: int
     """Processes started by torchrun; 1 without it."""
     train_loss: float | None
@@ -93,6 +94,8 @@ class TrainSummary:
     """Wall clock, over all resumptions."""
     data_wait_seconds: float
     """Time that this process's steps waited for their batches."""
+    raced_iterations: int = 0
+    """Iterations that the race had done before."""
     train_seconds: float | None = None
     """Wall clock that was asked for; None: the length was given in steps."""
     planned_tokens: int | None = None
@@ -118,6 +121,7 @@ def summary_text(summary: TrainSummary) -> str:
         f"trained {summary.iterations:,} iterations, {format_count(summary.tokens)} tokens "
         f"in {format_duration(summary.seconds)}"
         + (f" of {format_duration(asked)} asked" if asked else "")
+        + (f", {summary.raced_iterations:,} iterations of them before, in the race" if summary.raced_iterations else "")
         + (", stopped by --max-time" * (summary.stopped_by == "max_time")),
         f"loss: training {train}, validation {validation}"
         + (f", best {best} at iteration {summary.best_iteration}" if summary.best_iteration else ""),

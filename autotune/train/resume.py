@@ -16,6 +16,7 @@ from autotune.model.checkpoint import Checkpoint, TrainState, checkpoints, clean
 from autotune.model.distributed import DistributedContext
 from autotune.model.step import TrainStep
 from autotune.train.output import TrainProgress
+from autotune.units import format_count
 
 WINDOW = 32
 """Steps whose losses define the usual loss."""
@@ -51,11 +52,42 @@ def restore(
         state = _load(checkpoint, step, context)
     else:
         if settings.resume:
-            progress.note(f"{settings.out} has no checkpoint yet: starting again at iteration 0")
+            progress.note(f"{settings.out} has no checkpoint yet: starting again")
         state = TrainState(iteration=0, tokens=0, candidate=candidate, data_fingerprint=data_fingerprint)
+        if settings.race is not None:
+            state = _after_race(settings.race, state, step, context, progress)
     if context.is_main:
         context.barrier()
     return state
+
+
+def _after_race(
+    race: Path, new: TrainState, step: TrainStep, context: DistributedContext, progress: TrainProgress
+) -> TrainState:
+    """The state of the level phase that the race has trained, put into `step`; `new` where it is another's."""
+    recipe = new.candidate.recipe
+    try:
+        checkpoint = latest_good(race)[0]
+        raced = checkpoint.state
+        was = raced.candidate.recipe
+        alike = replace(
+            recipe, max_iters=was.max_iters, lr_decay_iters=was.lr_decay_iters, warmup_iters=was.warmup_iters,
+            train_seconds=was.train_seconds, learning_rate=was.learning_rate, min_lr=was.min_lr, data=was.data,
+        )  # fmt: skip
+        if alike != was or raced.data_fingerprint != new.data_fingerprint:
+            raise CheckpointError(f"{race} has another recipe or other data")
+        if not recipe.warmup_iters <= raced.iteration < (1.0 - recipe.decay_share) * recipe.max_iters:
+            raise CheckpointError(f"iteration {raced.iteration} of {race} is not in the level phase")
+        _load(checkpoint, step, context)
+    except CheckpointError as error:
+        progress.note(f"what the race has trained is trained again: {error}")
+        return new
+    count, tokens = raced.iteration, raced.iteration * recipe.tokens_per_step
+    progress.note(f"going on from the race: {count:,} iterations, {format_count(tokens)} tokens, are trained already")
+    return replace(
+        new, iteration=count, tokens=tokens, raced_iterations=count, recent_losses=raced.recent_losses,
+        schedule=count / (count + recipe.max_iters) if recipe.train_seconds else 0.0,
+    )  # fmt: skip
 
 
 def roll_back(directory: Path, step: TrainStep, context: DistributedContext) -> TrainState:

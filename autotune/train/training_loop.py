@@ -544,6 +544,7 @@ class Training:
             best_validation_loss=state.best_validation_loss, best_iteration=state.best_iteration,
             mfu=self._mfu(speed), seconds=self.seconds, data_wait_seconds=self.batches.waited_seconds,
             train_seconds=asked or None, schedule=self.schedule if asked else None,
-            planned_tokens=self.recipe.max_tokens if asked and measured.get("tokens_per_second") else None,
+            planned_tokens=self.recipe.max_tokens + state.raced_iterations * self.recipe.tokens_per_step
+            if asked and measured.get("tokens_per_second") else None, raced_iterations=state.raced_iterations,
             comparison=tuple(text for text, _ in compared), warnings=tuple(warnings), **figures,
         )  # fmt: skip

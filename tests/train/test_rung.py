@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from trainings import changed
+from trainings import changed, curve, settings
 
 from autotune.config.candidate import Candidate
 from autotune.measure.runner import run_rung
 from autotune.measure.types import RungRequest, RungResult
 from autotune.model.checkpoint import checkpoints, read_checkpoint
+from autotune.train.trainer import train
 
 pytestmark = pytest.mark.slow
 
@@ -109,3 +110,41 @@ def test_a_damaged_level_phase_is_trained_again(rival: Candidate, tmp_path: Path
     (checkpoints(folder)[0] / "model.safetensors").write_bytes(b"torn")
     again = go(request(rival, folder, 20), tmp_path / "2.log")
     assert again.chunk_losses == first.chunk_losses
+
+
+def test_a_training_goes_on_from_the_race_as_if_it_had_not_been_interrupted(
+    rival: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rival, folder = changed(rival, max_iters=40, lr_decay_iters=40), tmp_path / "rival"
+    assert go(request(rival, folder, 20), tmp_path / "log").level_iterations == 16
+    whole, after = train(settings(rival, tmp_path / "whole")), train(settings(rival, tmp_path / "after", race=folder))
+    assert whole is not None
+    assert after is not None
+    assert (whole.raced_iterations, after.raced_iterations, after.iterations) == (0, 16, 40)
+    assert after.tokens == whole.tokens
+    assert curve(tmp_path / "after") == [row for row in curve(tmp_path / "whole") if int(row[0]) > 16]
+    assert "going on from the race: 16 iterations, 3,584 tokens, are" in " ".join(capsys.readouterr().err.split())
+    timed = changed(rival, train_seconds=8.0)
+    longer = train(settings(timed, tmp_path / "timed", race=folder))
+    assert longer is not None
+    assert longer.schedule == pytest.approx(1.0)
+    assert longer.iterations > 17
+    first = float(curve(tmp_path / "timed")[0][4])
+    assert first == pytest.approx(rival.recipe.learning_rate)  # no second warm-up
+
+
+def test_what_the_race_trained_of_another_recipe_is_trained_again(
+    rival: Candidate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "rival"
+    go(request(rival, folder, 20), tmp_path / "log")
+    other = changed(rival, max_iters=40, lr_decay_iters=40, weight_decay=0.3)
+    early = changed(rival, max_iters=40, lr_decay_iters=40, warmup_iters=17)
+    for number, (one, why) in enumerate(((other, "has another recipe or other data"), (early, "in the level phase"))):
+        summary = train(settings(one, tmp_path / str(number), race=folder))
+        assert summary is not None
+        assert (summary.raced_iterations, summary.iterations) == (0, 40)
+        said = capsys.readouterr().err
+        assert "is trained again" in said
+        assert why in " ".join(said.split())
