@@ -735,7 +735,7 @@ def train(
 ) -> None:
     """Train a candidate to completion with the step that was measured.
 
-    The winner of a race goes on from what the race has trained of it.
+    The winner of a race continues from what the race has trained of it.
     The summary compares speed and memory with the measurement.
 
     Examples:

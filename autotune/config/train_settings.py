@@ -29,7 +29,7 @@ class TrainSettings:
     init_from: Path | None = None
     """Initial weights; replaces the candidate file's init_from."""
     race: Path | None = None
-    """Checkpoints of the race's winner, from which the training goes on; None: it begins at iteration 0."""
+    """Checkpoints of the race's winner, from which the training continues; None: it begins at iteration 0."""
     train_seconds: float | None = None
     """Replaces the recipe's train_seconds: the schedule ends with this time."""
     max_tokens: int | None = None

@@ -53,7 +53,7 @@ class TrainState:
     schedule: float = 0.0
     """Fraction of the schedule done, for a training of given time; else it follows from the iteration."""
     raced_iterations: int = 0
-    """Optimizer steps that were done in a race, from which the training goes on."""
+    """Optimizer steps that were done in the race from which the training continues."""
     best_validation_loss: float | None = None
     best_iteration: int | None = None
     data_fingerprint: str = ""

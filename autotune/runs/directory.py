@@ -57,7 +57,7 @@ def rival_checkpoints(run_dir: Path, rival: int) -> Path:
 
 
 def winner_checkpoints(run_dir: Path) -> Path | None:
-    """Checkpoints of the race's winner, from which its training can go on; None where no race elected the winner, or
+    """Checkpoints of the race's winner, from which its training can continue; None where no race elected the winner, or
     its verdict cannot be read."""
     try:
         verdict = read_verdict(run_dir / VERDICT_JSON)

@@ -73,7 +73,7 @@ class TrainSummary:
     stopped_by: StoppedBy
     iterations: int
     tokens: int
-    """Of all iterations, those in the race included."""
+    """Tokens of all iterations, those in the race included."""
     processes: int
     """Processes started by torchrun; 1 without it."""
     train_loss: float | None

@@ -83,7 +83,7 @@ def _after_race(
         progress.note(f"what the race has trained is trained again: {error}")
         return new
     count, tokens = raced.iteration, raced.iteration * recipe.tokens_per_step
-    progress.note(f"going on from the race: {count:,} iterations, {format_count(tokens)} tokens, are trained already")
+    progress.note(f"continuing from the race: {count:,} iterations, {format_count(tokens)} tokens, are trained already")
     return replace(
         new, iteration=count, tokens=tokens, raced_iterations=count, recent_losses=raced.recent_losses,
         schedule=count / (count + recipe.max_iters) if recipe.train_seconds else 0.0,

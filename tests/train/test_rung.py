@@ -124,7 +124,7 @@ def test_a_training_goes_on_from_the_race_as_if_it_had_not_been_interrupted(
     assert (whole.raced_iterations, after.raced_iterations, after.iterations) == (0, 16, 40)
     assert after.tokens == whole.tokens
     assert curve(tmp_path / "after") == [row for row in curve(tmp_path / "whole") if int(row[0]) > 16]
-    assert "going on from the race: 16 iterations, 3,584 tokens, are" in " ".join(capsys.readouterr().err.split())
+    assert "continuing from the race: 16 iterations, 3,584 tokens, are" in " ".join(capsys.readouterr().err.split())
     timed = changed(rival, train_seconds=8.0)
     longer = train(settings(timed, tmp_path / "timed", race=folder))
     assert longer is not None
