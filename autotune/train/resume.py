@@ -52,7 +52,8 @@ def restore(
         state = _load(checkpoint, step, context)
     else:
         if settings.resume:
-            progress.note(f"{settings.out} has no checkpoint yet: starting again")
+            where = "" if settings.race else " at iteration 0"
+            progress.note(f"{settings.out} has no checkpoint yet: starting again{where}")
         state = TrainState(iteration=0, tokens=0, candidate=candidate, data_fingerprint=data_fingerprint)
         if settings.race is not None:
             state = _after_race(settings.race, state, step, context, progress)
