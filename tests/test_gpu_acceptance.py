@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_machine import CUDA, settings
-from gpu.bench import EXHAUSTIVE, LIKELY
+from fake_machine import CUDA, OLD_CUDA, settings
+from gpu.bench import EAGER, EXHAUSTIVE, LIKELY, Bench
 
+from autotune.environment import Environment
 from autotune.search.space import build_space, every_candidate
 
 ROOT = Path(__file__).parents[1]
@@ -53,8 +54,14 @@ def test_calls_stop_in_time_go_on_and_repeat_failures_when_asked(tmp_path: Path)
     assert "test_promise.py::" in accept(*words, "--collect-only", "-q", "--again").stdout
 
 
+@pytest.mark.parametrize("card", [CUDA, OLD_CUDA], ids=["card", "card without bfloat16"])
 @pytest.mark.parametrize("choices", [LIKELY, EXHAUSTIVE], ids=["LIKELY", "EXHAUSTIVE"])
-def test_what_it_searches_is_in_a_cards_space(choices: tuple[str, ...]) -> None:
+def test_what_it_searches_is_in_a_cards_space(choices: tuple[str, ...], card: Environment, tmp_path: Path) -> None:
     """A dry run searches other choices, so only a card would meet one that does not exist."""
-    found = settings(CUDA, choices=choices)
-    assert len(every_candidate(build_space(found, CUDA))) > 20
+    bench = Bench(environment=card, directory=tmp_path, scratch=tmp_path, dry=False, deadline=0.0)
+    found = settings(card, choices=bench.runnable(choices))
+    plans = [candidate.plan for candidate in every_candidate(build_space(found, card)).values()]
+    assert len(plans) > 8
+    assert {plan.dtype for plan in plans} <= {bench.half, f"{bench.half}_residual"}
+    shape = bench.shape(12, 12, 768)
+    assert bench.candidate(shape, EAGER).plan.dtype == bench.half

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from autotune.config.candidate import Candidate, Plan, Recipe, Shape
+from autotune.config.candidate import Candidate, DType, Plan, Recipe, Shape
 from autotune.config.toml import CandidateFile, parse_candidate
 from autotune.environment import Environment
 from autotune.measure.runner import run_trial
@@ -65,6 +65,18 @@ class Bench:
     def device_kind(self) -> str:
         return self.device.partition(":")[0]
 
+    @property
+    def half(self) -> DType:
+        """The 16-bit format: a card older than bfloat16 has float16 only."""
+        return "float16" if self.device_kind == "cuda" and self.environment.capability < (8, 0) else "bfloat16"
+
+    def runnable(self, choices: Sequence[str]) -> tuple[str, ...]:
+        """The choices without those that need a card with bfloat16, where this one has none."""
+        if self.half == "bfloat16":
+            return tuple(choices)
+        kinds = (choice.replace(",bfloat16_residual", "").replace(",sdpa_flash", "") for choice in choices)
+        return tuple(kind.replace("bfloat16", self.half) for kind in kinds)
+
     def shape(self, n_layer: int, n_head: int, n_embd: int) -> Shape:
         """The shape itself on a card, a tiny one with one or two layers in a dry run."""
         if self.dry:
@@ -75,7 +87,8 @@ class Bench:
         sequences = 8 if self.dry else sequences
         micro = min(plan.micro_batch_size, sequences)
         chunk = min(plan.loss_chunk_tokens, micro * shape.block_size)
-        plan = replace(plan, micro_batch_size=micro, loss_chunk_tokens=chunk)
+        dtype = self.half if plan.dtype == "bfloat16" else plan.dtype
+        plan = replace(plan, micro_batch_size=micro, loss_chunk_tokens=chunk, dtype=dtype)
         return Candidate(recipe=Recipe(shape=shape, global_batch_size=sequences), plan=plan)
 
     def trial(self, candidate: Candidate, limit: int | None = None, **changes: Any) -> TrialResult:
@@ -119,7 +132,7 @@ class Bench:
     def search(self, shape: Shape, minutes: float, choices: Sequence[str], *words: object) -> tuple[Path, int]:
         """Run `autotune search`: its run directory, and how many trials it made."""
         name = f"{in_words(shape)}-{time.time():.0f}"
-        chosen = (word for choice in choices for word in ("--choices", choice))
+        chosen = (word for choice in self.runnable(choices) for word in ("--choices", choice))
         fixed = (
             "--device",
             self.device,

@@ -18,7 +18,7 @@ SIZE = (12, 12, 768)
 
 
 def choices(bench: Bench) -> tuple[str, ...]:
-    return DRY_CHOICES if bench.dry else EXHAUSTIVE
+    return bench.runnable(DRY_CHOICES if bench.dry else EXHAUSTIVE)
 
 
 def candidates(bench: Bench) -> list[Candidate]:
