@@ -19,7 +19,7 @@ PLANS = {"plain": PLAN, "chunked": replace(PLAN, loss="chunked"), "compiled": re
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_byte_of_the_peak_is_explained(plan: str, bench: Bench, tmp_path: Path) -> None:
     recipe = Recipe(shape=SHAPE, global_batch_size=12)  # two micro steps
-    candidate = Candidate(recipe=recipe, plan=PLANS[plan])
+    candidate = Candidate(recipe=recipe, plan=replace(PLANS[plan], dtype=bench.half))
     request = TrialRequest(
         candidate=candidate, device=bench.device, result_path="", measure_seconds=0.1, timeout_seconds=300
     )
