@@ -25,7 +25,7 @@ class Confirmation:
     def run(self) -> list[str]:
         """Confirm as time permits. Returns notes."""
         self._skipped = {}
-        self._trials.work(self._next, self._record, self._trials.alone_on_a_cpu)
+        self._trials.work(self._next, self._record, self._trials.side_by_side)
         return list(self._skipped.values())
 
     def _next(self, slot: Slot) -> TrialJob | None:

@@ -82,5 +82,5 @@ class Exploration:
         return {*by_candidate(self._state.records), *(candidate.id for candidate in self._trials.pending(final=False))}
 
     def _allowance(self, ahead: float) -> Allowance | None:
-        state, at_once = self._state, self._trials.alone_on_a_cpu
+        state, at_once = self._state, self._trials.side_by_side
         return next_allowance(state.budget, state.records, state.settings, ahead, at_once=at_once)

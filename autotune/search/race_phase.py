@@ -53,7 +53,7 @@ class Race:
         lineup = self._state.lineup or self._line_up()
         if lineup is None:
             return [self._not_raced]
-        self._trials.work(partial(self._begin, lineup), self._record, self._trials.alone_on_a_cpu)
+        self._trials.work(partial(self._begin, lineup), self._record, self._trials.side_by_side)
         race = self._state.race()
         kept = {self._checkpoints(number) for number in race.order[: RULE.eta]} if race else set()
         for folder in (self._state.directory / files.RACE).glob("*"):
@@ -97,7 +97,7 @@ class Race:
         """The next rung; None where none can begin now."""
         state, settings = self._state, self._state.settings
         running = tuple(job.step for job in self._trials.running(RungJob))
-        beside, left, slots = self._overhead(), self._left(), self._trials.alone_on_a_cpu
+        beside, left, slots = self._overhead(), self._left(), self._trials.side_by_side
         step = next_rung(lineup.rivals, state.readings, left, beside, running=running, slots=slots)
         if step is None:
             return None
@@ -126,9 +126,7 @@ class Race:
         state, candidate = self._state, job.candidate
         if result.status == "timeout" and job.allowance.ends_budget:
             result = replace(result, status="interrupted", message="the budget ended during this rung")
-        others = self._trials.leave(job, result)
-        if result.remedy and others:
-            result = replace(result, status="interrupted", message=result.remedy)
+        result = self._trials.leave(job, result)
         if not any(record.role == "race" and record.candidate.id == candidate.id for record in state.records):
             trial = self._proposer.claim(candidate, state.attributes("race", racing.as_trial_request(job.request)))
             found = predict(state.model, candidate)
@@ -136,7 +134,7 @@ class Race:
         reading = racing.reading_of(job.number, job.step, result, job.rival)
         state.keep_reading(reading)
         state.tell(job.number, "race", candidate, device=job.slot.device, reading=reading)
-        if result.remedy and not others:
+        if result.remedy:
             raise MachineError(result.remedy)
 
     def _checkpoints(self, rival: int) -> Path:

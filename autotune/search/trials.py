@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from autotune.config.candidate import Candidate
 from autotune.environment import Slot
@@ -24,6 +24,7 @@ from autotune.units import format_bytes
 if TYPE_CHECKING:
     import optuna
 
+R = TypeVar("R", bound=TrialResult)
 PASSED_OVER = 4
 """Candidates in a row that may be skipped because of their predicted peak."""
 
@@ -58,7 +59,7 @@ class Trials:
         return [job for job in self._crew.jobs if isinstance(job, kind)]
 
     @property
-    def alone_on_a_cpu(self) -> int:
+    def side_by_side(self) -> int:
         """How many finals, or rungs, run at once. Alone on the CPU: beside others they would share its memory bandwidth
         and caches, and the figure would depend on what happens to run there. Cards have memory of their own."""
         return 1 if self._state.settings.device_kind == "cpu" else max(1, len(self._crew.slots))
@@ -115,21 +116,20 @@ class Trials:
         where none is left."""
         self.ended += 1
         result = _judged(job, result)
-        others = self.leave(job, result)
-        if result.remedy and others:
-            result = replace(result, status="interrupted", message=result.remedy)
+        result = self.leave(job, result)
         record = self._state.keep(job.trial, self._record_of(job, result))
         self._state.tell(job.trial.number, job.role, job.candidate, device=job.slot.device, record=record)
-        if result.remedy and not others:
+        if result.remedy:
             raise MachineError(result.remedy)
         return result
 
-    def leave(self, job: Job, result: TrialResult) -> bool:
-        """Whether another device may run what this one cannot, which leaves then: the candidate is not at fault."""
-        others = bool(result.remedy) and self._crew.leave(job.slot)
-        if others:
-            self.gone.append(f"{job.slot.device} left the search: {result.remedy}")
-        return others
+    def leave(self, job: Job, result: R) -> R:
+        """The result. Where its device fails and there are others, the device leaves, and the result is interrupted:
+        the candidate is not at fault."""
+        if not (result.remedy and self._crew.leave(job.slot)):
+            return result
+        self.gone.append(f"{job.slot.device} left the search: {result.remedy}")
+        return replace(result, status="interrupted", message=result.remedy, remedy="")
 
     def keep_on_disk(self) -> None:
         """Keep in the run's directory what has ended while the study's server is away."""

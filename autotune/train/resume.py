@@ -23,6 +23,9 @@ WINDOW = 32
 SUSTAINED = 4
 """Consecutive high losses that make a spike; fewer may be an odd batch."""
 SPIKE_NATS = 1.0
+RATE_TOLERANCE = 0.1
+"""Largest relative difference between the learning rates of a race and of the training that continues from it: the rule
+follows the measured speed, and is rounded to two digits."""
 SPIKE_DEVIATIONS = 5
 """A high loss exceeds the median by both: this many nats, and this many times the median absolute deviation."""
 
@@ -75,7 +78,8 @@ def _after_race(
             recipe, max_iters=was.max_iters, lr_decay_iters=was.lr_decay_iters, warmup_iters=was.warmup_iters,
             train_seconds=was.train_seconds, learning_rate=was.learning_rate, min_lr=was.min_lr, data=was.data,
         )  # fmt: skip
-        if alike != was or raced.data_fingerprint != new.data_fingerprint:
+        another = not math.isclose(recipe.learning_rate, was.learning_rate, rel_tol=RATE_TOLERANCE)
+        if another or alike != was or raced.data_fingerprint != new.data_fingerprint:
             raise CheckpointError(f"{race} has another recipe or other data")
         if not recipe.warmup_iters <= raced.iteration < (1.0 - recipe.decay_share) * recipe.max_iters:
             raise CheckpointError(f"iteration {raced.iteration} of {race} is not in the level phase")

@@ -141,7 +141,9 @@ def test_what_the_race_trained_of_another_recipe_is_trained_again(
     go(request(rival, folder, 20), tmp_path / "log")
     other = changed(rival, max_iters=40, lr_decay_iters=40, weight_decay=0.3)
     early = changed(rival, max_iters=40, lr_decay_iters=40, warmup_iters=17)
-    for number, (one, why) in enumerate(((other, "has another recipe or other data"), (early, "in the level phase"))):
+    faster = changed(rival, max_iters=40, lr_decay_iters=40, learning_rate=1.2 * rival.recipe.learning_rate)
+    own = "has another recipe or other data"
+    for number, (one, why) in enumerate(((other, own), (faster, own), (early, "in the level phase"))):
         summary = train(settings(one, tmp_path / str(number), race=folder))
         assert summary is not None
         assert (summary.raced_iterations, summary.iterations) == (0, 40)
