@@ -125,7 +125,8 @@ def _law(settings: SearchSettings) -> str:
     if maximised(settings):
         return ""
     law = law_of(settings)
-    return f"{law.name!r}, within ±{law.band:.2f} nats where it was fitted, good for ranking only ({law.source}); short trainings by recorded ones"
+    good = f"within ±{law.band:.2f} nats where it was fitted, good for ranking only"
+    return f"{law.name!r}, {good} ({law.source}); short trainings by recorded ones"
 
 
 def _neighbours(
