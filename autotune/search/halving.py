@@ -92,17 +92,23 @@ def expected(
 ) -> Posterior:
     """Joint distribution of the rivals' losses after their full training, and of the losses of other trainings."""
     recipes = {rival.rival: rival.candidate.recipe for rival in rivals}
-    full = {rival: float(recipe.max_tokens) for rival, recipe in recipes.items()}
+    full = {rival.rival: full_tokens(rival, readings) for rival in rivals}
     shown = []
     for rival, found in by_rival(readings).items():
-        if found[-1].tokens:  # by the speed that its last rung showed
-            full[rival] = found[-1].tokens / found[-1].fraction
         for reading in found:
             tokens = reading.tokens or reading.fraction * full[rival]
             shown.append((Training(recipe=recipes[rival], tokens=tokens, rival=rival), reading.loss or 0.0))
     wanted = [Training(recipe=recipe, tokens=full[rival], rival=rival) for rival, recipe in recipes.items()]
     longest = statistics.median(training.tokens for training in wanted)
     return predict(known or priors(longest), shown, [*wanted, *also])
+
+
+def full_tokens(rival: Rival, readings: Sequence[Reading]) -> float:
+    """Tokens of the rival's whole training, by the speed that its last rung showed."""
+    found = by_rival(readings).get(rival.rival, [])
+    if found and (tokens := found[-1].tokens):
+        return tokens / found[-1].fraction
+    return float(rival.candidate.recipe.max_tokens)
 
 
 def order_of(rivals: Sequence[Rival], readings: Sequence[Reading], rule: Rule = RULE) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from autotune.search import study_trials
 from autotune.search.gp import Array
 from autotune.search.pool import CandidateProblem, dominated_by_oom
 from autotune.search.space import Space, baseline, candidate_at, distributions, guide_candidate, parameters_of
-from autotune.search.start import STARTS, card_of, pace, starts
+from autotune.search.start import STARTS, card_of, pace_of, starts
 
 if TYPE_CHECKING:
     import optuna
@@ -125,7 +125,7 @@ class Proposer:
         if not self._start or len(known) > STARTS:
             return None
         begun = runs if taken is None else taken()
-        faster = pace(known.values(), self._card)
+        faster = pace_of(known.values(), self._card)
         found = starts(self._space, self._settings, self._card, model, pace=faster)  # each trial moves the models
         left = [c for c in found if c.id not in known and c.id not in begun]
         left = [c for c in left if dominated_by_oom(c, known) is None]

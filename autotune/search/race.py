@@ -21,7 +21,7 @@ from autotune.runs.curves import Posterior, Training
 from autotune.runs.objective import batch_tokens, best_first, finish_candidate, training_tokens
 from autotune.runs.races import Change, Lineup, RaceVerdict, Reading, Rival, by_rival, difference
 from autotune.runs.records import TrialRecord
-from autotune.search.halving import Step, expected, order_of, tied
+from autotune.search.halving import Step, expected, full_tokens, order_of, tied
 from autotune.search.space import canonical
 from autotune.units import format_count
 
@@ -305,17 +305,17 @@ def _expected_change(
 ) -> Change:  # fmt: skip
     """The change with the difference that is expected after the whole training between the winner and the same recipe
     with the baseline's `change.what`. A shape of which no rival tells the speed has none."""
-    recipe, tokens = winner.candidate.recipe, float(winner.candidate.recipe.max_tokens)
+    recipe, tokens = winner.candidate.recipe, full_tokens(winner, readings)
     rate = recipe.learning_rate / winner.rate_factor
     if change.what == "shape":
-        alike = [rival.candidate.recipe for rival in lineup.rivals if rival.candidate.shape == own.shape]
-        if not alike:
+        alike = next((rival for rival in lineup.rivals if rival.candidate.shape == own.shape), None)
+        if alike is None:
             return change
-        tokens = float(alike[0].max_tokens)
-        rows = max(1, recipe.tokens_per_step // own.shape.block_size)
-        other = replace(alike[0], optimizer=recipe.optimizer, global_batch_size=rows)
-        ruled = next(r for r in lineup.rivals if r.candidate.recipe is alike[0])
-        other = replace(other, learning_rate=alike[0].learning_rate / ruled.rate_factor * winner.rate_factor)
+        tokens, ruled = full_tokens(alike, readings), alike.candidate.recipe.learning_rate / alike.rate_factor
+        other = replace(
+            alike.candidate.recipe, optimizer=recipe.optimizer, learning_rate=ruled * winner.rate_factor,
+            global_batch_size=max(1, recipe.tokens_per_step // own.shape.block_size),
+        )  # fmt: skip
     elif change.what == "optimizer":
         other = replace(recipe, optimizer=own.optimizer, learning_rate=rate)
     elif change.what == "learning rate":

@@ -39,7 +39,7 @@ def card_of(environment: Environment) -> Card | None:
     )
 
 
-def pace(records: Iterable[TrialRecord], card: Card | None) -> float:
+def pace_of(records: Iterable[TrialRecord], card: Card | None) -> float:
     """How much faster than predicted the machine is, by what was measured. Predictions for a CPU are for comparison
     only; a card's are not corrected."""
     found = ((record.candidate, record.result.tokens_per_second) for record in records if record.objective is not None)

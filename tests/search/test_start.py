@@ -17,7 +17,7 @@ from autotune.runs.objective import score
 from autotune.search.roofline import log_speed
 from autotune.search.simulation import Trace, read_tables, replay
 from autotune.search.space import build_space
-from autotune.search.start import STARTS, card_of, pace, starts
+from autotune.search.start import STARTS, card_of, pace_of, starts
 from autotune.units import GIB
 
 MODEL = MemoryModel(device="cuda")
@@ -87,9 +87,9 @@ def test_a_race_starts_from_shapes_of_several_widths(tmp_path: Path) -> None:
 def test_the_pace_of_a_cpu_is_what_was_measured_over_what_was_predicted() -> None:
     trials = Trials(settings(CPU)).run(3)
     ratios = [(r.result.tokens_per_second or 0.0) / math.exp(log_speed(r.candidate, None)) for r in trials.records]
-    assert pace(trials.records, None) == pytest.approx(statistics.median(ratios))
-    assert pace(trials.records, CARD) == 1.0
-    assert pace([], None) == 1.0
+    assert pace_of(trials.records, None) == pytest.approx(statistics.median(ratios))
+    assert pace_of(trials.records, CARD) == 1.0
+    assert pace_of([], None) == 1.0
 
 
 def test_the_card_of_a_machine() -> None:
