@@ -55,6 +55,11 @@ class Prediction:
     half_width_allocated_bytes: int
     """Half of the 95 % interval of the allocated peak."""
 
+    def p_within(self, limit_bytes: int) -> float:
+        """Probability that the peak does not exceed a limit."""
+        sd = (self.high_device_bytes - self.low_device_bytes) / (2 * Z95)
+        return 0.5 * math.erfc((self.peak_device_bytes - limit_bytes) / (sd * math.sqrt(2)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Coefficients:

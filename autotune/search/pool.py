@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 
 from autotune.config.candidate import Candidate
 from autotune.config.search_settings import SearchSettings
-from autotune.measure.types import Z95
 from autotune.memory.model import MemoryModel, predictions
 from autotune.runs.objective import best_first, maximised, score
 from autotune.runs.records import TrialRecord
-from autotune.search import acquisition, gp
+from autotune.search import acquisition
 from autotune.search.acquisition import Choices, Observed
 from autotune.search.features import Features, categorical, encode
 from autotune.search.gp import Array, Mask
@@ -233,9 +232,7 @@ class CandidateProblem:
         if self._model is None:
             return np.ones(len(rows))
         found = predictions(self._model, [self.left.candidates[i] for i in rows])
-        peaks = np.array([f.peak_device_bytes for f in found], dtype=float)
-        sd = np.array([f.high_device_bytes - f.low_device_bytes for f in found]) / (2 * Z95)
-        return gp.normal_cdf((self.settings.memory_limit_bytes - peaks) / sd)
+        return np.array([prediction.p_within(self.settings.memory_limit_bytes) for prediction in found])
 
     def parameters(self, row: int) -> dict[str, Any]:
         return parameters_of(self.space, self.left.candidates[row], self.distributions)

@@ -8,8 +8,9 @@ other widths.
 
 import itertools
 import math
+import operator
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from autotune.config import cards
@@ -17,7 +18,7 @@ from autotune.config.candidate import Candidate
 from autotune.config.cards import Card
 from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
-from autotune.memory.model import MemoryModel, predictions
+from autotune.memory.model import MemoryModel, Prediction, predictions
 from autotune.runs.objective import maximised, score
 from autotune.runs.records import TrialRecord
 from autotune.search.roofline import log_speed
@@ -25,6 +26,9 @@ from autotune.search.space import Space, Value, candidate_at, values_of
 
 STARTS = 4
 """With the baseline, the first five trials."""
+_LEAST_CHANCE = 0.5
+"""Probability of fitting below which a candidate is no start."""
+_VALUE = operator.itemgetter(0)
 _WAYS = ("loss", "compile", "dtype", "activation_checkpointing")
 _AMOUNTS = ("micro_batch_size", "loss_chunk_tokens")
 _SHAPES = ("n_layer", "n_embd", "head_size", "block_size")
@@ -49,24 +53,28 @@ def pace_of(records: Iterable[TrialRecord], card: Card | None) -> float:
 
 def starts(
     space: Space, settings: SearchSettings, card: Card | None, model: MemoryModel | None, count: int = STARTS,
-    pace: float = 1.0,
+    pace: float = 1.0, runs: Callable[[Candidate], bool | None] = lambda candidate: None,
 ) -> list[Candidate]:  # fmt: skip
-    """At most `count` candidates, the best first, no two of which have one shape and run in the same way. All fit by
-    the upper bound of their predicted peaks; if nothing does, by the predicted peaks themselves. `model`: None: memory
-    is not considered. `pace`: factor of the predicted speeds."""
-    ranking = _Ranking(settings, card, model, pace)
+    """At most `count` candidates, the best first, no two of which have one shape and run in the same way. None is
+    predicted to exceed the limit; one that may exceed it ranks lower. `model`: None: memory is not considered. `pace`:
+    factor of the predicted speeds. `runs`: whether a candidate was seen to run; None: not known."""
+    return [candidate for _, candidate in _starts(_Ranking(settings, card, model, pace, runs), space, count)]
+
+
+def _starts(ranking: "_Ranking", space: Space, count: int) -> list[tuple[float, Candidate]]:
+    settings = ranking.settings
     if not settings.search_shape:
         return ranking.best(space, _WAYS, count)
     plain = {name: value for name, value in vars(space.plan).items() if name in _WAYS}
     best = ranking.best(_only(space, plain), _SHAPES, 1)
     if not best:
         return []
-    ways = ranking.best(_only(space, _part(space, best[0], _SHAPES)), _WAYS, count)
+    ways = ranking.best(_only(space, _part(space, best[0][1], _SHAPES)), _WAYS, count)
     if settings.race == "off":
         return ways
-    alike = {**_part(space, ways[0], _WAYS), **_part(space, ways[0], ("head_size",))}
+    alike = _part(space, ways[0][1], (*_WAYS, "head_size"))
     widths = (_only(space, {**alike, "n_embd": width}) for width in space.choices["n_embd"])
-    shapes = sorted((best for one in widths for best in ranking.best(one, _SHAPES, 1)), key=ranking.value, reverse=True)
+    shapes = sorted((best for one in widths for best in ranking.best(one, _SHAPES, 1)), key=_VALUE, reverse=True)
     return [shapes[0], *ways[1:2], *shapes[1:]][:count]
 
 
@@ -81,51 +89,52 @@ def _only(space: Space, values: Mapping[str, Value]) -> Space:
 
 
 class _Ranking:
-    """Candidates by their predicted objective, and whether they fit."""
+    """Candidates by their predicted objective at the expected speed: the predicted one, times the probability that the
+    candidate fits."""
 
-    def __init__(self, settings: SearchSettings, card: Card | None, model: MemoryModel | None, pace: float) -> None:
-        self._settings, self._card, self._model, self._pace = settings, card, model, pace
+    def __init__(
+        self, settings: SearchSettings, card: Card | None, model: MemoryModel | None, pace: float,
+        runs: Callable[[Candidate], bool | None],
+    ) -> None:  # fmt: skip
+        self.settings, self._card, self._model, self._pace, self._runs = settings, card, model, pace, runs
 
-    def value(self, candidate: Candidate) -> float:
+    def value(self, candidate: Candidate, p_fits: float = 1.0) -> float:
         """Larger is better."""
-        found = score(self._settings, candidate, self._pace * math.exp(log_speed(candidate, self._card)))
-        return found if maximised(self._settings) else -found
+        found = score(self.settings, candidate, p_fits * self._pace * math.exp(log_speed(candidate, self._card)))
+        return found if maximised(self.settings) else -found
 
-    def fitting(self, candidates: Sequence[Candidate], bound: str) -> list[Candidate]:
+    def fitting(self, candidates: Sequence[Candidate]) -> list[tuple[float, Candidate]]:
+        """The candidates that may fit, each with its value."""
+        possible, limit = [c for c in candidates if self._runs(c) is not False], self.settings.memory_limit_bytes
         if self._model is None:
-            return list(candidates)
-        pairs = zip(candidates, predictions(self._model, candidates), strict=True)
-        return [c for c, found in pairs if getattr(found, bound) <= self._settings.memory_limit_bytes]
+            return [(self.value(c), c) for c in possible]
+        pairs = zip(possible, predictions(self._model, possible), strict=True)
+        chances = [(1.0 if self._runs(c) else _p_fits(found, limit), c) for c, found in pairs]
+        return [(self.value(c, p), c) for p, c in chances if p >= _LEAST_CHANCE]
 
-    def best(self, space: Space, names: tuple[str, ...], count: int) -> list[Candidate]:
-        """The best that differ in `names`, each with its best amounts; what else there is to choose is the first."""
+    def best(self, space: Space, names: tuple[str, ...], count: int) -> list[tuple[float, Candidate]]:
+        """The best that differ in `names`, each with its best amounts and its value; what else there is to choose is
+        the first."""
         fixed = {name: choices[0] for name, choices in space.choices.items()}
         varied = {name: choices for name, choices in space.choices.items() if name in names}
         amounts = {name: choices for name, choices in space.choices.items() if name in _AMOUNTS}
         ways = [{**fixed, **dict(zip(varied, values, strict=True))} for values in itertools.product(*varied.values())]
         most = {name: choices[-1] for name, choices in amounts.items()}
         # least amounts need least memory, and the largest are about the fastest
-        least = {candidate.id: (candidate, way) for way in ways for candidate in [candidate_at(space, way)]}
-        limits = {name: self.value(candidate_at(space, {**way, **most})) for name, (_, way) in least.items()}
-        for bound in ("high_device_bytes", "peak_device_bytes"):
-            found: list[tuple[float, Candidate]] = []
-            possible = self.fitting([candidate for candidate, _ in least.values()], bound)
-            for candidate in sorted(possible, key=lambda candidate: -limits[candidate.id]):
-                if len(found) == count and limits[candidate.id] <= found[-1][0]:
-                    break
-                best = self._with_amounts(space, least[candidate.id][1], amounts, bound)
-                found = sorted([*found, best], key=lambda pair: -pair[0])[:count]
-            if found:
-                return [candidate for _, candidate in found]
-        return []
+        least = {candidate_at(space, way): way for way in ways}
+        possible = [least[candidate] for _, candidate in self.fitting(list(least))]
+        limits = [(self.value(candidate_at(space, {**way, **most})), way) for way in possible]
+        found: list[tuple[float, Candidate]] = []
+        for limit, way in sorted(limits, key=_VALUE, reverse=True):
+            if len(found) == count and limit <= found[-1][0]:
+                break
+            values = (dict(zip(amounts, chosen, strict=True)) for chosen in itertools.product(*amounts.values()))
+            candidates = {c.plan: c for v in values for c in [candidate_at(space, {**way, **v})]}
+            best = max(self.fitting(list(candidates.values())), key=_VALUE)
+            found = sorted([*found, best], key=_VALUE, reverse=True)[:count]
+        return found
 
-    def _with_amounts(
-        self, space: Space, way: Mapping[str, Value], amounts: Mapping[str, tuple[Value, ...]], bound: str
-    ) -> tuple[float, Candidate]:
-        """The best of one way, whose least amounts fit, and its value."""
-        values = (dict(zip(amounts, chosen, strict=True)) for chosen in itertools.product(*amounts.values()))
-        candidates = {c.plan: c for v in values for c in [candidate_at(space, {**way, **v})]}
-        return max(
-            ((self.value(candidate), candidate) for candidate in self.fitting(list(candidates.values()), bound)),
-            key=lambda pair: pair[0],
-        )
+
+def _p_fits(found: Prediction, limit_bytes: int) -> float:
+    """Among peaks whose whole interval fits, the speed alone decides."""
+    return 1.0 if found.high_device_bytes <= limit_bytes else found.p_within(limit_bytes)

@@ -10,6 +10,7 @@ import pytest
 from fake_machine import CPU, CUDA, OLD_CUDA, settings
 from proposals import SMALL, Trials
 
+from autotune.config.candidate import Candidate
 from autotune.config.cards import find
 from autotune.data.shards import write_shard
 from autotune.memory.model import MemoryModel, predict
@@ -31,6 +32,11 @@ def text(directory: Path) -> Path:
     return directory
 
 
+def way(candidate: Candidate) -> tuple[str, ...]:
+    plan = candidate.plan
+    return plan.loss, plan.compile, plan.dtype, plan.activation_checkpointing
+
+
 def test_starts_are_the_fastest_ways_that_fit() -> None:
     asked = settings(memory_limit="16GiB")
     space = build_space(asked, CUDA)
@@ -38,7 +44,7 @@ def test_starts_are_the_fastest_ways_that_fit() -> None:
     speeds = [log_speed(candidate, CARD) for candidate in found]
     assert len(found) == STARTS
     assert speeds == sorted(speeds, reverse=True)
-    assert len({(c.plan.loss, c.plan.compile, c.plan.dtype, c.plan.activation_checkpointing) for c in found}) == STARTS
+    assert len(set(map(way, found))) == STARTS
     assert all(predict(MODEL, candidate).high_device_bytes <= 16 * GIB for candidate in found)
     larger = starts(space, asked, CARD, None)
     assert log_speed(larger[0], CARD) >= speeds[0]
@@ -52,6 +58,26 @@ def test_where_no_interval_fits_the_predicted_peak_decides() -> None:
     for candidate in found:
         peak = predict(MODEL, candidate)
         assert peak.peak_device_bytes <= asked.memory_limit_bytes < peak.high_device_bytes
+
+
+def test_what_failed_makes_room_for_the_next_of_its_way_and_what_ran_stays() -> None:
+    asked = settings(memory_limit="16GiB")
+    space = build_space(asked, CUDA)
+    first = starts(space, asked, CARD, MODEL)[0]
+    assert first == starts(space, asked, CARD, MODEL, runs=lambda c: True if c == first else None)[0]
+    space = replace(space, choices={**space.choices, "loss": (first.plan.loss,), "compile": (first.plan.compile,)})
+    again = starts(space, asked, CARD, MODEL, runs=lambda c: False if c == first else None)
+    assert first not in again
+    assert way(first) in map(way, again)
+
+
+def test_what_may_not_fit_must_be_as_much_faster() -> None:
+    """Expected speed: a plan that fits with 60 % counts 60 % of its speed."""
+    asked = settings(memory_limit="3000MiB")
+    found = starts(build_space(asked, CUDA), asked, CARD, MODEL)
+    expected = [predict(MODEL, c).p_within(asked.memory_limit_bytes) * math.exp(log_speed(c, CARD)) for c in found]
+    assert expected == sorted(expected, reverse=True)
+    assert all(predict(MODEL, c).p_within(asked.memory_limit_bytes) >= 0.5 for c in found)
 
 
 def test_less_memory_than_the_weights_has_no_start() -> None:
