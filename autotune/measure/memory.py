@@ -4,8 +4,10 @@ CUDA: statistics of the caching allocator and NVML's count for this process. CPU
 allocator, summed from the profiler's memory events, and the resident size from /proc.
 """
 
+import errno
 import os
 import re
+import resource
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -105,15 +107,20 @@ class MemoryMeter:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the error, or one in its chain of causes, is a failed allocation. Decided by type, except for torch's CPU
-    allocator, which raises RuntimeError and is recognised by its file name in the message
-    (pytorch: c10/core/impl/alloc_cpu.cpp)."""
+    """Whether the error, or one in its chain of causes, is a failed allocation. Decided by type, except for
+    RuntimeError, whose message tells: by the name of torch's CPU allocator (pytorch: c10/core/impl/alloc_cpu.cpp), or of a thread
+    that could not start where memory is limited, as there is none for its stack."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _messages()):
         return True
     cause = error.__cause__ or error.__context__
     return cause is not None and out_of_memory(cause)
+
+
+def _messages() -> tuple[str, ...]:
+    limited = resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
+    return "DefaultCPUAllocator", *((os.strerror(errno.EAGAIN), "can't start new thread") if limited else ())
 
 
 def _known(combine: Callable[[list[int]], int], values: list[int | None]) -> int | None:

@@ -1,5 +1,7 @@
 """Peaks against tensors of known size."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pynvml
@@ -108,3 +110,19 @@ def test_the_drivers_view_and_what_stands_in_for_it(
     card = memory._Card.open(torch.device("cuda:0"))
     driver.used = 4000 * MIB
     assert (card and (card.others_bytes, card.process_bytes(), card.others_grown_bytes())) == expected
+
+
+def test_a_thread_without_memory_for_its_stack_is_out_of_memory() -> None:
+    script = (
+        "import threading, torch\n"
+        "from autotune.measure.limit import limit_data\n"
+        "from autotune.measure.memory import out_of_memory\n"
+        "assert not out_of_memory(RuntimeError('Resource temporarily unavailable'))\n"
+        "limit_data(1 << 20)\n"
+        "try:\n"
+        "    threading.Thread(target=print).start()\n"
+        "except RuntimeError as error:\n"
+        "    print(out_of_memory(error), out_of_memory(RuntimeError('Resource temporarily unavailable')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n"
