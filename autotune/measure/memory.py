@@ -108,8 +108,8 @@ class MemoryMeter:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the error, or one in its chain of causes, is a failed allocation. Decided by type, except for
-    RuntimeError, whose message tells: by the name of torch's CPU allocator (pytorch: c10/core/impl/alloc_cpu.cpp), or of a thread
-    that could not start where memory is limited, as there is none for its stack."""
+    RuntimeError, whose message tells: by the name of torch's CPU allocator (pytorch: c10/core/impl/alloc_cpu.cpp), or
+    of a thread that could not start where memory is limited, as there is none for its stack."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     if isinstance(error, RuntimeError) and any(text in str(error) for text in _messages()):

@@ -110,6 +110,7 @@ def test_timing_of_a_candidate_that_cannot_win_ends_early(measured: TrialResult,
     assert slow.phase_seconds["measure"] < 20
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_are_incorrect(tmp_path: Path) -> None:
     wild = replace(REQUEST.candidate.recipe, learning_rate=1e38)
     result = run_trial(replace(REQUEST, candidate=replace(REQUEST.candidate, recipe=wild)), tmp_path / "log")
@@ -162,6 +163,7 @@ def test_the_message_of_an_out_of_memory_error_is_short() -> None:
     assert failure(error) == {"status": "oom", "message": short, "wanted_bytes": 3 << 29}
 
 
+@pytest.mark.slow
 def test_needing_more_than_the_limit_says_how_much(measured: TrialResult, tmp_path: Path) -> None:
     need = with_plan(loss="full", micro_batch_size=7)
     tight = run_trial(replace(need, memory_limit_bytes=500 << 20), tmp_path / "log")

@@ -130,6 +130,7 @@ def test_largest_tensors_name_the_line_that_made_them(plain: MemoryProfile, chun
     assert made[f"{line_of(GPT.hidden, 'def hidden')}.. hidden()"] == "aten::add"  # no call: the function is told
 
 
+@pytest.mark.slow
 def test_compiled_logits_are_found_by_their_source(compiled: MemoryProfile) -> None:
     assert compiled.unexplained < 0.02
     assert compiled.peak_bytes["parameters"] == 4 * SMALL.parameters

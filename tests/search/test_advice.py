@@ -99,6 +99,7 @@ def test_an_unconfirmed_finalist_names_the_budget_to_resume_with(tmp_path: Path)
     assert verdict.confirmed
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_answered_by_memory(tmp_path: Path) -> None:
     asked = settings(memory_limit="512MiB", budget="60s")
     with pytest.raises(NoFeasibleError, match=r"start a new search with --memory-limit \d+MiB or more"):

@@ -255,6 +255,7 @@ def test_the_clock_may_have_started_before_the_search(tmp_path: Path) -> None:
     assert 1045 < machine.now <= 1060
 
 
+@pytest.mark.slow
 def test_trials_are_told_below_which_speed_they_cannot_win(tmp_path: Path) -> None:
     for name, words in (("speed", {}), ("loss", {"model": ""}), ("tokens", {"model": "", "train_tokens": "1B"})):
         machine = Machine()
@@ -410,6 +411,7 @@ def launch(run_dir: Path, verb: str, seconds: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_search_killed_at_any_moment_can_be_read_and_resumed(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = launch(run_dir, "search", "60s")

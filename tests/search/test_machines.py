@@ -227,6 +227,7 @@ def test_the_dead_ones_trial_is_given_back(tmp_path: Path, url: str, monkeypatch
     assert [record.result.status for record in new if record.trial in (with_beat, without)] == ["interrupted"] * 2
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_come_back_ends_the_search_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -248,6 +248,7 @@ def test_a_budget_too_short_for_a_race_is_named(tmp_path: Path, text: Path) -> N
     assert verdict.winner is not None
 
 
+@pytest.mark.slow
 def test_a_killed_race_goes_on_where_it_was(raced: tuple[Path, Track, Verdict], tmp_path: Path, text: Path) -> None:
     whole = raced[1]
     track = Track(Slow())
@@ -452,6 +453,7 @@ def on_cards(run_dir: Path, text: Path, count: int, fails: str = "") -> tuple[Si
     return track, verdict
 
 
+@pytest.mark.slow
 def test_on_several_cards_rivals_are_trained_side_by_side(tmp_path: Path, text: Path) -> None:
     _, alone = on_cards(tmp_path / "alone", text, 1)
     track, verdict = on_cards(tmp_path / "run", text, 3)
@@ -469,6 +471,7 @@ def test_on_several_cards_rivals_are_trained_side_by_side(tmp_path: Path, text: 
     assert kept < {rival for rival, fraction in trained if fraction == shortest}
 
 
+@pytest.mark.slow
 def test_a_card_that_fails_in_the_race_leaves_and_its_rung_runs_elsewhere(tmp_path: Path, text: Path) -> None:
     track, verdict = on_cards(tmp_path / "run", text, 2, fails="cuda:1")
     assert verdict.race is not None

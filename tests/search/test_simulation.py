@@ -107,6 +107,7 @@ def test_the_clock_is_the_recorded_one_and_a_replay_repeats(table: Table) -> Non
     assert trace.at(trace.reached(0.02)) <= 0.02
 
 
+@pytest.mark.slow
 def test_four_workers_know_a_good_plan_in_a_fraction_of_the_time(table: Table) -> None:
     """On a simulated clock, and the same in every replay."""
     asked, seconds = limited(table, half_of(table)), 0.3 * table.seconds

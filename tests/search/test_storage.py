@@ -112,6 +112,7 @@ def test_a_lock_that_stays_loses_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(searched) == len(set(searched))  # nothing was measured again
 
 
+@pytest.mark.slow
 def test_a_search_that_meets_a_lock_between_trials_goes_on_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +201,7 @@ URLS = [
 
 
 @pytest.mark.parametrize("url", URLS)
-@pytest.mark.parametrize("flags", [[], ["--debug"]])
+@pytest.mark.parametrize("flags", [[], pytest.param(["--debug"], marks=pytest.mark.slow)])
 def test_no_message_shows_a_password(
     url: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from autotune.config.toml import read_candidate
 from autotune.search.loop import search
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [{"model": "4x4x128x64"}, {"model": "", "objective": "loss", "train_time": "1h"}])
 def test_every_trial_has_the_data_s_vocabulary(tmp_path: Path, words: dict[str, str]) -> None:
     data = tmp_path / "chars"

@@ -99,6 +99,7 @@ def test_two_processes_learn_what_one_does_and_one_resumes(candidate: Candidate,
     np.testing.assert_allclose(numbers(tmp_path / "two"), numbers(tmp_path / "one"), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_leaves_no_process(candidate: Candidate, tmp_path: Path) -> None:
     process = start(changed(candidate, max_iters=100_000), tmp_path / "two", launcher=TORCHRUN)
     wait_for_rows(tmp_path / "two", 2)

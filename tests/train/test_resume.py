@@ -208,6 +208,7 @@ def test_two_processes_do_not_share_a_directory(candidate: Candidate, tmp_path: 
         train(settings(candidate, tmp_path / "train"))
 
 
+@pytest.mark.slow
 def test_signals_while_saving_do_not_cost_the_checkpoint(candidate: Candidate, tmp_path: Path) -> None:
     """A closed ssh sends one from the kernel, one from the shell, and the service manager a SIGTERM."""
     out, rare = tmp_path / "train", changed(candidate, checkpoint_interval=10**6, eval_interval=10**6, max_iters=10**6)
