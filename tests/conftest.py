@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import background
 import pytest
 
 _CACHE = Path(__file__).parent.parent / ".cache" / "inductor"
@@ -21,6 +22,13 @@ def compiled_code_is_forgotten() -> Iterator[None]:
     yield
     if dynamo := sys.modules.get("torch._dynamo"):
         dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """A test that fails leaves none running."""
+    yield
+    background.end_all()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from background import heed_signals
 from recorded_run import candidate, write_run
 
 import autotune
@@ -292,12 +293,6 @@ autotune.runs.read.load_run = slow
 sys.argv = ["autotune", "report", "x"]
 cli.main()
 """
-
-
-def heed_signals() -> None:
-    """Tests may themselves run under nohup, or in the background of a shell, which ignores Ctrl-C there."""
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from background import begin
+
 from autotune.config.candidate import TRAINING_PARTS, Candidate, Plan, Recipe
 from autotune.config.toml import CandidateFile, format_candidate
 from autotune.config.train_settings import TrainSettings
@@ -43,7 +45,7 @@ def start(
     command = [sys.executable, *launcher, *arguments]
     # as many threads as in this process, as sums depend on how they are split
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return begin(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 
 def wait_for_rows(out: Path, count: int) -> None:

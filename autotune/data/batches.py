@@ -4,7 +4,9 @@ There is no state between batches. A resumed training continues by its step numb
 nor the number of processes changes the data of a step.
 """
 
+import functools
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,6 +67,11 @@ class BatchSource:
         return int(self._train_ends[-1])
 
     @property
+    def train_tokens(self) -> int:
+        """Tokens of all training sequences."""
+        return self.train_windows * self.block_size
+
+    @property
     def validation_windows(self) -> int:
         """Distinct validation sequences."""
         return int(self._val_ends[-1])
@@ -84,12 +91,18 @@ class BatchSource:
         return self._gather(self.train, self._train_ends, windows)
 
     def validation_batch(self, index: int, batch_size: int) -> Batch:
-        """Validation sequences from `index * batch_size` on, in file order: x, y of (batch_size, block_size).
+        """The `index`-th validation batch: x, y of (batch_size, block_size). Its sequences follow each other in file
+        order.
 
-        They wrap around after the last one, so that a batch may be larger than a small validation split.
+        The first few batches lie evenly over the split, as its beginning alone may be easier or harder than the rest;
+        the sequences that do not fill a batch come last, with some before them. Then they begin again. A split smaller
+        than one batch is repeated in it.
         """
-        windows = np.arange(index * batch_size, (index + 1) * batch_size) % self.validation_windows
-        return self._gather(self.val, self._val_ends, windows)
+        size = self.validation_windows
+        whole, rest = divmod(size, batch_size)
+        place = index % (whole + bool(rest))
+        first = _evenly(whole)[place] * batch_size if place < whole else max(0, size - batch_size)
+        return self._gather(self.val, self._val_ends, np.arange(first, first + batch_size) % size)
 
     def _gather(self, shards: Sequence[Shard], ends: IntArray, windows: IntArray) -> Batch:
         rows = np.empty((len(windows), self.block_size + 1), dtype=np.int64)  # (B, T + 1)
@@ -121,6 +134,13 @@ def open_batches(
         block_size=block_size,
         vocab_size=vocab_size,
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _evenly(count: int) -> IntArray:
+    """All of `count` places in an order in which the first few, however many, lie about evenly apart: that of multiples
+    of the golden ratio (Knuth, The Art of Computer Programming, volume 3, section 6.4, theorem S)."""
+    return np.argsort(np.argsort(np.arange(count) * ((math.sqrt(5) - 1) / 2) % 1.0))
 
 
 def _window_ends(shards: Sequence[Shard], block_size: int) -> IntArray:

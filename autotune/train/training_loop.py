@@ -25,7 +25,7 @@ from autotune.measure.memory import MemoryMeter, out_of_memory
 from autotune.measure.ran import check_ran
 from autotune.measure.timing import Stopwatch, summarise
 from autotune.measure.types import Stage, cache_text, largest_peak
-from autotune.model.checkpoint import TrainState, checkpoints, gather, save_checkpoint
+from autotune.model.checkpoint import BEST, TrainState, checkpoints, gather, save_checkpoint
 from autotune.model.compile_cache import compile_cache
 from autotune.model.distributed import DistributedContext, process_group
 from autotune.model.optim import learning_rate
@@ -518,6 +518,18 @@ class Training:
             f"continue with `{train_command(recipe, self.context.world_size)} --resume`"
         )
 
+    def _overfitted(self, validation: float | None) -> list[str]:
+        """A warning where the validation loss rose while the text was repeated."""
+        state, passes = self.state, self.state.tokens / self.batches.source.train_tokens
+        best = state.best_validation_loss
+        if passes <= 1 or best is None or validation is None or validation <= best:
+            return []
+        return [
+            f"the validation loss was lowest at iteration {state.best_iteration}, {best:.4f}, and rose as the text was "
+            f"repeated, {passes:.1f} times in all; {self.checkpoints / BEST} holds that model; prepare more text, or "
+            "train for less time"
+        ]
+
     def _summary(self, output: Output, stopped_by: StoppedBy, peaks: Mapping[str, int | None]) -> TrainSummary:
         timing = summarise(warm) if (warm := self.step_seconds[WARM_AFTER:]) else None
         speed = self.recipe.tokens_per_step / timing.median if timing else None
@@ -537,6 +549,7 @@ class Training:
                 f"{format_duration(asked)} were over at {self.schedule:.0%} of the schedule: start, compilation and "
                 "evaluation took too much of them; give more --train-time"
             )
+        warnings += self._overfitted(last.get("validation_loss"))
         return TrainSummary(
             out=str(self.settings.out), checkpoint=str(checkpoints(self.checkpoints)[-1]), stopped_by=stopped_by,
             iterations=state.iteration, tokens=state.tokens, processes=self.context.world_size,

@@ -1,3 +1,4 @@
+import itertools
 import os
 from pathlib import Path
 
@@ -93,12 +94,29 @@ def test_the_order_looks_random() -> None:
     assert np.bincount(parts, minlength=10).std() < 90  # 30 expected
 
 
-def test_validation_is_in_file_order_and_begins_again(tmp_path: Path) -> None:
+def test_validation_covers_the_split_and_begins_again(tmp_path: Path) -> None:
     source = batches(directory_of(tmp_path, [100], [20, 5, 17]))
     assert source.validation_windows == 4
     assert source.validation_batch(0, 3)[0][:, 0].tolist() == [100, 108, 125]
-    assert source.validation_batch(1, 3)[0][:, 0].tolist() == [133, 100, 108]
-    assert source.validation_batch(0, 6)[0].shape == (6, 8)
+    assert source.validation_batch(1, 3)[0][:, 0].tolist() == [108, 125, 133]
+    assert source.validation_batch(2, 3)[0][:, 0].tolist() == [100, 108, 125]
+    assert source.validation_batch(0, 6)[0][:, 0].tolist() == [100, 108, 125, 133, 100, 108]
+
+
+@given(count=st.integers(1, 150), size=st.integers(1, 9))
+@settings(max_examples=30, deadline=None)
+def test_the_first_validation_batches_lie_evenly_over_the_split(
+    tmp_path_factory: pytest.TempPathFactory, count: int, size: int
+) -> None:
+    source = batches(directory_of(tmp_path_factory.mktemp("even"), [33], [8 * count + 1]))
+    indices = range(-(-count // size))
+    seen = [(source.validation_batch(index, size)[0][:, 0] - 33) // 8 for index in indices]
+    assert {int(window) for windows in seen for window in windows} == set(range(count))
+    whole = count // size
+    for few in range(2, whole + 1):
+        places = sorted(int(windows[0]) / (whole * size) for windows in seen[:few])
+        gaps = [after - before for before, after in itertools.pairwise([*places, 1 + places[0]])]
+        assert max(gaps) <= 2 / few + 1e-9
 
 
 def test_too_few_tokens_are_refused_with_numbers(tmp_path: Path) -> None:

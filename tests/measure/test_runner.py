@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from background import begin
 
 from autotune.cgroup import ControlGroups
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
@@ -211,7 +212,7 @@ def test_all_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
         "from autotune.measure.types import TrialRequest, from_json; "
         f"run_trial(from_json(TrialRequest, sys.stdin.read()), Path({str(tmp_path / 'log')!r}), Standby())"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True)
+    parent = begin([sys.executable, "-c", code], stdin=subprocess.PIPE)
     assert parent.stdin is not None
     parent.stdin.write(to_json(replace(REQUEST, measure_seconds=60.0)))
     parent.stdin.close()

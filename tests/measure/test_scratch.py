@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from background import begin
 
 from autotune.measure.scratch import remove_leftovers, trial_folder
 
@@ -66,7 +67,7 @@ def test_a_killed_trials_folder_goes_at_the_next_start_and_not_before(temp: Path
         "from autotune.measure.scratch import trial_folder\n"
         "with trial_folder() as own: print(own, flush=True); time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(temp)], stdout=subprocess.PIPE, text=True)
+    process = begin([sys.executable, "-c", code, str(temp)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     left = Path(process.stdout.readline().strip())
     remove_leftovers()

@@ -11,6 +11,7 @@ from typing import Any
 
 import fake_machine
 import pytest
+from background import begin
 from fake_machine import CPU, CUDA, Machine, answer, settings
 
 from autotune.config.candidate import Plan
@@ -403,12 +404,8 @@ SCRIPT = Path(fake_machine.__file__)
 
 def launch(run_dir: Path, verb: str, seconds: str) -> subprocess.Popen[str]:
     root = str(SCRIPT.parent.parent)
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(run_dir), verb, seconds],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": root},
-    )
+    command = [sys.executable, str(SCRIPT), str(run_dir), verb, seconds]
+    return begin(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": root})
 
 
 @pytest.mark.slow

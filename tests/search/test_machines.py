@@ -15,6 +15,7 @@ from pathlib import Path
 import optuna
 import postgres
 import pytest
+from background import begin
 from fake_machine import CUDA, Machine, settings
 
 from autotune import cli
@@ -45,26 +46,12 @@ def url(server: postgres.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
         optuna.delete_study(study_name=name, storage=opened)
 
 
-@pytest.fixture(autouse=True)
-def none_left() -> Iterator[None]:
-    """A test that fails leaves no machine running."""
-    yield
-    for process in STARTED:
-        process.kill()
-        process.wait()
-    STARTED.clear()
-
-
-STARTED: list[subprocess.Popen[str]] = []
-
-
 def machine(folder: Path, name: str, url: str, seconds: int, slots: int) -> subprocess.Popen[str]:
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     environment = {**os.environ, "PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, str(TESTS / "machine_of_many.py"), str(folder / name), url, f"{seconds}s", str(slots)]
     log = (folder / f"{name}.err").open("a")
-    STARTED.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment))
-    return STARTED[-1]
+    return begin(command, stdout=subprocess.PIPE, stderr=log, env=environment)
 
 
 def notes_of(folder: Path) -> str:

@@ -39,7 +39,7 @@ class Holder:
 
     def __init__(self, database: Path, begin: str) -> None:
         command = [sys.executable, "-c", HOLD, str(database), begin]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = begin(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "held\n"
 

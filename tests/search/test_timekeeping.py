@@ -12,6 +12,7 @@ from typing import Any
 
 import fake_machine
 import pytest
+from background import begin
 from fake_machine import CUDA, Machine, settings
 
 from autotune.config.search_settings import SearchSettings
@@ -85,7 +86,7 @@ def test_a_killed_process_leaves_word_of_the_time_it_took(tmp_path: Path) -> Non
     command = [sys.executable, str(Path(fake_machine.__file__)), str(run_dir), "search", "600s"]
     root = str(Path(fake_machine.__file__).parent.parent)
     began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": root})
+    process = begin(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": root})
     while not (run_dir / "trials.csv").exists() or len((run_dir / "trials.csv").read_text().splitlines()) < 4:
         assert process.poll() is None
         time.sleep(0.05)

@@ -35,6 +35,19 @@ def test_it_learns(whole: Whole, candidate: Candidate) -> None:
     assert [float(row[4]) for row in rows] == [learning_rate(candidate.recipe, step) for step in range(40)]
 
 
+def test_a_text_that_is_learned_by_heart_is_said(whole: Whole, candidate: Candidate, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 211, 900)
+    write_shard(tmp_path / "x_val_000000.bin", noise[:400])
+    write_shard(tmp_path / "x_train_000001.bin", noise[400:])
+    long = changed(candidate, data=str(tmp_path), eval_interval=10, warmup_iters=0, min_lr=5e-3)
+    summary = train(settings(long, tmp_path / "train"))
+    (warning,) = summary.warnings
+    assert warning.startswith(f"the validation loss was lowest at iteration {summary.best_iteration}, ")
+    assert "rose as the text was repeated, 18.7 times in all" in warning
+    assert (tmp_path / "train" / "checkpoints" / "best").resolve().name == f"step_{summary.best_iteration:08d}"
+    assert whole[1].warnings == ()
+
+
 def test_its_files(whole: Whole, candidate: Candidate) -> None:
     out, summary = whole
     names = {".lock", "checkpoints", "recipe.toml", "summary.json", "train_log.csv", "loss.png"}
