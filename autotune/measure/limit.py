@@ -5,6 +5,19 @@ import subprocess
 import threading
 from typing import Any
 
+_limited = False
+
+
+def is_limited() -> bool:
+    """Whether this process was given a limit, lifted since or not."""
+    return _limited
+
+
+def lift_limit() -> None:
+    """Let this process take what it needs to report a failure."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
 
 def limit_data(limit_bytes: int) -> None:
     """Limit this process to `limit_bytes` of memory from now on. Child processes are not limited: a C++ compiler needs
@@ -25,5 +38,7 @@ def limit_data(limit_bytes: int) -> None:
                 finally:
                     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
+    global _limited
+    _limited = True
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
     subprocess.Popen = Popen  # type: ignore[misc]  # Inductor has no option for how its compiler is started

@@ -7,7 +7,6 @@ allocator, summed from the profiler's memory events, and the resident size from 
 import errno
 import os
 import re
-import resource
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +19,7 @@ import pynvml
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from autotune.measure.limit import is_limited
 from autotune.measure.types import MemoryView, Stage
 
 
@@ -119,8 +119,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _messages() -> tuple[str, ...]:
-    limited = resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
-    return "DefaultCPUAllocator", *((os.strerror(errno.EAGAIN), "can't start new thread") if limited else ())
+    threads = (os.strerror(errno.EAGAIN), "can't start new thread") if is_limited() else ()
+    return "DefaultCPUAllocator", *threads
 
 
 def _known(combine: Callable[[list[int]], int], values: list[int | None]) -> int | None:

@@ -29,7 +29,7 @@ from autotune.environment import NOT_MEASURED, computes, describe
 from autotune.errors import AutotuneError, UnsupportedError
 from autotune.files import write_atomically
 from autotune.measure.blame import remedy
-from autotune.measure.limit import limit_data
+from autotune.measure.limit import lift_limit, limit_data
 from autotune.measure.memory import MemoryMeter, out_of_memory
 from autotune.measure.processes import result_file
 from autotune.measure.ran import check_ran
@@ -367,6 +367,7 @@ def main(measure: Callable[[R, Outcome], None], kind: type[R], result: type[Tria
         outcome.enter(status="interrupted", message="interrupted")
         return 130
     except BaseException as error:
+        lift_limit()  # else a candidate that ran out of memory could not say so
         traceback.print_exc()  # into the trial's log
         outcome.enter(**failure(error))
     notes = [outcome.result.message]

@@ -1,15 +1,19 @@
 """Peaks against tensors of known size."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pynvml
 import pytest
 import torch
 
+from autotune.config.candidate import Candidate
 from autotune.measure import memory
 from autotune.measure.memory import MemoryMeter
+from autotune.measure.types import TrialRequest, to_json
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -126,3 +130,26 @@ def test_a_thread_without_memory_for_its_stack_is_out_of_memory() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "True True\n"
+
+
+def test_a_worker_that_ran_out_of_memory_can_say_so(tmp_path: Path) -> None:
+    """Not even a traceback could be printed within the limit."""
+    request = TrialRequest(
+        candidate=Candidate(), device="cpu", memory_limit_bytes=1 << 30, measure_seconds=1.0, timeout_seconds=60.0,
+        result_path=str(tmp_path / "result.json"),
+    )  # fmt: skip
+    script = (
+        "import sys\n"
+        "from autotune.measure import limit, worker\n"
+        "from autotune.measure.types import TrialRequest\n"
+        "def measure(request, outcome):\n"
+        "    limit.limit_data(1 << 20)\n"
+        "    kept = []\n"
+        "    while True:\n"
+        "        kept.append(bytes(4096))\n"
+        "sys.exit(worker.main(measure, TrialRequest))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], input=to_json(request), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "MemoryError" in done.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "oom"
