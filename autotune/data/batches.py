@@ -6,6 +6,7 @@ nor the number of processes changes the data of a step.
 
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,18 +92,16 @@ class BatchSource:
         return self._gather(self.train, self._train_ends, windows)
 
     def validation_batch(self, index: int, batch_size: int) -> Batch:
-        """The `index`-th validation batch: x, y of (batch_size, block_size). Its sequences follow each other in file
-        order.
+        """The `index`-th validation batch: x, y of (batch_size, block_size).
 
-        The first few batches lie evenly over the split, as its beginning alone may be easier or harder than the rest;
-        the sequences that do not fill a batch come last, with some before them. Then they begin again. A split smaller
-        than one batch is repeated in it.
+        Its sequences follow each other in one file. The first few batches lie evenly over the split, as its beginning
+        alone may be easier or harder than the rest. Sequences that do not fill a batch come last; then all begin again.
         """
-        size = self.validation_windows
-        whole, rest = divmod(size, batch_size)
-        place = index % (whole + bool(rest))
-        first = _evenly(whole)[place] * batch_size if place < whole else max(0, size - batch_size)
-        return self._gather(self.val, self._val_ends, np.arange(first, first + batch_size) % size)
+        firsts, rest = _validation_batches(tuple(self._val_ends.tolist()), batch_size)
+        place, rows = index % (len(firsts) + -(-len(rest) // batch_size)), np.arange(batch_size)
+        if place < len(firsts):
+            return self._gather(self.val, self._val_ends, firsts[place] + rows)
+        return self._gather(self.val, self._val_ends, rest[((place - len(firsts)) * batch_size + rows) % len(rest)])
 
     def _gather(self, shards: Sequence[Shard], ends: IntArray, windows: IntArray) -> Batch:
         rows = np.empty((len(windows), self.block_size + 1), dtype=np.int64)  # (B, T + 1)
@@ -137,10 +136,17 @@ def open_batches(
 
 
 @functools.lru_cache(maxsize=4)
-def _evenly(count: int) -> IntArray:
-    """All of `count` places in an order in which the first few, however many, lie about evenly apart: that of multiples
-    of the golden ratio (Knuth, The Art of Computer Programming, volume 3, section 6.4, theorem S)."""
-    return np.argsort(np.argsort(np.arange(count) * ((math.sqrt(5) - 1) / 2) % 1.0))
+def _validation_batches(ends: tuple[int, ...], batch_size: int) -> tuple[IntArray, IntArray]:
+    """First sequences of the batches that lie in one file, and the sequences that fill none. `ends`: as `_window_ends`.
+
+    The order is that of multiples of the golden ratio, of which the first few, however many, lie about evenly apart
+    (Knuth, The Art of Computer Programming, volume 3, section 6.4, theorem S).
+    """
+    files = list(itertools.pairwise((0, *ends)))
+    firsts = np.concatenate([np.arange(begin, end - batch_size + 1, batch_size) for begin, end in files])
+    rest = np.concatenate([np.arange(end - (end - begin) % batch_size, end) for begin, end in files])
+    evenly = np.argsort(np.argsort(np.arange(len(firsts)) * ((math.sqrt(5) - 1) / 2) % 1.0))
+    return firsts[evenly], rest
 
 
 def _window_ends(shards: Sequence[Shard], block_size: int) -> IntArray:

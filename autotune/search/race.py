@@ -39,6 +39,7 @@ _SMALLEST_PART = 4
 
 _EVALUATED_SHARE, _FORWARD_SPEED = 0.2, 3.0
 """An evaluation takes this fraction of a rung's overhead; a forward alone is about so many times as fast as a step."""
+_REPEATS = 4
 _CHUNKS = (8, 64)
 """Fewest and most chunks of validation tokens: fewer give no interval, more no narrower one worth the time."""
 _CHUNK_TOKENS = 2048
@@ -259,10 +260,28 @@ def conclude_race(lineup: Lineup, readings: Sequence[Reading], settings: SearchS
     )  # fmt: skip
 
 
-def race_notes(lineup: Lineup, race: RaceVerdict) -> list[str]:
+def race_notes(lineup: Lineup, race: RaceVerdict, readings: Sequence[Reading]) -> list[str]:
     """What the user should know about a race's outcome; one line each."""
     if not race.order:
         return ["no rival of the race came to the end of a rung: the winner is by the law, not raced"]
+    return [*_repeats(lineup, race, readings), *_small_split(lineup, race)]
+
+
+def _repeats(lineup: Lineup, race: RaceVerdict, readings: Sequence[Reading]) -> list[str]:
+    """A note where the training repeats its text more often than is known to be as good as new text: four times
+    (Muennighoff et al., Scaling Data-Constrained Language Models, 2023)."""
+    winner = next(rival for rival in lineup.rivals if rival.rival == race.order[0])
+    there = sum(map(len, open_split(Path(winner.candidate.recipe.data), "train")))
+    repeats = full_tokens(winner, readings) / there
+    if repeats <= _REPEATS:
+        return []
+    return [
+        f"the training repeats its text {repeats:.1f} times: the expected loss knows nothing of that and is too low, "
+        "the model may learn the text by heart; prepare more text, or train for less time"
+    ]
+
+
+def _small_split(lineup: Lineup, race: RaceVerdict) -> list[str]:
     if lineup.chunks >= _CHUNKS[0]:
         return []
     tokens = lineup.chunks * lineup.chunk_tokens

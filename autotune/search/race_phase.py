@@ -59,7 +59,7 @@ class Race:
         for folder in (self._state.directory / files.RACE).glob("*"):
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
-        return [] if race is None else racing.race_notes(lineup, race)
+        return [] if race is None else racing.race_notes(lineup, race, self._state.readings)
 
     def _line_up(self) -> Lineup | None:
         """Choose the rivals; None where two of them take more time than there is."""

@@ -97,10 +97,22 @@ def test_the_order_looks_random() -> None:
 def test_validation_covers_the_split_and_begins_again(tmp_path: Path) -> None:
     source = batches(directory_of(tmp_path, [100], [20, 5, 17]))
     assert source.validation_windows == 4
-    assert source.validation_batch(0, 3)[0][:, 0].tolist() == [100, 108, 125]
-    assert source.validation_batch(1, 3)[0][:, 0].tolist() == [108, 125, 133]
+    assert source.validation_batch(0, 3)[0][:, 0].tolist() == [100, 108, 125]  # no file fills a batch
+    assert source.validation_batch(1, 3)[0][:, 0].tolist() == [133, 100, 108]
     assert source.validation_batch(2, 3)[0][:, 0].tolist() == [100, 108, 125]
+    assert source.validation_batch(1, 2)[0][:, 0].tolist() == [125, 133]
     assert source.validation_batch(0, 6)[0][:, 0].tolist() == [100, 108, 125, 133, 100, 108]
+
+
+@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=4).filter(lambda found: max(found) > 16))
+@settings(max_examples=30, deadline=None)
+def test_validation_batches_of_as_many_tokens_are_the_same_text_whatever_the_block(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int]
+) -> None:
+    folder = directory_of(tmp_path_factory.mktemp("blocks"), [100], lengths)
+    short, long = (batches(folder, block=block) for block in (4, 16))
+    for index in range(sum((length - 1) // 32 for length in lengths)):
+        assert np.array_equal(short.validation_batch(index, 8)[0].ravel(), long.validation_batch(index, 2)[0].ravel())
 
 
 @given(count=st.integers(1, 150), size=st.integers(1, 9))

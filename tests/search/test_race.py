@@ -301,6 +301,15 @@ def test_a_small_validation_split_is_named_with_its_noise(tmp_path: Path) -> Non
                for note in verdict.notes)  # fmt: skip
 
 
+def test_a_text_that_the_training_repeats_is_said(tmp_path: Path, raced: tuple[Path, Track, Verdict]) -> None:
+    write_shard(tmp_path / "a_val_000000.bin", np.arange(200_000) % 50_000)
+    write_shard(tmp_path / "a_train_000001.bin", np.arange(20_000) % 50_000)
+    verdict = go(tmp_path / "run", Track(Slow()), asked(tmp_path, budget="8m"))
+    (note,) = (note for note in verdict.notes if "repeats its text" in note)
+    assert float(note.split()[5]) > 4
+    assert not any("repeats its text" in note for note in raced[2].notes)
+
+
 def test_for_nanogpt_only_what_it_can_run_is_raced(tmp_path: Path, text: Path) -> None:
     track = Track(Slow())
     go(tmp_path / "run", track, asked(text, target="nanogpt", budget="8m"))
