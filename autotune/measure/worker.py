@@ -335,8 +335,9 @@ def failure(error: BaseException) -> dict[str, object]:
     """The status, message and wanted bytes of a trial that raised `error`."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
     if out_of_memory(error):
-        # the rest of CUDA's message is the state of the allocator, which the trial's log keeps
-        return {"status": "oom", "message": text.partition(" GPU ")[0], "wanted_bytes": wanted_bytes(str(error))}
+        # the rest of the message is the state of CUDA's allocator, or where the CPU's failed; the trial's log keeps it
+        short = text.partition(" GPU ")[0].rpartition("DefaultCPUAllocator: ")[2]
+        return {"status": "oom", "message": short, "wanted_bytes": wanted_bytes(str(error))}
     if isinstance(error, TrialEnded):
         return {"status": error.status, "message": text}
     if advice := remedy(error, os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")):

@@ -162,6 +162,9 @@ def test_the_message_of_an_out_of_memory_error_is_short() -> None:
     )
     short = "CUDA out of memory. Tried to allocate 1.50 GiB."
     assert failure(error) == {"status": "oom", "message": short, "wanted_bytes": 3 << 29}
+    short = "can't allocate memory: you tried to allocate 512 bytes. Error code 12 (Cannot allocate memory)"
+    error = RuntimeError(f"[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: {short}")
+    assert failure(error) == {"status": "oom", "message": short, "wanted_bytes": 512}
 
 
 @pytest.mark.slow
