@@ -11,6 +11,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from background import begin
 from fake_machine import CUDA, Machine, settings
 
 from autotune import cli
@@ -37,8 +38,8 @@ sys.stdin.read()
 class Holder:
     """Another program that keeps a transaction open until it is let go."""
 
-    def __init__(self, database: Path, begin: str) -> None:
-        command = [sys.executable, "-c", HOLD, str(database), begin]
+    def __init__(self, database: Path, how: str) -> None:
+        command = [sys.executable, "-c", HOLD, str(database), how]
         self.process = begin(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "held\n"
