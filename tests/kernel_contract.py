@@ -38,13 +38,16 @@ def rows(operation: registry.Operation, device: torch.device) -> list[registry.K
 
 
 def loss_cases(device: torch.device) -> list[Any]:
-    """Kernel, tokens, words, dtype. One awkward size is enough of what takes seconds to compile; no plan has float16
-    on the CPU."""
+    """Kernel, tokens, words, dtype. One awkward size is enough of what takes seconds to compile, in the slow lane; no
+    plan has float16 on the CPU."""
     return [
-        pytest.param(kernel, tokens, words, dtype, id=f"{kernel.name}-{tokens}-{dtype}")
+        pytest.param(
+            kernel, tokens, words, dtype, id=f"{kernel.name}-{tokens}-{dtype}",
+            marks=[pytest.mark.slow] * kernel.compiled_only,
+        )
         for kernel, (tokens, words), dtype in product(rows("loss", device), LOSS_SIZES, DTYPES)
         if not kernel.compiled_only or (tokens == 123 and (device.type, dtype) != ("cpu", "float16"))
-    ]
+    ]  # fmt: skip
 
 
 def attention_cases(device: torch.device) -> list[Any]:

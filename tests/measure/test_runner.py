@@ -90,7 +90,8 @@ def test_the_peak_counts_weights_moments_gradients_and_more(measured: TrialResul
     assert measured.peak("reserved_bytes") is None
 
 
-@pytest.mark.parametrize("steps", ["whole", pytest.param("composed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", ["whole", "composed"])
 def test_a_finalist_covers_evaluation_and_checkpoint(tmp_path: Path, steps: Steps) -> None:
     long = replace(REQUEST.candidate, recipe=replace(RECIPE, global_batch_size=19))  # seven micro steps
     asked = replace(REQUEST, candidate=long, final=True, steps=None if steps == "whole" else steps)
