@@ -39,10 +39,12 @@ _SMALLEST_PART = 4
 
 _EVALUATED_SHARE, _FORWARD_SPEED = 0.2, 3.0
 """An evaluation takes this fraction of a rung's overhead; a forward alone is about so many times as fast as a step."""
-_REPEATS = 4
 _CHUNKS = (8, 64)
 """Fewest and most chunks of validation tokens: fewer give no interval, more no narrower one worth the time."""
 _CHUNK_TOKENS = 2048
+_REPEATS = 4
+"""Times that a text can be repeated and be nearly as good as new text (Muennighoff et al., Scaling Data-Constrained
+Language Models, 2023)."""
 _PATIENCE = 3.0
 """Multiple of its expected time after which a rung is considered to hang, but not before..."""
 _PATIENCE_SECONDS = 60.0
@@ -268,16 +270,15 @@ def race_notes(lineup: Lineup, race: RaceVerdict, readings: Sequence[Reading]) -
 
 
 def _repeats(lineup: Lineup, race: RaceVerdict, readings: Sequence[Reading]) -> list[str]:
-    """A note where the training repeats its text more often than is known to be as good as new text: four times
-    (Muennighoff et al., Scaling Data-Constrained Language Models, 2023)."""
+    """A note where the training repeats its text too often."""
     winner = next(rival for rival in lineup.rivals if rival.rival == race.order[0])
     there = sum(map(len, open_split(Path(winner.candidate.recipe.data), "train")))
     repeats = full_tokens(winner, readings) / there
     if repeats <= _REPEATS:
         return []
     return [
-        f"the training repeats its text {repeats:.1f} times: the expected loss knows nothing of that and is too low, "
-        "the model may learn the text by heart; prepare more text, or train for less time"
+        f"the training repeats its text {repeats:.1f} times: the expected loss does not allow for that and "
+        "may be too low, and the model may learn the text by heart; prepare more text, or train for less time"
     ]
 
 
