@@ -126,18 +126,12 @@ class Proposer:
             return None
         begun = runs if taken is None else taken()
         faster = pace_of(known.values(), self._card)
-        # each trial moves the models
-        found = starts(self._space, self._settings, self._card, model, pace=faster, runs=self._runs)
+        found = starts(self._space, self._settings, self._card, model, pace=faster)  # each trial moves the models
         left = [c for c in found if c.id not in known and c.id not in begun]
+        left = [c for c in left if dominated_by_oom(c, known) is None]
         if not left:
             return None
         return left[0] if taken is None else left[int(self._dice.integers(len(left)))]
-
-    def _runs(self, candidate: Candidate) -> bool | None:
-        """Whether a candidate is known to run."""
-        known = self._problem.known
-        answer = known.get(candidate.id) or dominated_by_oom(candidate, known)
-        return None if answer is None else answer.objective is not None
 
     def claim(
         self, candidate: Candidate, attributes: Mapping[str, object], trial: "optuna.Trial | None" = None

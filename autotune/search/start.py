@@ -10,7 +10,7 @@ import itertools
 import math
 import operator
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from autotune.config import cards
@@ -53,12 +53,12 @@ def pace_of(records: Iterable[TrialRecord], card: Card | None) -> float:
 
 def starts(
     space: Space, settings: SearchSettings, card: Card | None, model: MemoryModel | None, count: int = STARTS,
-    pace: float = 1.0, runs: Callable[[Candidate], bool | None] = lambda candidate: None,
+    pace: float = 1.0,
 ) -> list[Candidate]:  # fmt: skip
     """At most `count` candidates, the best first, no two of which have one shape and run in the same way. None is
     predicted to exceed the limit; one that may exceed it ranks lower. `model`: None: memory is not considered. `pace`:
-    factor of the predicted speeds. `runs`: whether a candidate was seen to run; None: not known."""
-    return [candidate for _, candidate in _starts(_Ranking(settings, card, model, pace, runs), space, count)]
+    factor of the predicted speeds."""
+    return [candidate for _, candidate in _starts(_Ranking(settings, card, model, pace), space, count)]
 
 
 def _starts(ranking: "_Ranking", space: Space, count: int) -> list[tuple[float, Candidate]]:
@@ -92,11 +92,8 @@ class _Ranking:
     """Candidates by their predicted objective at the expected speed: the predicted one, times the probability that the
     candidate fits."""
 
-    def __init__(
-        self, settings: SearchSettings, card: Card | None, model: MemoryModel | None, pace: float,
-        runs: Callable[[Candidate], bool | None],
-    ) -> None:  # fmt: skip
-        self.settings, self._card, self._model, self._pace, self._runs = settings, card, model, pace, runs
+    def __init__(self, settings: SearchSettings, card: Card | None, model: MemoryModel | None, pace: float) -> None:
+        self.settings, self._card, self._model, self._pace = settings, card, model, pace
 
     def value(self, candidate: Candidate, p_fits: float = 1.0) -> float:
         """Larger is better."""
@@ -105,11 +102,10 @@ class _Ranking:
 
     def fitting(self, candidates: Sequence[Candidate]) -> list[tuple[float, Candidate]]:
         """The candidates that may fit, each with its value."""
-        possible, limit = [c for c in candidates if self._runs(c) is not False], self.settings.memory_limit_bytes
         if self._model is None:
-            return [(self.value(c), c) for c in possible]
-        pairs = zip(possible, predictions(self._model, possible), strict=True)
-        chances = [(1.0 if self._runs(c) else _p_fits(found, limit), c) for c, found in pairs]
+            return [(self.value(c), c) for c in candidates]
+        pairs = zip(candidates, predictions(self._model, candidates), strict=True)
+        chances = [(_p_fits(found, self.settings.memory_limit_bytes), c) for c, found in pairs]
         return [(self.value(c, p), c) for p, c in chances if p >= _LEAST_CHANCE]
 
     def best(self, space: Space, names: tuple[str, ...], count: int) -> list[tuple[float, Candidate]]:

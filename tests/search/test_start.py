@@ -60,17 +60,6 @@ def test_where_no_interval_fits_the_predicted_peak_decides() -> None:
         assert peak.peak_device_bytes <= asked.memory_limit_bytes < peak.high_device_bytes
 
 
-def test_what_failed_makes_room_for_the_next_of_its_way_and_what_ran_stays() -> None:
-    asked = settings(memory_limit="16GiB")
-    space = build_space(asked, CUDA)
-    first = starts(space, asked, CARD, MODEL)[0]
-    assert first == starts(space, asked, CARD, MODEL, runs=lambda c: True if c == first else None)[0]
-    space = replace(space, choices={**space.choices, "loss": (first.plan.loss,), "compile": (first.plan.compile,)})
-    again = starts(space, asked, CARD, MODEL, runs=lambda c: False if c == first else None)
-    assert first not in again
-    assert way(first) in map(way, again)
-
-
 def test_what_may_not_fit_must_be_as_much_faster() -> None:
     """Expected speed: a plan that fits with 60 % counts 60 % of its speed."""
     asked = settings(memory_limit="3000MiB")
