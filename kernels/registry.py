@@ -1,5 +1,6 @@
 """All implementations of attention and loss, and their requirements. Imports no torch."""
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -197,16 +198,19 @@ KERNELS = (
 )
 
 
+@functools.cache
 def kernels(operation: Operation) -> tuple[Kernel, ...]:
     """All rows of one operation, the default first."""
     return tuple(kernel for kernel in KERNELS if kernel.operation == operation)
 
 
+@functools.cache
 def names(operation: Operation) -> tuple[str, ...]:
     """Names that a plan may use for one operation."""
     return tuple(kernel.name for kernel in kernels(operation))
 
 
+@functools.cache
 def find(operation: Operation, name: str) -> Kernel:
     """The row called `name`, which must be one of `names(operation)`."""
     return next(kernel for kernel in kernels(operation) if kernel.name == name)

@@ -122,7 +122,7 @@ def on_terminal(columns: int, *words: str, cwd: Path) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", content.decode()).replace("\r\n", "\n")
 
 
-@pytest.mark.parametrize("columns", [80, 60])
+@pytest.mark.parametrize("columns", [80, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "words",
     [("report", "run"), ("report", "run", "run"), ("kernels",), ("estimate",), ("search", "--dry-run", "--name", "x"),

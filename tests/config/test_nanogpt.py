@@ -278,7 +278,10 @@ def dry_run(capsys: pytest.CaptureFixture[str], file: Path, *more: str) -> tuple
     return told.out, told.err
 
 
-@pytest.mark.parametrize("place", ["data", "config/../data", "work/data"])
+@pytest.mark.parametrize(
+    "place",
+    ["data", pytest.param("config/../data", marks=pytest.mark.slow), pytest.param("work/data", marks=pytest.mark.slow)],
+)
 def test_the_files_dataset_is_what_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:

@@ -55,7 +55,6 @@ COMPILED = [
     replace(REFERENCE, compile="block", loss="auto_chunker", loss_chunk_tokens=112),
     replace(REFERENCE, compile="full", dtype="bfloat16_residual"),
 ]  # fmt: skip
-"""The first one in the fast lane."""
 
 
 def name(plan: Plan) -> str:
@@ -66,7 +65,7 @@ def name(plan: Plan) -> str:
 
 PLANS = [
     *(pytest.param(plan, id=name(plan)) for plan in eager()),
-    *(pytest.param(plan, id=name(plan), marks=[pytest.mark.slow] * (plan != COMPILED[0])) for plan in COMPILED),
+    *(pytest.param(plan, id=name(plan), marks=pytest.mark.slow) for plan in COMPILED),
 ]
 
 

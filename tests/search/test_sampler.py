@@ -22,6 +22,7 @@ def test_four_trials_gain_over_the_baseline() -> None:
     assert all(record.candidate.plan.compile != "off" for record in trials.records)
 
 
+@pytest.mark.slow
 def test_over_shapes_ours_beats_random_search_with_half_the_trials() -> None:
     ours = Trials(settings(CUDA, model="")).run(10).best()
     assert ours > Trials(settings(CUDA, model="", sampler="random")).run(20).best()

@@ -76,6 +76,7 @@ def half_of(table: Table) -> int:
     return sorted(result.peak("allocated_bytes") or 0 for result in table.results.values())[len(table.results) // 2]
 
 
+@pytest.mark.slow
 def test_ours_is_twice_as_fast_as_random_search_and_confirms_a_winner_in_time(table: Table) -> None:
     asked = limited(table, half_of(table))
     ours, theirs = ([replay(asked, sampler, seed) for seed in range(3)] for sampler in ("additive", "random"))

@@ -208,6 +208,7 @@ def test_no_message_shows_a_password(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("autotune.environment.probe", lambda device: CUDA)
+    monkeypatch.setattr(storage, "FIRST_PATIENCE_SECONDS", 0.5)
     assert cli.run(["search", "--model", "12x12x768", "--storage", url, *flags]) == 1
     said = "".join(capfd.readouterr())
     assert "--storage" in said

@@ -33,7 +33,7 @@ def spent(run_dir: Path) -> float:
     return studies.spent_seconds(studies.load_study(run_dir, settings()))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4))])
 def test_kills_and_resumes_give_no_time_for_free(tmp_path: Path, seed: int) -> None:
     """Killed while it starts, during trials, between them: over all parts the clock shows the budget and no more."""
     rng, machine, run_dir = random.Random(seed), Machine(4.0), tmp_path / "run"
