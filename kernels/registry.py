@@ -1,13 +1,12 @@
 """All implementations of attention and loss, and their requirements. Imports no torch."""
 
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Operation = Literal["attention", "loss"]
 HALF = ("bfloat16", "float16")
@@ -198,22 +197,25 @@ KERNELS = (
 )
 
 
-@functools.cache
+_BY_NAME: dict[Operation, dict[str, Kernel]] = {
+    operation: {kernel.name: kernel for kernel in KERNELS if kernel.operation == operation}
+    for operation in get_args(Operation)
+}
+
+
 def kernels(operation: Operation) -> tuple[Kernel, ...]:
     """All rows of one operation, the default first."""
-    return tuple(kernel for kernel in KERNELS if kernel.operation == operation)
+    return tuple(_BY_NAME[operation].values())
 
 
-@functools.cache
 def names(operation: Operation) -> tuple[str, ...]:
     """Names that a plan may use for one operation."""
-    return tuple(kernel.name for kernel in kernels(operation))
+    return tuple(_BY_NAME[operation])
 
 
-@functools.cache
 def find(operation: Operation, name: str) -> Kernel:
     """The row called `name`, which must be one of `names(operation)`."""
-    return next(kernel for kernel in kernels(operation) if kernel.name == name)
+    return _BY_NAME[operation][name]
 
 
 def why_unavailable(

@@ -47,9 +47,9 @@ def _compiled(plan: Plan, ran: Mapping[str, int]) -> Iterator[str]:
 
 
 def _kernels(plan: Plan, ran: Mapping[str, int]) -> Iterator[str]:
-    for operation, name in (("attention", plan.attention), ("loss", plan.loss)):
-        rows = registry.kernels(operation)  # type: ignore[arg-type]
-        planned = next(row for row in rows if row.name == name)
+    chosen: dict[registry.Operation, str] = {"attention": plan.attention, "loss": plan.loss}
+    for operation, name in chosen.items():
+        rows, planned = registry.kernels(operation), registry.find(operation, name)
         if planned.runs and not _seen(planned.runs, ran):
             yield f"plan.{operation} = {name!r}, but {planned.runs} did not run; {_remedy()}"
         for other in rows:
