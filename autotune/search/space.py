@@ -14,7 +14,7 @@ from autotune.config.candidate import Candidate, DType, Plan, Recipe, Shape, Sha
 from autotune.config.presets import guide_row
 from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
-from autotune.errors import ConfigError
+from autotune.errors import ConfigError, shown
 from autotune.kernels import registry
 
 if TYPE_CHECKING:  # importing optuna takes a quarter of a second; only a search pays it
@@ -96,8 +96,13 @@ def build_space(settings: SearchSettings, environment: Environment) -> Space:
     every = {name: _with_baseline(name, choices, settings.baseline) for name, choices in every.items()}
     for name, words in settings.choices.items():
         one_of("--choices", name, tuple(every))
+        known = tuple(map(str, every[name]))
         for word in words:
-            one_of(f"--choices {name}", word, tuple(map(str, every[name])))
+            if word not in known:
+                raise ConfigError(
+                    f"--choices {name} = {shown(word)} is not among what is searched here; choose from "
+                    f"{', '.join(known)}"
+                )
         every[name] = tuple(choice for choice in every[name] if str(choice) in words)
     several = {name: choices for name, choices in every.items() if len(choices) > 1 or name in settings.choices}
     return Space(choices=several, recipe=recipe, plan=settings.baseline)

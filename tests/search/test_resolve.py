@@ -76,8 +76,8 @@ def test_a_nanogpt_file_is_recipe_and_baseline(tmp_path: Path) -> None:
         ({"choices": ["compile"]}, "write for example compile=off,block"),
         ({"choices": ["compile=off,,"]}, "is not understood"),
         ({"choices": ["compiler=off"]}, "did you mean 'compile'"),
-        ({"choices": ["compile=of"]}, "--choices compile = 'of' is not known; did you mean 'off'"),
-        ({"choices": ["micro_batch_size=5"]}, "allowed: "),
+        ({"choices": ["compile=of"]}, "compile = 'of' is not among what is searched here; choose from off, full,"),
+        ({"choices": ["micro_batch_size=5"]}, "choose from 1, 2, 3, 4, 6, 8, "),
     ],
 )
 def test_what_is_not_allowed_is_refused_on_one_line(words: dict[str, object], says: str) -> None:
