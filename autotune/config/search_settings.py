@@ -74,6 +74,8 @@ class SearchSettings:
     """Notes on that file, such as keys that were skipped."""
     keep_schedule: bool = False
     """Keep the recipe's iterations and learning rate; otherwise they are derived from model size and tokens."""
+    own_rate: bool = False
+    """The recipe's learning rate is the user's, which takes part in a race beside the rule's."""
     law: str = "lingle"
     """The scaling law of `loss`: a row of `autotune.runs.law.LAWS`."""
     race: Race = "off"

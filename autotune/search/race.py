@@ -18,7 +18,14 @@ from autotune.config.search_settings import SearchSettings
 from autotune.data.shards import open_split
 from autotune.measure.types import Z95, RungRequest, RungResult, TrialRequest, TrialResult
 from autotune.runs.curves import Posterior, Training
-from autotune.runs.objective import batch_tokens, best_first, finish_candidate, training_tokens
+from autotune.runs.objective import (
+    batch_tokens,
+    best_first,
+    best_learning_rate,
+    clamp_learning_rate,
+    finish_candidate,
+    training_tokens,
+)  # fmt: skip
 from autotune.runs.races import Change, Lineup, RaceVerdict, Reading, Rival, by_rival, difference
 from autotune.runs.records import TrialRecord
 from autotune.search.halving import Step, expected, full_tokens, order_of, tied
@@ -72,10 +79,10 @@ def candidates_for_race(records: Sequence[TrialRecord], settings: SearchSettings
                     Rival(rival=len(found), candidate=candidate, rate_factor=factor, seconds=tokens / speed)
                 )
         if record in own:
-            candidate = _rival(
-                record.candidate, settings.recipe.optimizer, settings.recipe.global_batch_size, 1.0, tokens, settings
-            )
-            found.append(Rival(rival=len(found), candidate=candidate, rate_factor=1.0, seconds=tokens / speed))
+            words = record.candidate, settings.recipe.optimizer, settings.recipe.global_batch_size
+            factor = _own_factor(settings, _rival(*words, 1.0, tokens, settings).recipe)
+            candidate = _rival(*words, factor, tokens, settings)
+            found.append(Rival(rival=len(found), candidate=candidate, rate_factor=factor, seconds=tokens / speed))
     unique = list({(rival.candidate.recipe, rival.rate_factor): rival for rival in reversed(found)}.values())
     return _with_baseline_early(_most_promising(unique, settings.seed), settings)[:MOST_RIVALS]
 
@@ -108,8 +115,16 @@ def is_baseline(rival: Rival, settings: SearchSettings) -> bool:
     """Whether the rival learns with the baseline's recipe, schedule aside."""
     recipe, own = rival.candidate.recipe, settings.recipe
     return (recipe.shape, recipe.optimizer, recipe.global_batch_size, rival.rate_factor) == (
-        own.shape, own.optimizer, own.global_batch_size, 1.0,
+        own.shape, own.optimizer, own.global_batch_size, _own_factor(settings, recipe),
     )  # fmt: skip
+
+
+def _own_factor(settings: SearchSettings, recipe: Recipe) -> float:
+    """The baseline's learning rate as a multiple of the rule's for `recipe`."""
+    if not settings.own_rate:
+        return 1.0
+    rule = clamp_learning_rate(best_learning_rate(recipe.shape, recipe.max_tokens))
+    return settings.recipe.learning_rate / rule
 
 
 def _rival(
@@ -302,7 +317,10 @@ def _changes(
     raced = {reading.rival for reading in readings}
     values = {rival.rival: _recipe_values(rival) for rival in lineup.rivals if rival.rival in raced}
     ours, recipe, own = values[winner.rival], winner.candidate.recipe, settings.recipe
-    theirs = {"shape": own.shape, "optimizer": own.optimizer, "learning rate": 1.0, "batch": own.tokens_per_step}
+    theirs = {
+        "shape": own.shape, "optimizer": own.optimizer, "learning rate": _own_factor(settings, recipe),
+        "batch": own.tokens_per_step,
+    }  # fmt: skip
     rivals, found = [rival for rival in lineup.rivals if rival.rival in raced], []
     for what in [name for name in ours if ours[name] != theirs[name]]:
         free = {what, "learning rate"} if what == "optimizer" else {what}

@@ -61,16 +61,20 @@ def resolve(
         if objective == "loss":
             raise ConfigError("--objective loss changes what is learned, --keep learning does not; leave one out")
         objective = "throughput"
-    _refuse_contradictions(objective, model, from_file, guide)
-    fixed = bool(model or from_file or guide)
+    fixed = _fixed_by(model, from_file, guide)
+    if objective == "throughput" and not fixed:
+        raise ConfigError(
+            "--objective throughput needs a shape, or the smallest model would always win; "
+            "add for example --model 12x12x768, or use --objective loss"
+        )
     chosen = objective or ("throughput" if fixed else "loss")
     processes = environment.processes
-    race = _race(race, chosen, data, processes)
     recipe, baseline, source, read = _start(environment, model, from_file, guide)
     baseline = replace(baseline, processes=processes)
     if processes == 1 and baseline.sharding != "none":
         raise ConfigError(f"plan.sharding = {baseline.sharding!r} divides among processes; add for example --nproc 2")
     data, dataset, notes = _dataset(data, from_file, read)
+    race = _race(race, chosen, fixed, data, processes)
     words = _vocabulary(vocab_size, recipe.shape, read is not None and read.vocab_size_given, data)
     recipe = replace(recipe, shape=replace(recipe.shape, vocab_size=words))
     seconds = parse_duration(train_time) if train_time else None
@@ -87,6 +91,8 @@ def resolve(
     given = seconds is not None or tokens is not None
     if not given and read is None:
         seconds = _TRAIN_SECONDS[device_kind(environment.device)]
+    elif not given and chosen == "loss":  # as many as the file's iterations have
+        tokens = recipe.max_tokens
     settings = SearchSettings(
         name=name or time.strftime("%Y%m%d-%H%M%S-") + chosen,
         device=environment.device,
@@ -105,7 +111,8 @@ def resolve(
         out_dir=read.out_dir if read else "",
         notes=notes,
         # A length given on the command line replaces the file's, and the schedule must follow it.
-        keep_schedule=read is not None and not given,
+        keep_schedule=read is not None and not given and chosen == "throughput",
+        own_rate=read is not None,
         law=find_law(law).name,
         race=cast("Race", race),
         target=cast("Target", target),
@@ -125,8 +132,9 @@ NO_TEXT = "there is no race without text: the winner is by the law, not raced; g
 """Remark on a search for the lowest loss without data."""
 
 
-def _race(word: str, objective: str, data: Path | None, processes: int) -> str:
-    """Whether candidates are raced: as given, else wherever the loss is sought and there is text."""
+def _race(word: str, objective: str, fixed: str, data: Path | None, processes: int) -> str:
+    """Whether candidates are raced: as given, else wherever the loss is sought and there is text. `fixed`: the flag
+    that fixes the shape, for which only a race compares losses."""
     if word == "on" and processes > 1:
         raise ConfigError(f"--race on trains in one process, --nproc {processes} is several; leave one of the two out")
     if word:
@@ -135,7 +143,13 @@ def _race(word: str, objective: str, data: Path | None, processes: int) -> str:
         raise ConfigError("--race on seeks the lowest loss, which changes what is learned; add --objective loss")
     if word == "on" and data is None:
         raise ConfigError("--race on trains on your text; add --data DIR, or use --race off")
-    return word or ("on" if objective == "loss" and data is not None and processes == 1 else "off")
+    race = word or ("on" if objective == "loss" and data is not None and processes == 1 else "off")
+    if race == "off" and objective == "loss" and fixed:
+        raise ConfigError(
+            f"--objective loss compares shapes, but {fixed} fixes the shape; add --data DIR for a race of recipes, "
+            "or leave one of the two out"
+        )
+    return race
 
 
 def _choices(words: str) -> tuple[str, tuple[str, ...]]:
@@ -146,20 +160,14 @@ def _choices(words: str) -> tuple[str, tuple[str, ...]]:
     return name.strip(), tuple(value.strip() for value in values.split(","))
 
 
-def _refuse_contradictions(objective: str, model: str, from_file: Path | None, row: GuideRow | None) -> None:
+def _fixed_by(model: str, from_file: Path | None, row: GuideRow | None) -> str:
+    """The flag that fixes the shape, empty if there is none."""
     words = {"--model": model, "--from": from_file, "--guide": row and row.name}
     given = {flag: word for flag, word in words.items() if word}
     if len(given) > 1:
         both = " and ".join(f"{flag} {word}" for flag, word in given.items())
         raise ConfigError(f"{both} both fix the shape; give one")
-    fixed = next(iter(given), "")
-    if objective == "throughput" and not fixed:
-        raise ConfigError(
-            "--objective throughput needs a shape, or the smallest model would always win; "
-            "add for example --model 12x12x768, or use --objective loss"
-        )
-    if objective == "loss" and fixed:
-        raise ConfigError(f"--objective loss compares shapes, but {fixed} fixes the shape; leave one of the two out")
+    return next(iter(given), "")
 
 
 def _start(
@@ -269,7 +277,8 @@ def _how(settings: SearchSettings) -> str:
         return ""
     if settings.race == "off":
         return f" by the law {settings.law!r}, not raced"
-    return f" by a race in {settings.race_share:.0%} of the budget, of the best by the law {settings.law!r}"
+    rivals = f"the best by the law {settings.law!r}" if settings.search_shape else "recipes for one shape"
+    return f" by a race in {settings.race_share:.0%} of the budget, of {rivals}"
 
 
 def _devices(settings: SearchSettings, environment: Environment) -> str:

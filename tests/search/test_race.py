@@ -320,6 +320,29 @@ def test_for_nanogpt_only_what_it_can_run_is_raced(tmp_path: Path, text: Path) -
     assert "this trains with its AdamW" not in (tmp_path / "run" / "best_nanogpt.py").read_text()
 
 
+def test_recipes_for_the_users_shape_are_raced_and_the_users_own_is_one_of_them(tmp_path: Path, text: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "n_layer = n_head = 2\nn_embd = 64\nblock_size = 128\nbatch_size = 8\ngradient_accumulation_steps = 4\n"
+        "learning_rate = 2e-3\nmax_iters = 500\n"
+    )
+    wanted, track = asked(text, from_file=file, objective="loss", train_time="", budget="12m"), Track(Slow())
+    assert wanted.train_tokens == 500 * 8 * 4 * 128
+    verdict = go(tmp_path / "run", track, wanted)
+    assert verdict.race is not None
+    assert {rival.candidate.shape for rival in verdict.race.rivals} == {wanted.recipe.shape}
+    (own,) = (rival for rival in verdict.race.rivals if is_baseline(rival, wanted))
+    assert own.candidate.recipe.learning_rate == 2e-3
+    assert (own.candidate.recipe.global_batch_size, own.candidate.recipe.max_iters) == (32, 500)
+    assert verdict.race.winner.candidate.recipe.optimizer == "muon"
+    assert verdict.race.against_baseline is not None
+    assert verdict.race.against_baseline.nats < 0
+    assert {change.what for change in verdict.race.changes} >= {"optimizer", "learning rate"}
+    best = read_candidate(tmp_path / "run").candidate
+    assert best.shape == wanted.recipe.shape
+    assert best.recipe.max_tokens == pytest.approx(wanted.train_tokens, rel=0.01)
+
+
 def test_without_a_race_nothing_is_trained(tmp_path: Path, text: Path) -> None:
     track = Track(Slow())
     verdict = go(tmp_path / "run", track, asked(text, race="off", budget="3m"))

@@ -58,7 +58,7 @@ def test_a_nanogpt_file_is_recipe_and_baseline(tmp_path: Path) -> None:
         ({"model": "12x12x768", "from_file": Path("x.py")}, "--model 12x12x768 and --from x.py"),
         ({"train_time": "1h", "train_tokens": "1B"}, "exclude each other"),
         ({"objective": "throughput"}, "needs a shape"),
-        ({"objective": "loss", "model": "12x12x768"}, "--objective loss compares shapes, but --model"),
+        ({"objective": "loss", "model": "12x12x768"}, "but --model fixes the shape; add --data DIR for a race"),
         ({"objective": "speed"}, "'speed' is not known"),
         ({"budget": "0"}, "leaves no time"),
         ({"budget": "soon"}, "not understood"),
