@@ -4,6 +4,7 @@ In a series of trials, the next worker loads torch while the current one builds 
 """
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -30,6 +31,8 @@ LOG_BYTES = 16 << 20
 STANDBY_LOG = ".standby{}.log"
 """Output of a waiting worker, until it gets its trial; with the number of its series."""
 _WORKER = "autotune.measure.worker"
+_PROFILER = re.compile(r"[A-Z]+:[-0-9]+ [:0-9]+ [0-9]+:[0-9]+ \w+\.cpp:[0-9]+\] ")
+"""Lines that Kineto, under torch's profiler, writes whenever it starts or stops."""
 POLL_SECONDS = 0.05
 """Pause between two looks at a worker."""
 _TIMED = (b'"phase": "warmup"', b'"phase": "measure"', b'"phase": "done"')
@@ -301,8 +304,9 @@ def _end(worker: _Process) -> None:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1].strip()[:300] if lines else "no output"
+    """What a worker printed last, the profiler's own log aside."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if not _PROFILER.match(line)]
+    return next((line[:300] for line in reversed(lines) if line), "no output")
 
 
 def _death(returncode: int, who: str = "worker") -> str:

@@ -249,6 +249,10 @@ MISBEHAVING = {
     "an endless log": ("while True: print('x' * (1 << 20))", "printed more than 16 MiB"),
     "a child that survives": ("subprocess.Popen(['sleep', '1000']); os._exit(4)", "exit code 4"),
     "a segmentation fault": ("os.kill(os.getpid(), 11)", "SIGSEGV"),
+    "the profiler's own log": (
+        "print('said\\nUSDT:2026-11-26 12:58:24 89:89 Handler.cpp:59] profiler_stop', flush=True); os._exit(5)",
+        "ended with exit code 5 in phase start: said; see log",
+    ),
 }
 
 
