@@ -13,8 +13,9 @@ R = TypeVar("R", bound=TrialResult)
 
 
 def torchrun(module: str, processes: int, request: Path) -> list[str]:
-    """Command that runs a worker's module in several processes of this machine, which end with this one."""
-    ranks = ["--standalone", "--nproc-per-node", str(processes)]
+    """Command that runs a worker's module in several processes of this machine, which end with this one. `request`: a
+    file in the trial's folder, where torchrun's own folder, which it leaves behind, goes too."""
+    ranks = ["--standalone", "--nproc-per-node", str(processes), "--log-dir", str(request.parent)]
     worker = ["-m", "autotune.measure.child", "0", module, str(request)]
     return child_command("torch.distributed.run", *ranks, *worker)
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -63,13 +64,18 @@ def test_the_first_to_end_is_read_from_torchruns_report() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "optimizer", "full"])
-def test_a_trial_of_two_processes(sharding: str, tmp_path: Path) -> None:
+def test_a_trial_of_two_processes(sharding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thirteen sequences: one process has six, in three micro batches, the other seven, in four."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # what it has remembered
     plan = replace(PLAN, sharding=sharding, compile="block")  # type: ignore[arg-type]
     result = run_trial(request(plan, final=True), tmp_path / "log")
     assert (result.status, result.message) == ("ok", ""), (tmp_path / "log").read_text()[-3000:]
     assert set(result.memory) == {"first_step", "steady", "evaluation", "checkpoint"}
     assert len(result.process_peak_bytes) == 2
+    assert {path.name.partition("_")[0] for path in scratch.iterdir()} <= {"torchinductor"}
     assert (result.tokens_per_second or 0) * (result.step_seconds_p50 or 0) == pytest.approx(13 * 32)
 
 
