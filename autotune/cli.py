@@ -11,7 +11,6 @@ import os
 import shlex
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from dataclasses import asdict, replace
@@ -526,6 +525,7 @@ def trial(
     from autotune.config.toml import read_candidate
     from autotune.environment import probe
     from autotune.measure.runner import run_trial
+    from autotune.measure.scratch import log_folder
     from autotune.measure.types import TrialRequest, to_json
     from autotune.model.compile_cache import compile_cache_dir, make_cache
 
@@ -533,7 +533,7 @@ def trial(
     request = TrialRequest(candidate=candidate, device=probe(device).device, result_path="")
     if candidate.plan.compile != "off":
         make_cache(compile_cache_dir())
-    log = Path(tempfile.mkdtemp(prefix="autotune-log-"), "trial.log")
+    log = log_folder() / "trial.log"
     terminal.say(f"measuring on {request.device}, the worker's output goes to {log}")
     result = run_trial(request, log)
     if json:
@@ -695,13 +695,14 @@ def _this_card(device: str) -> "tuple[Environment, Callable[[TrialRequest], Tria
     """This machine, and how a candidate is measured on it. Raises ConfigError without a card."""
     from autotune.environment import probe
     from autotune.measure.runner import run_trial
+    from autotune.measure.scratch import log_folder
     from autotune.model.compile_cache import compile_cache_dir, make_cache
 
     here = probe(device)
     if here.device == "cpu":
         raise ConfigError("--measure needs a CUDA card, there is none here; leave it out for predictions")
     make_cache(compile_cache_dir())
-    folder = Path(tempfile.mkdtemp(prefix="autotune-guide-"))
+    folder = log_folder()
     terminal.say(f"measuring on {here.device_name}; the workers' output goes to {folder}")
     return here, lambda request: run_trial(request, folder / f"{request.candidate.id}.log")
 

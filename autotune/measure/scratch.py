@@ -28,6 +28,11 @@ def trial_folder() -> Iterator[Path]:
             os.close(handle)
 
 
+def log_folder() -> Path:
+    """A new temporary folder for logs that the user may want to read; removed when a trial starts a day later."""
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}log-"))
+
+
 def remove_leftovers() -> None:
     """Remove the folders of trials whose process is dead. Folders of other users, which cannot be opened, stay."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
@@ -42,7 +47,7 @@ def remove_leftovers() -> None:
 
 
 def _abandoned(name: str, changed: float) -> bool:
-    """Whether the process in the name is dead. Names without a process id (earlier versions, logs kept for the user)
+    """Whether the process in the name is dead. Names without a process id (earlier versions, `log_folder`)
     are abandoned after a day."""
     number = name.removeprefix(_PREFIX).partition("-")[0]
     if not number.isdecimal():

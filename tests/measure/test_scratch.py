@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from background import begin
 
-from autotune.measure.scratch import remove_leftovers, trial_folder
+from autotune.measure.scratch import log_folder, remove_leftovers, trial_folder
 
 DEAD = 999_999_999
 """No process has this number: it is beyond the largest that Linux gives."""
@@ -59,6 +59,14 @@ def test_only_the_folders_of_dead_processes_are_removed(temp: Path) -> None:
     os.close(handle)
     remove_leftovers()
     assert not locked.exists()
+
+
+def test_logs_for_the_user_stay_for_a_day() -> None:
+    kept, old = log_folder(), log_folder()
+    os.utime(old, (time.time() - 2 * 86400,) * 2)
+    remove_leftovers()
+    assert kept.exists()
+    assert not old.exists()
 
 
 def test_a_killed_trials_folder_goes_at_the_next_start_and_not_before(temp: Path) -> None:
