@@ -23,7 +23,7 @@ from autotune.memory import model as memory_model
 from autotune.memory.breakdown import predicted_breakdown
 from autotune.report import compare, headline, training
 from autotune.report.plots import plots, side_by_side
-from autotune.report.run import heading, next_command, race_sections, state, verdict_lines
+from autotune.report.run import heading, next_command, race_sections, state, training_command, verdict_lines
 from autotune.report.trials import trial_table
 from autotune.runs.directory import BEST_NANOGPT, COMPARISON_HTML, MEMORY_MODEL_JSON, REPORT_HTML
 from autotune.runs.read import Run, advice
@@ -128,8 +128,7 @@ def _context(run: Run) -> dict[str, Any]:
         "advice": advice(run),
         "state": state(run),
         "numbers": headline.figures(run),
-        "next_title": "Train the winner" if "autotune train" in next_command(run) else "Next",
-        "next_command": next_command(run),
+        "commands": _commands(run),
         "best_toml": known(lambda run: _text(run.path / BEST_TOML), ""),
         "best_nanogpt": known(lambda run: _text(run.path / BEST_NANOGPT), ""),
         "in_short": headline.in_short(run),
@@ -143,6 +142,15 @@ def _context(run: Run) -> dict[str, Any]:
         "machine": compare.readable(vars(run.environment)),
         "settings": compare.settings(run),
     }
+
+
+def _commands(run: Run) -> list[tuple[str, str]]:
+    """What to type, each with its title."""
+    after = next_command(run)
+    if run.verdict.winner is None or run.damage:
+        return [("Next", after)]
+    train = training_command(run)
+    return [("Train the winner", train), *([("It is trained: see what it writes", after)] if after != train else [])]
 
 
 def _text(file: Path) -> str:

@@ -371,14 +371,18 @@ def as_json(run: Run) -> dict[str, Any]:
     }
 
 
+def training_command(run: Run) -> str:
+    """Command that trains the winner."""
+    return train_command(run.path, run.best.candidate.plan.processes if run.best else 1)
+
+
 def next_command(run: Run) -> str:
     """Command to continue with; never one that has just failed."""
     verdict = run.verdict
     if run.damage and (verdict.winner is None or run.best is None):
         return advice(run)
     if verdict.winner is not None:
-        processes = run.best.candidate.plan.processes if run.best else 1
-        return f"autotune sample {run.path}" if run.training else train_command(run.path, processes)
+        return f"autotune sample {run.path}" if run.training else training_command(run)
     if run.searching is not None:
         return f"autotune report {run.path}"
     longer = f" --budget {verdict.budget_wanted}" if verdict.budget_wanted else ""

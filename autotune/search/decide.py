@@ -200,10 +200,13 @@ def _contradictions(records: Sequence[TrialRecord]) -> dict[str, str]:
     """One line for each candidate whose measurements contradict each other, by candidate id."""
     notes = {}
     for name, group in group_by_candidate(records).items():
-        ratio = disagreement(group)
-        if ratio is not None:
-            trials = " and ".join(f"trial {r.trial} ({r.result.tokens_per_second or 0.0:,.0f})" for r in group)
-            notes[name] = f"tokens/s of one candidate differ by {ratio:.2f}x: {trials}; something disturbed a trial"
+        if disagreement(group) is not None:
+            speeds = [record.result.tokens_per_second or 0.0 for record in group]
+            *others, last = (str(record.trial) for record in group)
+            notes[name] = (
+                f"trials {', '.join(others)} and {last} measured {min(speeds):,.0f} to {max(speeds):,.0f} tokens/s "
+                "of one candidate: something disturbed one of them"
+            )
     return notes
 
 
@@ -215,9 +218,9 @@ def _unsettled(
     if winner.candidate.id not in settled:
         half, speed = winner.result.tokens_per_second_ci95 or 0.0, winner.result.tokens_per_second or 1.0
         width = max(estimate.relative_ci95, half / speed)
-        why = contradictions.get(winner.candidate.id, f"its tokens/s are known to ±{width:.0%} only")
         times = f"{estimate.measurements} measurement{'s' if estimate.measurements > 1 else ''}"
-        return f"{why}, after {times}; search again on a quiet machine"
+        wide = f"its tokens/s are known to ±{width:.0%} only, after {times}"
+        return f"{contradictions.get(winner.candidate.id, wide)}; search again on a quiet machine"
     for record in searched(records):
         name, speed = record.candidate.id, record.result.tokens_per_second or 0.0
         if name in contradictions and name not in settled and speed > estimate.tokens_per_second:

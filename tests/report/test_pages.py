@@ -87,6 +87,14 @@ def test_every_plot_that_has_data_is_there(write_run: WriteRun) -> None:
     ]  # fmt: skip
 
 
+def test_the_command_that_trains_the_winner_stays_when_it_is_trained(write_run: WriteRun) -> None:
+    path = write_run(best=candidate(24))
+    write_training(path / "train", SUMMARY)
+    page = page_of(path)
+    assert f'<pre id="command" tabindex="0">autotune train {path}</pre>' in page
+    assert f'<pre id="command-2" tabindex="0">autotune sample {path}</pre>' in page
+
+
 def test_a_training_shows_what_was_promised_and_what_came(write_run: WriteRun) -> None:
     path = write_run(best=candidate(24))
     write_training(path / "train", SUMMARY)

@@ -155,7 +155,7 @@ def test_a_finalist_confirmed_at_a_tenth_of_its_speed_is_noted() -> None:
     verdict = decided(slow)
     assert verdict.winner.trial == 6
     assert verdict.notes == (
-        "tokens/s of one candidate differ by 0.10x: trial 1 (200) and trial 4 (20); something disturbed a trial",
+        "trials 1 and 4 measured 20 to 200 tokens/s of one candidate: something disturbed one of them",
     )
     assert verdict.unsettled.startswith("trial 1 may be faster")
     assert waiting(slow) == [3, 1] or waiting(slow)[-1] == 1
