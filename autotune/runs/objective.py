@@ -141,8 +141,9 @@ def finish_candidate(candidate: Candidate, tokens: float, rate_factor: float = 1
 
     Learning rate: `best_learning_rate`, clamped, because the law was fitted from 60M parameters up, times
     `rate_factor`. Warm-up is a tenth of the iterations, at most llm.c's 700; the final rate is a tenth of it, as in
-    nanoGPT. Evaluations take a thirtieth of the time at most: a forward pass costs a third of a step, and each covers
-    at most a tenth of the tokens trained since the last one.
+    nanoGPT, but 0 for `wsd` (Bergsma et al. 2025, arXiv:2502.15938; docs/race.md). Evaluations take a thirtieth of the
+    time at most: a forward pass costs a third of a step, and each covers at most a tenth of the tokens trained since
+    the last one.
     """
     recipe, evaluation = candidate.recipe, candidate.evaluation
     iterations = max(1, round(tokens / recipe.tokens_per_step))
@@ -159,7 +160,7 @@ def finish_candidate(candidate: Candidate, tokens: float, rate_factor: float = 1
             lr_decay_iters=iterations,
             warmup_iters=min(700, iterations // 10),
             learning_rate=rate,
-            min_lr=float(f"{rate / 10:.2g}"),
+            min_lr=0.0 if recipe.schedule == "wsd" else float(f"{rate / 10:.2g}"),
         ),
         evaluation=replace(
             evaluation, eval_interval=interval, eval_iters=max(1, min(evaluation.eval_iters, evaluated))

@@ -39,6 +39,8 @@ _RATES: dict[Optimizer, tuple[float, ...]] = {"muon": (0.5, 1.0, 2.0, 4.0, 8.0),
 """Factors of the rule's learning rate."""
 _DRAWS = 1000
 """Samples of what is expected of the rivals before any reading."""
+_DECAY_SHARE = 0.4
+"""Part of a rival's training in which the learning rate decays (docs/race.md#decay)."""
 _BASELINE_PLACE = 4
 """Place of the baseline's recipe among the rivals: it shows what was gained, and hardly ever wins."""
 _SMALLEST_PART = 4
@@ -130,8 +132,9 @@ def _own_factor(settings: SearchSettings, recipe: Recipe) -> float:
 def _rival(
     candidate: Candidate, optimizer: Optimizer, batch: int, factor: float, tokens: float, settings: SearchSettings
 ) -> Candidate:
-    schedule = settings.recipe.schedule if settings.target == "nanogpt" else "wsd"
-    recipe = replace(candidate.recipe, optimizer=optimizer, global_batch_size=batch, schedule=schedule)
+    recipe = replace(candidate.recipe, optimizer=optimizer, global_batch_size=batch)
+    if settings.target != "nanogpt":
+        recipe = replace(recipe, schedule="wsd", decay_share=_DECAY_SHARE)
     # the plan stays as it was measured and compiled, unless the batch is smaller than its micro batch
     plan = replace(candidate.plan, micro_batch_size=min(candidate.plan.micro_batch_size, batch))
     rival = replace(candidate, recipe=recipe, plan=plan)
