@@ -5,6 +5,7 @@ the same moment, the lower number stays. Ages are measured by one clock each: th
 process's own for the rest.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -66,10 +67,15 @@ class Peers:
         self._claims: dict[int, Claim] = {}
         self._first_seen: dict[int, float] = {}  # when each running trial was seen first
         self._since, self._looked = clock(), clock()
+        self._read = -math.inf
+
+    def seconds_since_read(self) -> float:
+        """Age of what is known; infinite before the first look."""
+        return self._clock() - self._read
 
     def read(self) -> tuple[list[TrialRecord], list[Claim]]:
         """Records of trials that have ended since the last call, and what runs, own trials included."""
-        new = []
+        new, self._read = [], self._clock()
         trials = self._study.get_trials(deepcopy=False)
         for trial in trials:
             if trial.number in self._done:

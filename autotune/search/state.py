@@ -10,7 +10,7 @@ from autotune.config.candidate import Candidate
 from autotune.config.search_settings import SearchSettings
 from autotune.environment import Environment
 from autotune.measure.types import TrialRequest, TrialResult
-from autotune.memory.model import Prediction, calibrate, save
+from autotune.memory.model import MemoryModel, Prediction, calibrate, save
 from autotune.runs import directory as files
 from autotune.runs.objective import loss_at, score
 from autotune.runs.races import Lineup, RaceVerdict, Reading, write_races
@@ -68,12 +68,16 @@ class State:
         """What other machines measure."""
         self._spent_before, self._notify, self._journal = spent_before, notify, study_trials.Journal(directory)
         self._notes = studies.notes_of(study)
-        self._calibrate()
+        self._model: MemoryModel | None = None
         self.verdict, self._marked = self._conclude(), Verdict()
 
-    def _calibrate(self) -> None:
-        measured = [(record.candidate, record.result) for record in self.records]
-        self.model = calibrate(self.settings.device_kind, measured, self.environment)
+    @property
+    def model(self) -> MemoryModel:
+        """The memory model, fitted to the records when it is asked for: others' records come several at a time."""
+        if self._model is None:
+            measured = [(record.candidate, record.result) for record in self.records]
+            self._model = calibrate(self.settings.device_kind, measured, self.environment)
+        return self._model
 
     def _conclude(self, *, ended: bool = False) -> Verdict:
         return conclude(
@@ -123,7 +127,6 @@ class State:
         if self.peers is not None:
             self.peers.done(trial.number if kept is None else kept.trial)
         self._add([] if kept is None else [kept])
-        self._calibrate()
         self.publish()
         return kept
 
@@ -144,23 +147,22 @@ class State:
     def _add(self, records: Sequence[TrialRecord]) -> None:
         for record in records:
             bisect.insort(self.records, record, key=lambda record: record.trial)
+            self._model = None
 
-    def read_peers(self) -> None:
-        """Take over what other machines have measured since the last look, and what they measure now."""
-        if self.peers is None:
+    def read_peers(self, older_than: float = 0.0) -> None:
+        """Take over what other machines have measured since the last look, and what they measure now, unless the last
+        look is not `older_than` so many seconds."""
+        if self.peers is None or self.peers.seconds_since_read() < older_than:
             return
         new, self.elsewhere = self.peers.read()
         self._add(new)
-        if new:
-            self._calibrate()
         for record in new:
             self.tell(record.trial, record.role, record.candidate, record=record)
 
     def read_again(self) -> None:
         """Take over what ended without a record of this process."""
         if self.peers is None:
-            self.records = study_trials.records(self.study)
-        self._calibrate()
+            self.records, self._model = study_trials.records(self.study), None
 
     def tell(
         self, number: int, role: Role, candidate: Candidate, *, device: str = "", record: TrialRecord | None = None,

@@ -122,14 +122,19 @@ def claim(
     study: "optuna.Study", parameters: Mapping[str, Any], kinds: "Mapping[str, BaseDistribution]",
     attributes: Mapping[str, object],
 ) -> "optuna.Trial":  # fmt: skip
-    """A new running trial, written in one transaction. Its number is the database's."""
+    """A new running trial, written in one transaction. Its number is the database's. On a server, where the transaction
+    locks the study for all others, the parameters, which only Optuna's tools read, follow it."""
     import optuna
 
+    shared, storage = is_shared(study), study._storage
     template = optuna.trial.create_trial(
-        state=optuna.trial.TrialState.RUNNING, params=dict(parameters),
-        distributions={name: kinds[name] for name in parameters}, user_attrs=dict(attributes),
+        state=optuna.trial.TrialState.RUNNING, params={} if shared else dict(parameters),
+        distributions={} if shared else {name: kinds[name] for name in parameters}, user_attrs=dict(attributes),
     )  # fmt: skip
-    trial = optuna.trial.Trial(study, study._storage.create_new_trial(study._study_id, template))
+    number = storage.create_new_trial(study._study_id, template)
+    for name, value in parameters.items() if shared else ():
+        storage.set_trial_param(number, name, kinds[name].to_internal_repr(value), kinds[name])
+    trial = optuna.trial.Trial(study, number)
     heartbeat(trial)
     return trial
 
