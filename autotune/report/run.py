@@ -175,7 +175,7 @@ def race_lines(race: RaceVerdict) -> list[str]:
 
 def recipe_words(rival: Rival) -> str:
     """What a rival learns with, on one line."""
-    return f"{rival.candidate.recipe} ({rival.rate_factor:g} x the rule's rate)"
+    return f"{rival.candidate.recipe} ({rival.rate_factor:.3g} x the rule's rate)"
 
 
 def _nats(change: Change) -> str:

@@ -25,7 +25,7 @@ from autotune.runs.objective import (
     clamp_learning_rate,
     finish_candidate,
     training_tokens,
-)  # fmt: skip
+)
 from autotune.runs.races import Change, Lineup, RaceVerdict, Reading, Rival, by_rival, difference
 from autotune.runs.records import TrialRecord
 from autotune.search.halving import Step, expected, full_tokens, order_of, tied
@@ -122,11 +122,12 @@ def is_baseline(rival: Rival, settings: SearchSettings) -> bool:
 
 
 def _own_factor(settings: SearchSettings, recipe: Recipe) -> float:
-    """The baseline's learning rate as a multiple of the rule's for `recipe`."""
+    """The baseline's learning rate as a multiple of the rule's for `recipe`, the same for batches that differ in how
+    their steps fill the length."""
     if not settings.own_rate:
         return 1.0
     rule = clamp_learning_rate(best_learning_rate(recipe.shape, recipe.max_tokens))
-    return settings.recipe.learning_rate / rule
+    return float(f"{settings.recipe.learning_rate / rule:.3g}")
 
 
 def _rival(
@@ -335,18 +336,20 @@ def _changes(
         ]  # fmt: skip
         before, after = (_in_words(what, value[what]) for value in (theirs, ours))
         change = _compared(what, before, after, pairs, winner, readings)
-        found.append(change if change.nats is not None else _expected_change(change, winner, lineup, readings, own))
+        if change.nats is None:
+            change = _expected_change(change, winner, lineup, readings, settings)
+        found.append(change)
     if recipe.schedule != own.schedule:
         found.append(Change(what="schedule", before=own.schedule, after=recipe.schedule, rivals=()))
     return tuple(found)
 
 
 def _expected_change(
-    change: Change, winner: Rival, lineup: Lineup, readings: Sequence[Reading], own: Recipe
+    change: Change, winner: Rival, lineup: Lineup, readings: Sequence[Reading], settings: SearchSettings
 ) -> Change:  # fmt: skip
     """The change with the difference that is expected after the whole training between the winner and the same recipe
     with the baseline's `change.what`. A shape of which no rival tells the speed has none."""
-    recipe, tokens = winner.candidate.recipe, full_tokens(winner, readings)
+    recipe, own, tokens = winner.candidate.recipe, settings.recipe, full_tokens(winner, readings)
     rate = recipe.learning_rate / winner.rate_factor
     if change.what == "shape":
         alike = next((rival for rival in lineup.rivals if rival.candidate.shape == own.shape), None)
@@ -360,7 +363,7 @@ def _expected_change(
     elif change.what == "optimizer":
         other = replace(recipe, optimizer=own.optimizer, learning_rate=rate)
     elif change.what == "learning rate":
-        other = replace(recipe, learning_rate=rate)
+        other = replace(recipe, learning_rate=rate * _own_factor(settings, recipe))
     else:
         other = replace(recipe, global_batch_size=own.global_batch_size)
     found = expected(lineup.rivals, readings, also=[Training(recipe=other, tokens=tokens, rival="as before")])
@@ -387,7 +390,7 @@ def _in_words(what: str, value: object) -> str:
     if isinstance(value, Shape):
         return f"{value.size}, block {value.block_size}"
     if what == "learning rate":
-        return f"{value:g} x rule"
+        return f"{value:.3g} x rule"
     return f"{format_count(value)} tokens a step" if isinstance(value, int) else str(value)
 
 
