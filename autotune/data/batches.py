@@ -23,6 +23,8 @@ IntArray = npt.NDArray[np.int64]
 Batch = tuple[IntArray, IntArray]
 """Inputs x and targets y, each (B, T) int64; y is x one token later."""
 
+PIECE_TOKENS = 1024
+"""Documents differ more than parts of one: a loss over many short pieces is nearer to the whole split's."""
 _ROUNDS = 6
 _HEAD_BYTES = 1 << 16
 
@@ -41,6 +43,8 @@ class BatchSource:
     """Tokens per sequence."""
     vocab_size: int
     """Tokens must be below this; a batch with another one is a DataError that names the file."""
+    piece_tokens: int = PIECE_TOKENS
+    """Tokens of the pieces in which the validation split is read."""
 
     def __post_init__(self) -> None:
         for kind, shards, have, need in (
@@ -94,14 +98,12 @@ class BatchSource:
     def validation_batch(self, index: int, batch_size: int) -> Batch:
         """The `index`-th validation batch: x, y of (batch_size, block_size).
 
-        Its sequences follow each other in one file. The first few batches lie evenly over the split, as its beginning
-        alone may be easier or harder than the rest. Sequences that do not fill a batch come last; then all begin again.
+        The split is read in pieces, of which the first few lie evenly over it, as its beginning alone may be easier or
+        harder than the rest. What fills no piece of its file comes last; then all begin again.
         """
-        firsts, rest = _validation_batches(tuple(self._val_ends.tolist()), batch_size)
-        place, rows = index % (len(firsts) + -(-len(rest) // batch_size)), np.arange(batch_size)
-        if place < len(firsts):
-            return self._gather(self.val, self._val_ends, firsts[place] + rows)
-        return self._gather(self.val, self._val_ends, rest[((place - len(firsts)) * batch_size + rows) % len(rest)])
+        order = _validation_order(tuple(self._val_ends.tolist()), max(1, self.piece_tokens // self.block_size))
+        place = index % -(-len(order) // batch_size) * batch_size
+        return self._gather(self.val, self._val_ends, order[(place + np.arange(batch_size)) % len(order)])
 
     def _gather(self, shards: Sequence[Shard], ends: IntArray, windows: IntArray) -> Batch:
         rows = np.empty((len(windows), self.block_size + 1), dtype=np.int64)  # (B, T + 1)
@@ -122,8 +124,9 @@ class BatchSource:
 
 
 def open_batches(
-    directory: Path, *, seed: int, global_batch_size: int, block_size: int, vocab_size: int
-) -> BatchSource:
+    directory: Path, *, seed: int, global_batch_size: int, block_size: int, vocab_size: int,
+    piece_tokens: int = PIECE_TOKENS,
+) -> BatchSource:  # fmt: skip
     """Batches of a data directory. Raises DataError if it is missing, unfinished, damaged or too small."""
     return BatchSource(
         train=open_split(directory, "train"),
@@ -132,21 +135,23 @@ def open_batches(
         global_batch_size=global_batch_size,
         block_size=block_size,
         vocab_size=vocab_size,
+        piece_tokens=piece_tokens,
     )
 
 
 @functools.lru_cache(maxsize=4)
-def _validation_batches(ends: tuple[int, ...], batch_size: int) -> tuple[IntArray, IntArray]:
-    """First sequences of the batches that lie in one file, and the sequences that fill none. `ends`: as `_window_ends`.
+def _validation_order(ends: tuple[int, ...], piece: int) -> IntArray:
+    """All sequences: in pieces of `piece` that follow each other in one file, then those that fill none. `ends`: as
+    `_window_ends`.
 
-    The order is that of multiples of the golden ratio, of which the first few, however many, lie about evenly apart
-    (Knuth, The Art of Computer Programming, volume 3, section 6.4, theorem S).
+    The order of pieces is that of multiples of the golden ratio, of which the first few, however many, lie about evenly
+    apart (Knuth, The Art of Computer Programming, volume 3, section 6.4, theorem S).
     """
     files = list(itertools.pairwise((0, *ends)))
-    firsts = np.concatenate([np.arange(begin, end - batch_size + 1, batch_size) for begin, end in files])
-    rest = np.concatenate([np.arange(end - (end - begin) % batch_size, end) for begin, end in files])
+    firsts = np.concatenate([np.arange(begin, end - piece + 1, piece) for begin, end in files])
+    rest = np.concatenate([np.arange(end - (end - begin) % piece, end) for begin, end in files])
     evenly = np.argsort(np.argsort(np.arange(len(firsts)) * ((math.sqrt(5) - 1) / 2) % 1.0))
-    return firsts[evenly], rest
+    return np.concatenate([(firsts[evenly, None] + np.arange(piece)).ravel(), rest])
 
 
 def _window_ends(shards: Sequence[Shard], block_size: int) -> IntArray:

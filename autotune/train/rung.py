@@ -52,7 +52,7 @@ def run(request: RungRequest, outcome: Outcome) -> None:
     recipe, rows = request.candidate.recipe, request.chunk_tokens // request.candidate.shape.block_size
     source = open_batches(
         Path(recipe.data), seed=recipe.seed, global_batch_size=recipe.global_batch_size,
-        block_size=recipe.shape.block_size, vocab_size=recipe.shape.vocab_size,
+        block_size=recipe.shape.block_size, vocab_size=recipe.shape.vocab_size, piece_tokens=request.chunk_tokens,
     )  # fmt: skip
     by_chunk = replace(request.candidate, evaluation=replace(request.candidate.evaluation, eval_batch_size=rows))
     with closing(Prefetcher(source, DistributedContext(), by_chunk, device)) as batches:

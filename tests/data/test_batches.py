@@ -1,5 +1,6 @@
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_validation_batches_of_as_many_tokens_are_the_same_text_whatever_the_blo
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int]
 ) -> None:
     folder = directory_of(tmp_path_factory.mktemp("blocks"), [100], lengths)
-    short, long = (batches(folder, block=block) for block in (4, 16))
+    short, long = (replace(batches(folder, block=block), piece_tokens=32) for block in (4, 16))
     for index in range(sum((length - 1) // 32 for length in lengths)):
         assert np.array_equal(short.validation_batch(index, 8)[0].ravel(), long.validation_batch(index, 2)[0].ravel())
 
@@ -120,7 +121,8 @@ def test_validation_batches_of_as_many_tokens_are_the_same_text_whatever_the_blo
 def test_the_first_validation_batches_lie_evenly_over_the_split(
     tmp_path_factory: pytest.TempPathFactory, count: int, size: int
 ) -> None:
-    source = batches(directory_of(tmp_path_factory.mktemp("even"), [33], [8 * count + 1]))
+    folder = directory_of(tmp_path_factory.mktemp("even"), [33], [8 * count + 1])
+    source = replace(batches(folder), piece_tokens=8 * size)
     indices = range(-(-count // size))
     seen = [(source.validation_batch(index, size)[0][:, 0] - 33) // 8 for index in indices]
     assert {int(window) for windows in seen for window in windows} == set(range(count))
@@ -129,6 +131,15 @@ def test_the_first_validation_batches_lie_evenly_over_the_split(
         places = sorted(int(windows[0]) / (whole * size) for windows in seen[:few])
         gaps = [after - before for before, after in itertools.pairwise([*places, 1 + places[0]])]
         assert max(gaps) <= 2 / few + 1e-9
+
+
+def test_a_validation_batch_has_pieces_of_1024_tokens_from_several_places(tmp_path: Path) -> None:
+    source = batches(directory_of(tmp_path, [3000], [40_001]), block=256)
+    begins = [(source.validation_batch(index, 16)[0][:, 0] - 3000) // 256 for index in range(10)]
+    pieces = begins[0].reshape(4, 4)
+    assert (np.diff(pieces) == 1).all()
+    assert len({int(piece) // 16 for piece in pieces[:, 0]}) == 4
+    assert {int(window) for windows in begins for window in windows} == set(range(156))
 
 
 def test_too_few_tokens_are_refused_with_numbers(tmp_path: Path) -> None:
