@@ -51,8 +51,8 @@ def plan_training(
     asked = settings.train_seconds
     tokens = training_tokens(settings, speed, start_seconds(result))
     planned = finish_candidate(candidate, tokens, rate_factor)
-    if asked is None:
-        return planned
+    if asked is None:  # a candidate file may have a time of its own
+        return replace(planned, recipe=replace(planned.recipe, train_seconds=0.0))
     one, rows = planned.evaluation, planned.evaluation.eval_batch_size or planned.plan.micro_batch_size
     share = one.eval_iters * rows / 3 / (one.eval_interval * planned.recipe.global_batch_size)
     planned = finish_candidate(candidate, tokens / (1 + share), rate_factor)

@@ -91,8 +91,9 @@ def resolve(
     given = seconds is not None or tokens is not None
     if not given and read is None:
         seconds = _TRAIN_SECONDS[device_kind(environment.device)]
-    elif not given and chosen == "loss":  # as many as the file's iterations have
-        tokens = recipe.max_tokens
+    elif not given and chosen == "loss":  # as long as the file's own training
+        seconds = recipe.train_seconds or None
+        tokens = None if seconds else recipe.max_tokens
     settings = SearchSettings(
         name=name or time.strftime("%Y%m%d-%H%M%S-") + chosen,
         device=environment.device,

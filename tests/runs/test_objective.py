@@ -164,6 +164,8 @@ def test_a_training_of_given_time_has_room_for_its_start_and_its_evaluations() -
     by_tokens = loss_settings(train_tokens="20M")
     given = plan_training(by_tokens, baseline(by_tokens), speed, result).recipe
     assert (given.train_seconds, given.max_iters) == (0.0, round(20e6 / given.tokens_per_step))
+    timed = replace(baseline(by_tokens), recipe=replace(by_tokens.recipe, train_seconds=180.0))
+    assert plan_training(by_tokens, timed, speed, result).recipe.train_seconds == 0.0
 
 
 @pytest.mark.parametrize("tokens", [1, 5_000, 300_000, 10**7, 10**10])

@@ -8,8 +8,9 @@ from fake_machine import CPU, CUDA, OLD_CUDA
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.config.candidate import Shape, parse_shape
+from autotune.config.candidate import Candidate, Plan, Recipe, Shape, parse_shape
 from autotune.config.search_settings import read_settings, write_settings
+from autotune.config.toml import CandidateFile, format_candidate
 from autotune.data.shards import write_shard
 from autotune.errors import ConfigError, DataError
 from autotune.search.resolve import describe_settings, resolve
@@ -50,6 +51,19 @@ def test_a_nanogpt_file_is_recipe_and_baseline(tmp_path: Path) -> None:
     assert (asked.baseline.micro_batch_size, asked.recipe.global_batch_size) == (3, 6)
     assert asked.baseline_source == str(file)
     assert not resolve(CUDA, from_file=file, train_tokens="1B").keep_schedule
+
+
+def test_a_race_for_the_files_shape_is_as_long_as_its_training(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"x_{split}_000000.bin", np.arange(3000))
+    file = tmp_path / "mine.toml"
+    recipe = Recipe(global_batch_size=2, max_iters=77)
+    for timed, expected in ((0.0, (None, 77 * recipe.tokens_per_step)), (180.0, (180.0, None))):
+        candidate = Candidate(recipe=replace(recipe, train_seconds=timed), plan=Plan(micro_batch_size=2))
+        file.write_text(format_candidate(CandidateFile(candidate=candidate)))
+        asked = resolve(CUDA, from_file=file, objective="loss", data=tmp_path)
+        assert (asked.race, asked.search_shape, asked.own_rate) == ("on", False, True)
+        assert (asked.train_seconds, asked.train_tokens) == expected
 
 
 @pytest.mark.parametrize(
