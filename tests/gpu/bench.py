@@ -109,7 +109,9 @@ class Bench:
         """The winner that test_plain_nanogpt.py's search recorded."""
         row = self.rows("plain_nanogpt").get(f"test_search[{model}]")
         assert row, f"no winner of {model} is recorded; run scripts/gpu_acceptance -k 'plain_nanogpt and search'"
-        return parse_candidate(row["toml"], "the winner")
+        file = parse_candidate(row["toml"], "the winner")
+        recipe = replace(file.candidate.recipe, data=str(self.scratch / file.candidate.recipe.data))
+        return replace(file, candidate=replace(file.candidate, recipe=recipe))
 
     def autotune(self, *words: object) -> str:
         """Standard output of the command line, run in the scratch directory."""
