@@ -1,5 +1,6 @@
 """The README stays short, links lead somewhere, and the site builds without network."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -15,7 +16,22 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 def test_the_readme_is_short() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 140
-    assert any("No figure was measured on a GPU yet" in line for line in lines[:10])
+    assert any("All other figures here are from CPUs" in line for line in lines[:10])
+
+
+def test_the_readmes_figures_of_a_card_are_those_recorded() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    folder = ROOT / "results" / "reference" / "nvidia-h100-80gb-hbm3-torch-2.11"
+    rows = {row["test"]: row for row in json.loads((folder / "plain_nanogpt.json").read_text())["rows"]}
+    ours = rows["test_search[124M]"]["tokens_per_second"]
+    compiled, eager = (
+        max(rows[f"test_plain[{how}-{micro}-124M]"]["tokens_per_second"] for micro in (16, 64))
+        for how in ("compiled", "eager")
+    )
+    assert f"GPT-2 124M at {round(ours, -3):,.0f} tokens/s" in text
+    assert f"{ours / compiled:.2f} times compiled nanoGPT's best, {ours / eager:.2f} times eager nanoGPT's" in text
+    (promise,) = json.loads((folder / "promise.json").read_text())["rows"]
+    assert promise["tokens_per_second"] == pytest.approx(ours, rel=0.01)
 
 
 def headings(page: Path) -> set[str]:
