@@ -150,7 +150,7 @@ def _commands(run: Run) -> list[tuple[str, str]]:
     if run.verdict.winner is None or run.damage:
         return [("Next", after)]
     train = training_command(run)
-    return [("Train the winner", train), *([("It is trained: see what it writes", after)] if after != train else [])]
+    return [("Train the winner", train), *([("Trained: see what it writes", after)] if after != train else [])]
 
 
 def _text(file: Path) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import optuna
 
 
-RECENT_SECONDS = 2.0
+_RECENT_SECONDS = 2.0
 """Age of what is known of other machines, shorter than nearly any trial, at which a proposal may begin."""
 
 
@@ -46,7 +46,7 @@ class Exploration:
     def _next(self, slot: Slot) -> TrialJob | None:
         """What a slot measures next; None, with the reason in `_why`, where nothing is left to do."""
         while True:
-            self._state.read_peers(older_than=RECENT_SECONDS)  # it is read again before a proposal is chosen
+            self._state.read_peers(older_than=_RECENT_SECONDS)  # it is read again before a proposal is chosen
             pending = self._trials.pending(final=False)
             known = by_candidate(self._state.records).keys() | {candidate.id for candidate in pending}
             role: Role = next(

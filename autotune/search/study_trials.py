@@ -123,7 +123,7 @@ def claim(
     attributes: Mapping[str, object],
 ) -> "optuna.Trial":  # fmt: skip
     """A new running trial, written in one transaction. Its number is the database's. On a server, where the transaction
-    locks the study for all others, the parameters, which only Optuna's tools read, follow it."""
+    locks the study for all others, the parameters follow it: only Optuna's samplers and tools read them."""
     import optuna
 
     shared, storage = is_shared(study), study._storage
