@@ -59,7 +59,7 @@ def run(tmp_path: Path) -> Path:
     ("shell", "code", "stderr"),
     [
         ("report run >&-", 0, b""),
-        ("report run --json >&-", 0, b""),
+        pytest.param("report run --json >&-", 0, b"", marks=pytest.mark.slow),
         ("report run 2>&-", 0, b""),
         ("report run <&- >&- 2>&-", 0, b""),
         ("report nowhere 2>&-", 1, b""),

@@ -64,7 +64,7 @@ def name(plan: Plan) -> str:
 
 
 PLANS = [
-    *(pytest.param(plan, id=name(plan)) for plan in eager()),
+    *(pytest.param(plan, id=name(plan), marks=[pytest.mark.slow] * (plan.micro_batch_size == 2)) for plan in eager()),
     *(pytest.param(plan, id=name(plan), marks=pytest.mark.slow) for plan in COMPILED),
 ]
 

@@ -329,7 +329,7 @@ def test_recipes_for_the_users_shape_are_raced_and_the_users_own_is_one_of_them(
         "n_layer = n_head = 2\nn_embd = 64\nblock_size = 128\nbatch_size = 8\ngradient_accumulation_steps = 4\n"
         "learning_rate = 2e-3\nmax_iters = 500\n"
     )
-    wanted, track = asked(text, from_file=file, objective="loss", train_time="", budget="12m"), Track(Slow())
+    wanted, track = asked(text, from_file=file, objective="loss", train_time="", budget="9m"), Track(Slow())
     assert wanted.train_tokens == 500 * 8 * 4 * 128
     verdict = go(tmp_path / "run", track, wanted)
     assert verdict.race is not None
