@@ -1,6 +1,7 @@
 """One of several machines that search together: a process with slots on formulas, and real time.
 
-machine_of_many.py RUN_DIR URL SECONDS SLOTS [TRIAL_SECONDS]: searches or goes on in RUN_DIR, with fast heartbeats.
+machine_of_many.py RUN_DIR URL SECONDS SLOTS [TRIAL_SECONDS [BEAT_SECONDS GRACE_SECONDS]]: searches or goes on in
+RUN_DIR, with fast heartbeats unless others are given.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from autotune.search import storage
 
-storage.BEAT_SECONDS, storage.GRACE_SECONDS = 1, 8
+storage.BEAT_SECONDS, storage.GRACE_SECONDS = map(int, sys.argv[6:8] or (1, 8))
 
 from fake_machine import CUDA, answer, settings  # noqa: E402
 
@@ -46,4 +47,4 @@ def main(run_dir: Path, url: str, seconds: str, count: int, trial_seconds: float
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), *map(float, sys.argv[5:]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), *map(float, sys.argv[5:6]))

@@ -63,33 +63,26 @@ def value(
     largest so far, None while nothing is feasible. `believed` maps answers of the pending trials to the largest
     objective among them."""
     at, pending = gp.points(choices.parameters), observed.pending
+    process, constant = _fit(observed, 0, observed.answers, categorical)
     if pending is not None:
-        expected, _ = _predict(observed, 0, observed.answers, categorical, gp.points(pending.parameters), pending)
+        expected, _ = gp.predict(process, categorical, gp.points(pending.parameters))
         assert believed is not None
-        best = max(believed(expected), -math.inf if best is None else best)
-    mean, sd = _predict(observed, 0, observed.answers, categorical, at, choices, pending)
-    seconds, _ = _predict(observed, 1, observed.log_seconds, categorical, at, choices)
-    improvement = _expected_improvement(mean, sd, objective, best)
-    return np.asarray(improvement * _p_runs(observed, categorical, at) / np.exp(seconds))
-
-
-def _predict(
-    observed: Observed, which: int, answers: Array, categorical: Mask, at: gp.Points, choices: Choices,
-    pending: Choices | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
-    """Mean and standard deviation of the choices' answers, (n,) each: column `which` of the prior means, a constant,
-    and the process fitted to the residuals. `pending`: trials that are expected to give the mean."""
-    known = ~np.isnan(answers)
-    prior = choices.prior[:, which]
-    if not known.any() and pending is None:
-        return prior, np.full(len(prior), gp.PRIOR_SCALE)
-    residuals = answers[known] - observed.prior[known, which]
-    constant = float(np.median(residuals)) if known.any() else 0.0
-    process = gp.fit(observed.parameters[known], categorical, residuals - constant)
-    if pending is not None:
+        best = max(believed(pending.prior[:, 0] + constant + expected), -math.inf if best is None else best)
         process = gp.believe(process, categorical, pending.parameters)
     mean, sd = gp.predict(process, categorical, at)
-    return prior + constant + mean, sd
+    improvement = _expected_improvement(choices.prior[:, 0] + constant + mean, sd, objective, best)
+    process, constant = _fit(observed, 1, observed.log_seconds, categorical)
+    mean, _ = gp.predict(process, categorical, at)
+    seconds = np.exp(choices.prior[:, 1] + constant + mean)
+    return np.asarray(improvement * _p_runs(observed, categorical, at) / seconds)
+
+
+def _fit(observed: Observed, which: int, answers: Array, categorical: Mask) -> tuple[gp.Process, float]:
+    """What is left of the known answers (m,) beside column `which` of the prior means: a process, and a constant."""
+    known = ~np.isnan(answers)
+    residuals = answers[known] - observed.prior[known, which]
+    constant = float(np.median(residuals)) if known.any() else 0.0
+    return gp.fit(observed.parameters[known], categorical, residuals - constant), constant
 
 
 def _expected_improvement(mean: Array, sd: Array, objective: Callable[[Array], Array], best: float | None) -> Array:

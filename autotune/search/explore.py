@@ -46,7 +46,7 @@ class Exploration:
     def _next(self, slot: Slot) -> TrialJob | None:
         """What a slot measures next; None, with the reason in `_why`, where nothing is left to do."""
         while True:
-            self._state.read_peers(older_than=_RECENT_SECONDS)  # it is read again before a proposal is chosen
+            self._state.read_peers(older_than=_RECENT_SECONDS)
             pending = self._trials.pending(final=False)
             known = by_candidate(self._state.records).keys() | {candidate.id for candidate in pending}
             role: Role = next(
@@ -72,18 +72,14 @@ class Exploration:
         if self._allowance(self._proposing_seconds + self._race_seconds()) is None:
             return None
         budget, records = self._state.budget, self._state.records
-        before, taken = budget.elapsed(), None if self._state.peers is None else self._taken
+        before, peers = budget.elapsed(), self._state.peers
+        taken = None if peers is None else peers.begun_since
         proposal = self._proposer.propose(records, self._state.model, pending, taken)
         self._proposing_seconds = max(self._proposing_seconds, budget.elapsed() - before)
         if proposal is None and not pending:
             count = len(by_candidate(records))
             self._why = [f"all {count} candidates of the space were measured before the budget's end"]
         return proposal
-
-    def _taken(self) -> set[str]:
-        """Candidates that are measured by now, or about to be."""
-        self._state.read_peers()
-        return {*by_candidate(self._state.records), *(candidate.id for candidate in self._trials.pending(final=False))}
 
     def _allowance(self, ahead: float) -> Allowance | None:
         state, at_once = self._state, self._trials.side_by_side

@@ -1,7 +1,7 @@
 """Asking the study's sampler for candidates whose answers are not known yet."""
 
 import random
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -77,12 +77,12 @@ class Proposer:
 
     def propose(
         self, records: Iterable[TrialRecord], model: MemoryModel, pending: Sequence[Candidate] = (),
-        taken: Callable[[], Container[str]] | None = None,
+        taken: Callable[[], set[str]] | None = None,
     ) -> "tuple[optuna.Trial | None, Candidate] | None":
         """A candidate whose answer does not follow from the records and which is not `pending`; None where none is
         left. With Optuna's trial, which runs, where an Optuna sampler proposed it. A proposal whose answer is known is
-        answered from its record. `taken`: ids of the candidates that other machines have begun with until the moment
-        when it is called, which is as late as possible."""
+        answered from its record. `taken`: ids of the candidates that machines have begun with since the records and
+        `pending` were read, asked for as late as possible."""
         from autotune.search.sampler import choose
 
         problem, used = self._problem, model if self.knowledge.memory_model else None
@@ -110,21 +110,21 @@ class Proposer:
         drawn = random.Random(f"{self._settings.seed} {len(problem.known)} {len(runs)}").choice(problem.left.candidates)
         return None, drawn
 
-    def _apart(self, taken: Callable[[], Container[str]], values: Array) -> Array:
+    def _apart(self, taken: Callable[[], set[str]], values: Array) -> Array:
         """Values with which machines that propose at the same moment seldom take the same candidate."""
         begun = taken()
         left = np.array([candidate.id not in begun for candidate in self._problem.left.candidates])
         return np.asarray(values * left * np.exp(_ERROR * self._dice.standard_normal(len(values))))
 
     def _first(
-        self, model: MemoryModel | None, runs: Container[str], taken: Callable[[], Container[str]] | None
+        self, model: MemoryModel | None, runs: set[str], taken: Callable[[], set[str]] | None
     ) -> Candidate | None:
         """The next start whose answer is not known and which does not run, while there are few answers; beside other
         machines, which begin with the same list, any of them."""
         known = self._problem.known
         if not self._start or len(known) > STARTS:
             return None
-        begun = runs if taken is None else taken()
+        begun = runs if taken is None else runs | taken()
         faster = pace_of(known.values(), self._card)
         found = starts(self._space, self._settings, self._card, model, pace=faster)  # each trial moves the models
         left = [c for c in found if c.id not in known and c.id not in begun]

@@ -18,7 +18,7 @@ from autotune.errors import ConfigError
 from autotune.runs.records import Role, TrialRecord
 from autotune.search import study as studies
 from autotune.search import study_trials
-from autotune.search.storage import BEAT_SECONDS, GRACE_SECONDS
+from autotune.search.storage import BEAT_SECONDS, GRACE_SECONDS, Begun, trials_after
 
 if TYPE_CHECKING:
     import optuna
@@ -62,8 +62,8 @@ class Peers:
     ) -> None:
         """`known`: numbers of trials whose records are known."""
         self._study, self._clock = study, clock
-        self._seen: set[int] = set()  # numbers of trials that were there at the last look
-        self._done = set(known)  # those that have ended, among them
+        self._latest = -1  # number of the latest trial that was there at the last look
+        self._done = set(known)  # numbers of those that have ended
         self._claims: dict[int, Claim] = {}
         self._first_seen: dict[int, float] = {}  # when each running trial was seen first
         self._since, self._looked = clock(), clock()
@@ -87,7 +87,7 @@ class Peers:
                     new.append(record)
             elif number not in self._claims and (candidate := study_trials.requested_candidate(trial)) is not None:
                 self._claims[number] = Claim(number=number, candidate=candidate, role=trial.user_attrs["role"])
-        self._seen = {trial.number for trial in trials}
+        self._latest = max((trial.number for trial in trials), default=-1)
         return new, list(self._claims.values())
 
     def done(self, number: int) -> None:
@@ -95,16 +95,20 @@ class Peers:
         self._done.add(number)
         self._claims.pop(number, None)
 
+    def begun_since(self) -> set[str]:
+        """Ids of the candidates that any process has begun to search since the last look."""
+        return {begun.candidate_id for begun in self._begun() if begun.role != "final"}
+
     def has_lost(self, number: int, candidate: Candidate, role: Role) -> bool:
         """Whether another process began with this candidate just before trial `number` did."""
         mine = candidate.id, role == "final"
-        for trial in reversed(self._study.get_trials(deepcopy=False)):
-            told = trial.user_attrs
-            if trial.number >= number or trial.number in self._seen or told.get("role") not in get_args(Role):
-                continue
-            if (told.get("candidate_id"), told["role"] == "final") == mine and trial.state.name != "FAIL":
-                return True
-        return False
+        return any(
+            (begun.candidate_id, begun.role == "final") == mine for begun in self._begun() if begun.number < number
+        )
+
+    def _begun(self) -> list[Begun]:
+        found = trials_after(self._study, self._latest)
+        return [begun for begun in found if begun.role in get_args(Role) and not begun.failed]
 
     def beat(self, trials: Iterable["optuna.Trial"]) -> None:
         """Say that these trials' machine lives, and end those of machines that do not, each every BEAT_SECONDS."""

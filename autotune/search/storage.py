@@ -7,12 +7,14 @@ locks the file, each statement is repeated until the other program is done. http
 """
 
 import contextlib
+import json
 import os
 import sqlite3
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,6 +46,8 @@ class Patience:
 LEAST_PATIENCE_SECONDS = 60.0
 FIRST_PATIENCE_SECONDS = 5.0
 """Seconds for which a server is waited for at the start."""
+_PATIENCE = "autotune_patience"
+"""Name of the engine's option that holds it."""
 _TRY_SECONDS = 0.1
 """Timeout of one try by SQLite; signals are handled between tries."""
 _LONGEST_PAUSE_SECONDS = 0.5
@@ -73,7 +77,7 @@ def open_storage(run_dir: Path, url: str, patience: Patience) -> "optuna.storage
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     where = connect_url(url) if url else sqlalchemy.URL.create("sqlite", database=str((run_dir / STUDY_DB).resolve()))
     name = f"--storage {shown(without_password(url))}" if url else str(run_dir / STUDY_DB)
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"execution_options": {_PATIENCE: patience}}
     beats = where.get_backend_name() != "sqlite"
     if not beats:
         arguments["connect_args"] = {"timeout": _TRY_SECONDS, "factory": partial(_Connection, patience)}
@@ -205,13 +209,48 @@ def _is_away(error: BaseException) -> bool:
 
 def heartbeats(study: "optuna.Study") -> set[int]:
     """Ids of the trials that ever had a heartbeat."""
+    return {row[0] for row in _rows(study, "SELECT trial_id FROM trial_heartbeats")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """As much of a trial as tells whose a candidate is."""
+
+    number: int
+    candidate_id: str
+    role: str
+    failed: bool
+
+
+def trials_after(study: "optuna.Study", number: int) -> list[Begun]:
+    """The trials with a greater number that have a candidate. Optuna would read every attribute of all that runs, and
+    this is asked before and after each claim."""
+    query = (
+        "SELECT t.number, t.state, c.value_json, r.value_json FROM trials t "
+        "JOIN trial_user_attributes c ON c.trial_id = t.trial_id AND c.key = 'candidate_id' "
+        "JOIN trial_user_attributes r ON r.trial_id = t.trial_id AND r.key = 'role' "
+        "WHERE t.study_id = :study_id AND t.number > :number"
+    )
+    return [
+        Begun(number=row[0], failed=row[1] == "FAIL", candidate_id=json.loads(row[2]), role=json.loads(row[3]))
+        for row in _rows(study, query, study_id=study._study_id, number=number)
+    ]
+
+
+def _rows(study: "optuna.Study", query: str, **values: object) -> "Sequence[sqlalchemy.Row[Any]]":
+    """The answer of Optuna's tables to SQL; like its own calls, it outlasts a server's loss."""
     import optuna
     import sqlalchemy
 
     cached = study._storage
     assert isinstance(cached, optuna.storages._CachedStorage)
-    with cached._backend.engine.connect() as connection:
-        return {number for (number,) in connection.execute(sqlalchemy.text("SELECT trial_id FROM trial_heartbeats"))}
+    engine = cached._backend.engine
+
+    def ask() -> "Sequence[sqlalchemy.Row[Any]]":
+        with engine.connect() as connection:
+            return connection.execute(sqlalchemy.text(query), values).all()
+
+    return _outlasted(ask, engine.get_execution_options()[_PATIENCE])
 
 
 def _prepare_sqlite(engine: "sqlalchemy.Engine") -> None:

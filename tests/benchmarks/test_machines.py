@@ -25,6 +25,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import postgres
 
+from autotune.search.storage import BEAT_SECONDS, GRACE_SECONDS
+
 pytestmark = pytest.mark.skipif(bool(postgres.missing()), reason=postgres.missing())
 TESTS = Path(__file__).parents[1]
 MARK = "AUTOTUNE_MACHINES_BENCHMARK"
@@ -33,14 +35,17 @@ LEAST_PER_SECOND, MOST_SAMPLER_MS = 10.0, 200.0
 KILLS = 100
 
 
-def machine(folder: Path, name: str, url: str, seconds: int, slots: int, trial: float) -> subprocess.Popen[bytes]:
+def machine(
+    folder: Path, name: str, url: str, seconds: int, slots: int, trial: float, *beats: int
+) -> subprocess.Popen[bytes]:  # fmt: skip
+    """`beats`: seconds between heartbeats, and after which they are overdue; none: fast ones."""
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     environment = {
         **os.environ, "PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1", "AUTOTUNE_STORAGE_PASSWORD": postgres.PASSWORD,
         MARK: str(folder),
     }  # fmt: skip
     script = str(TESTS / "machine_of_many.py")
-    command = [sys.executable, script, str(folder / name), url, f"{seconds}s", str(slots), str(trial)]
+    command = [sys.executable, script, str(folder / name), url, f"{seconds}s", *map(str, (slots, trial, *beats))]
     out = (folder / f"{name}.out").open("ab")
     return subprocess.Popen(command, stdout=out, stderr=out, env=environment)
 
@@ -84,7 +89,8 @@ def test_coordination_of_64_workers(benchmark: Any, tmp_path: Path) -> None:
     def run() -> None:
         with postgres.running() as server:
             each = WORKERS // MACHINES
-            running = [machine(tmp_path, f"m{i}", server.url(), SECONDS, each, 1.0) for i in range(MACHINES)]
+            beats = BEAT_SECONDS, GRACE_SECONDS
+            running = [machine(tmp_path, f"m{i}", server.url(), SECONDS, each, 1.0, *beats) for i in range(MACHINES)]
             while not all((tmp_path / f"m{i}.measured").exists() for i in range(MACHINES)):
                 assert all(process.poll() is None for process in running), (tmp_path / "m0.out").read_text()
                 time.sleep(0.2)
@@ -117,7 +123,6 @@ def test_sampler_of_a_large_study(benchmark: Any) -> None:
 
     def run() -> None:
         trials = Trials(settings(CUDA, model=""))
-        trials.study = optuna.create_study(direction="minimize")
         for wanted in (50, 500, 1000, 2000, 5000):
             while len(trials.records) < wanted:  # the sampler itself is not asked for these
                 known = {record.candidate.id: record for record in trials.records}
