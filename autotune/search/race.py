@@ -32,8 +32,8 @@ from autotune.search.halving import Step, expected, full_tokens, order_of, tied
 from autotune.search.space import canonical
 from autotune.units import format_count
 
-SHAPES = 4
-"""Shapes that compete: the law errs about their order by more than they differ."""
+SHAPES = 12
+"""Shapes that may compete: the law errs about their order by more than they differ."""
 MOST_RIVALS = 27
 _RATES: dict[Optimizer, tuple[float, ...]] = {"muon": (0.5, 1.0, 2.0, 4.0, 8.0), "adamw": (0.5, 1.0, 2.0)}
 """Factors of the rule's learning rate."""
@@ -60,33 +60,48 @@ _PATIENCE_SECONDS = 60.0
 
 
 def candidates_for_race(records: Sequence[TrialRecord], settings: SearchSettings) -> tuple[Rival, ...]:
-    """Rivals, in the order in which they should be trained: shapes by the law at their measured speeds, optimizers,
-    learning rates and batches around the rules, and among those the most promising (`_most_promising`). The baseline's
-    recipe is one of the first, so that it is known what was gained."""
+    """Rivals, in the order in which they should be trained: measured shapes with optimizers, learning rates and batches
+    around the rules, and among those the most promising (`_most_promising`). The baseline's recipe is one of the first,
+    so that it is known what was gained."""
     ranked = best_first([record for record in records if record.role not in ("race", "final")], maximise=False)
     fastest = {record.candidate.shape: record for record in reversed(ranked)}
-    shapes = [fastest[shape] for shape in dict.fromkeys(record.candidate.shape for record in ranked)]
-    own = [record for record in shapes if record.candidate.shape == settings.recipe.shape]
-    shapes = shapes[:SHAPES] + [record for record in own if record not in shapes[:SHAPES]]
+    every = [rival for record in fastest.values() for rival in _rivals_of(record, settings)]
+    unique = {(rival.candidate.recipe, rival.rate_factor): rival for rival in every}
+    field = [replace(rival, rival=number) for number, rival in enumerate(unique.values())]
+    order = _most_promising(_of_best_shapes(field, settings), settings.seed)
+    return _with_baseline_early(order, settings)[:MOST_RIVALS]
+
+
+def _rivals_of(record: TrialRecord, settings: SearchSettings) -> list[Rival]:
+    """Recipes for the shape of a trial, around the rules; of the baseline's shape its own recipe too."""
+    measured, speed = record.candidate, record.result.tokens_per_second or 0.0
+    tokens = training_tokens(settings, speed)
     optimizers: tuple[Optimizer, ...] = ("adamw",) if settings.target == "nanogpt" else ("muon", "adamw")
-    found: list[Rival] = []
-    for record in shapes:
-        speed = record.result.tokens_per_second or 0.0
-        tokens = training_tokens(settings, speed)
-        batches = _batches(record.candidate, tokens, settings)
-        for optimizer, batch in itertools.product(optimizers, batches):
-            for factor in _RATES[optimizer]:
-                candidate = _rival(record.candidate, optimizer, batch, factor, tokens, settings)
-                found.append(
-                    Rival(rival=len(found), candidate=candidate, rate_factor=factor, seconds=tokens / speed)
-                )
-        if record in own:
-            words = record.candidate, settings.recipe.optimizer, settings.recipe.global_batch_size
-            factor = _own_factor(settings, _rival(*words, 1.0, tokens, settings).recipe)
-            candidate = _rival(*words, factor, tokens, settings)
-            found.append(Rival(rival=len(found), candidate=candidate, rate_factor=factor, seconds=tokens / speed))
-    unique = list({(rival.candidate.recipe, rival.rate_factor): rival for rival in reversed(found)}.values())
-    return _with_baseline_early(_most_promising(unique, settings.seed), settings)[:MOST_RIVALS]
+    recipes = [
+        (optimizer, batch, factor)
+        for optimizer, batch in itertools.product(optimizers, _batches(measured, tokens, settings))
+        for factor in _RATES[optimizer]
+    ]
+    if measured.shape == settings.recipe.shape:
+        own = settings.recipe.optimizer, settings.recipe.global_batch_size
+        recipes.append((*own, _own_factor(settings, _rival(measured, *own, 1.0, tokens, settings).recipe)))
+    return [
+        Rival(
+            rival=0, candidate=_rival(measured, optimizer, batch, factor, tokens, settings), rate_factor=factor,
+            seconds=tokens / speed,
+        )
+        for optimizer, batch, factor in recipes
+    ]  # fmt: skip
+
+
+def _of_best_shapes(rivals: Sequence[Rival], settings: SearchSettings) -> list[Rival]:
+    """The rivals of the SHAPES shapes from whose best recipe the lowest loss is expected, and of the baseline's."""
+    least: dict[Shape, float] = {}
+    for rival, loss in zip(rivals, expected(rivals, []).means.tolist(), strict=True):
+        shape = rival.candidate.shape
+        least[shape] = min(loss, least.get(shape, math.inf))
+    best = {*sorted(least, key=least.__getitem__)[:SHAPES], settings.recipe.shape}
+    return [rival for rival in rivals if rival.candidate.shape in best]
 
 
 def _most_promising(rivals: Sequence[Rival], seed: int) -> list[Rival]:
