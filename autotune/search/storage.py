@@ -13,7 +13,7 @@ import sqlite3
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -237,7 +237,7 @@ def trials_after(study: "optuna.Study", number: int) -> list[Begun]:
     ]
 
 
-def _rows(study: "optuna.Study", query: str, **values: object) -> "Sequence[sqlalchemy.Row[Any]]":
+def _rows(study: "optuna.Study", query: str, **values: object) -> list[tuple[Any, ...]]:
     """The answer of Optuna's tables to SQL; like its own calls, it outlasts a server's loss."""
     import optuna
     import sqlalchemy
@@ -246,9 +246,9 @@ def _rows(study: "optuna.Study", query: str, **values: object) -> "Sequence[sqla
     assert isinstance(cached, optuna.storages._CachedStorage)
     engine = cached._backend.engine
 
-    def ask() -> "Sequence[sqlalchemy.Row[Any]]":
+    def ask() -> list[tuple[Any, ...]]:
         with engine.connect() as connection:
-            return connection.execute(sqlalchemy.text(query), values).all()
+            return [tuple(row) for row in connection.execute(sqlalchemy.text(query), values)]
 
     return _outlasted(ask, engine.get_execution_options()[_PATIENCE])
 
