@@ -7,8 +7,8 @@ Shapes: m finished trials, n candidates, k parameters.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from autotune.search.gp import Array, Mask
 FITTED = 96
 """Trials that the processes are fitted to; the time this takes grows with its cube."""
 
+_IMPROBABLE = 1e-3
+"""Probability that no better pending trial runs, below which the worse ones are not looked at."""
 _EI_FLOOR = 0.01
 """Improvement, in standard deviations, that every candidate is credited with: where the model expects none, what is
 bound to fail must not look better than what is bound to run."""
@@ -39,6 +41,8 @@ class Observed:
     """(m, 2): prior means of `answers` and `log_seconds`."""
     pending: "Choices | None" = None
     """Trials that run."""
+    pending_fits: Array = field(default_factory=lambda: np.ones(0))
+    """Their probabilities to need no more memory than the limit."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,29 +56,40 @@ class Choices:
 
 
 def value(
-    observed: Observed,
-    choices: Choices,
-    categorical: Mask,
-    objective: Callable[[Array], Array],
-    best: float | None,
-    believed: Callable[[Array], float] | None = None,
-) -> Array:
+    observed: Observed, choices: Choices, categorical: Mask, objective: Callable[[Array], Array], best: float | None,
+    pending_objective: Callable[[Array], Array] | None = None,
+) -> Array:  # fmt: skip
     """Value of each choice, (n,). `objective` maps answers (n,) of the choices to what is maximised; `best`: the
-    largest so far, None while nothing is feasible. `believed` maps answers of the pending trials to the largest
-    objective among them."""
+    largest so far, None while nothing is feasible. `pending_objective`: `objective` of the pending trials."""
     at, pending = gp.points(choices.parameters), observed.pending
     process, constant = _fit(observed, 0, observed.answers, categorical)
+    p_runs = _p_runs(observed, categorical)
+    bests: list[tuple[float | None, float]] = [(best, 1.0)]
     if pending is not None:
-        expected, _ = gp.predict(process, categorical, gp.points(pending.parameters))
-        assert believed is not None
-        best = max(believed(pending.prior[:, 0] + constant + expected), -math.inf if best is None else best)
+        assert pending_objective is not None
+        there = gp.points(pending.parameters)
+        expected, _ = gp.predict(process, categorical, there)
+        reached = pending_objective(pending.prior[:, 0] + constant + expected)
+        bests = _bests(best, reached, observed.pending_fits * p_runs(there))
         process = gp.believe(process, categorical, pending.parameters)
     mean, sd = gp.predict(process, categorical, at)
-    improvement = _expected_improvement(choices.prior[:, 0] + constant + mean, sd, objective, best)
+    improvement = _expected_improvement(choices.prior[:, 0] + constant + mean, sd, objective, bests)
     process, constant = _fit(observed, 1, observed.log_seconds, categorical)
     mean, _ = gp.predict(process, categorical, at)
     seconds = np.exp(choices.prior[:, 1] + constant + mean)
-    return np.asarray(improvement * _p_runs(observed, categorical, at) / seconds)
+    return np.asarray(improvement * p_runs(at) / seconds)
+
+
+def _bests(best: float | None, reached: Array, p_runs: Array) -> list[tuple[float | None, float]]:
+    """What the best may be once the pending trials have ended, and how probable that is: the objective `reached` by the
+    first of them that runs, else the best so far."""
+    found, left = list[tuple[float | None, float]](), 1.0
+    for place in np.argsort(-reached, kind="stable"):
+        if left < _IMPROBABLE or (best is not None and reached[place] <= best):
+            break
+        found.append((float(reached[place]), left * float(p_runs[place])))
+        left *= 1.0 - float(p_runs[place])
+    return [*found, (best, left)]
 
 
 def _fit(observed: Observed, which: int, answers: Array, categorical: Mask) -> tuple[gp.Process, float]:
@@ -85,21 +100,31 @@ def _fit(observed: Observed, which: int, answers: Array, categorical: Mask) -> t
     return gp.fit(observed.parameters[known], categorical, residuals - constant), constant
 
 
-def _expected_improvement(mean: Array, sd: Array, objective: Callable[[Array], Array], best: float | None) -> Array:
-    """(n,): over the best so far; over the worst choice while nothing is feasible."""
+def _expected_improvement(
+    mean: Array, sd: Array, objective: Callable[[Array], Array], bests: Sequence[tuple[float | None, float]]
+) -> Array:
+    """(n,): over each of the bests, weighted with its probability; over the worst choice while nothing is feasible."""
     centre = objective(mean)
     spread = np.maximum((objective(mean + sd) - objective(mean - sd)) / 2, 1e-12)
-    z = (centre - (float(centre.min()) if best is None else best)) / spread
-    density = np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
-    return np.asarray(spread * (z * gp.normal_cdf(z) + density + _EI_FLOOR))
+    found = np.zeros(len(mean))
+    for best, probability in bests:
+        z = (centre - (float(centre.min()) if best is None else best)) / spread
+        density = np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
+        found += probability * (z * gp.normal_cdf(z) + density)
+    return np.asarray(spread * (found + _EI_FLOOR))
 
 
-def _p_runs(observed: Observed, categorical: Mask, at: gp.Points) -> Array:
-    """(n,): probability that a choice is feasible, from those that were and were not."""
+def _p_runs(observed: Observed, categorical: Mask) -> Callable[[gp.Points], Array]:
+    """Probability that each of n points is feasible, (n,), from the trials that were and were not."""
     if not observed.failed.any():
-        return np.ones(at.has.shape[1])
-    mean, sd = gp.predict(gp.fit(observed.parameters, categorical, observed.failed.astype(float)), categorical, at)
-    return gp.normal_cdf((0.5 - mean) / np.hypot(sd, 0.1))
+        return lambda at: np.ones(at.has.shape[1])
+    process = gp.fit(observed.parameters, categorical, observed.failed.astype(float))
+
+    def p_runs(at: gp.Points) -> Array:
+        mean, sd = gp.predict(process, categorical, at)
+        return gp.normal_cdf((0.5 - mean) / np.hypot(sd, 0.1))
+
+    return p_runs
 
 
 def most_valuable(values: Array, p_fits: Callable[[list[int]], Array], block: int = 16) -> int:

@@ -129,7 +129,8 @@ def resume(
             files.refuse_another_machine(run_dir, here)
         whole = settings.budget_seconds if budget_seconds is None else budget_seconds
         patience = storage.within(begin(whole, started, clock).remaining)
-        study = studies.load_study(run_dir, settings, patience)
+        # its server was reached once: it may be starting again
+        study = studies.load_study(run_dir, settings, patience, at_first=storage.in_a_minute)
         studies.refuse_older(study, run_dir)
         study_trials.close_stale(study, run_dir, settings.memory_limit_bytes)
         spent = part.follows(run_dir, 0.0 if shared else studies.spent_seconds(study))

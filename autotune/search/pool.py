@@ -194,6 +194,7 @@ class CandidateProblem:
             pending=None
             if pending is None
             else Choices(parameters=pending.parameters, prior=pending.prior * self._priors),
+            pending_fits=self._p_fits(list(self._pending.values())),
             parameters=features.parameters,
             answers=np.log([result.tokens_per_second or np.nan for result in results]),
             log_seconds=np.log([result.trial_seconds or np.nan for result in results]),
@@ -215,8 +216,9 @@ class CandidateProblem:
         """The objective at log speeds (n,), larger is better."""
         return self._objective(self.left.candidates, answers)
 
-    def believed(self, answers: Array) -> float:
-        return float(self._objective(list(self._pending.values()), answers).max())
+    def pending_objective(self, answers: Array) -> Array:
+        """The same of what is being measured."""
+        return self._objective(list(self._pending.values()), answers)
 
     def _objective(self, candidates: Sequence[Candidate], answers: Array) -> Array:
         if maximised(self.settings):
@@ -229,9 +231,12 @@ class CandidateProblem:
         return max((sign * r.objective for r in self.known.values() if r.objective is not None), default=None)
 
     def p_fits(self, rows: list[int]) -> Array:
-        if self._model is None:
-            return np.ones(len(rows))
-        found = predictions(self._model, [self.left.candidates[i] for i in rows])
+        return self._p_fits([self.left.candidates[i] for i in rows])
+
+    def _p_fits(self, candidates: Sequence[Candidate]) -> Array:
+        if self._model is None or not candidates:
+            return np.ones(len(candidates))
+        found = predictions(self._model, candidates)
         return np.array([prediction.p_within(self.settings.memory_limit_bytes) for prediction in found])
 
     def parameters(self, row: int) -> dict[str, Any]:

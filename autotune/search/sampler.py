@@ -36,8 +36,8 @@ class Problem(Protocol):
     def objective(self, answers: Array) -> Array:
         """What is maximised, (n,), from the answers (n,) of the choices."""
 
-    def believed(self, answers: Array) -> float:
-        """The largest objective of the pending trials, from their answers."""
+    def pending_objective(self, answers: Array) -> Array:
+        """The same of the pending trials."""
 
     def best(self) -> float | None:
         """The largest objective so far; None while nothing is feasible."""
@@ -102,7 +102,7 @@ def choose(problem: Problem, revise: Callable[[Array], Array] | None = None) -> 
     if not len(choices.parameters):
         return None
     values = acquisition.value(
-        observed, choices, problem.categorical(), problem.objective, problem.best(), problem.believed
+        observed, choices, problem.categorical(), problem.objective, problem.best(), problem.pending_objective
     )
     return acquisition.most_valuable(values if revise is None else revise(values), problem.p_fits)
 
@@ -150,8 +150,8 @@ class StudyProblem:
     def objective(self, answers: Array) -> Array:
         return answers
 
-    def believed(self, answers: Array) -> float:
-        return float(answers.max())
+    def pending_objective(self, answers: Array) -> Array:
+        return answers
 
     def best(self) -> float | None:
         return self._best

@@ -66,11 +66,14 @@ def within(remaining: Callable[[], float]) -> Patience:
 
 
 in_a_minute = Patience(lambda: LEAST_PATIENCE_SECONDS)
+soon = Patience(lambda: FIRST_PATIENCE_SECONDS)
 
 
-def open_storage(run_dir: Path, url: str, patience: Patience) -> "optuna.storages.BaseStorage":
-    """The storage of that URL; where it is empty, the SQLite file of the run directory. Raises ConfigError for what
-    does not open or holds something else."""
+def open_storage(
+    run_dir: Path, url: str, patience: Patience, at_first: Patience = soon
+) -> "optuna.storages.BaseStorage":
+    """The storage of that URL; where it is empty, the SQLite file of the run directory. `at_first`: patience with a
+    server that is not reached at the start. Raises ConfigError for what does not open or holds something else."""
     import optuna
     import sqlalchemy
 
@@ -87,12 +90,15 @@ def open_storage(run_dir: Path, url: str, patience: Patience) -> "optuna.storage
             arguments["connect_args"] = _ALERT
     try:
         engine = sqlalchemy.create_engine(where, **arguments)
-        soon = Patience(lambda: FIRST_PATIENCE_SECONDS if beats else 0.0)
-        tables = _outlasted(lambda: sqlalchemy.inspect(engine).get_table_names(), soon)
-        engine.dispose()
-        if tables and "studies" not in tables:  # Optuna would add its own tables to somebody's database
-            raise ConfigError(f"{name} holds something else ({one_line(tables[0])}); give a database of its own")
-        storage = _made(where.render_as_string(hide_password=False), arguments, beats=beats)
+
+        def opened() -> "optuna.storages.RDBStorage":
+            tables = sqlalchemy.inspect(engine).get_table_names()
+            engine.dispose()
+            if tables and "studies" not in tables:  # Optuna would add its own tables to somebody's database
+                raise ConfigError(f"{name} holds something else ({one_line(tables[0])}); give a database of its own")
+            return _made(where.render_as_string(hide_password=False), arguments, beats=beats)
+
+        storage = _outlasted(opened, at_first if beats else Patience(lambda: 0.0))
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
         secrets = secrets_in([url]) | {str(where.password or "")} - {""}
         advice = "give for example sqlite:///studies.db" if url else "another program may be using it, or it is damaged"

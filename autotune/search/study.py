@@ -22,7 +22,7 @@ from autotune.runs.objective import maximised
 from autotune.runs.races import Lineup, Reading
 from autotune.runs.verdict import Verdict
 from autotune.search.space import Space
-from autotune.search.storage import Patience, in_a_minute, open_storage
+from autotune.search.storage import Patience, in_a_minute, open_storage, soon
 
 if TYPE_CHECKING:  # importing optuna takes a quarter of a second; only a search pays it
     import optuna
@@ -74,16 +74,18 @@ def create_study(
 
 
 def load_study(
-    run_dir: Path, settings: SearchSettings | None, patience: Patience = in_a_minute, url: str = ""
-) -> "optuna.Study":
-    """The study of an earlier search; where its settings are lost, the only one of the run directory.
+    run_dir: Path, settings: SearchSettings | None, patience: Patience = in_a_minute, url: str = "",
+    at_first: Patience = soon,
+) -> "optuna.Study":  # fmt: skip
+    """The study of an earlier search; where its settings are lost, the only one of the run directory. `at_first`:
+    patience with a server that is not reached at the start.
     Raises ConfigError for a storage that does not open or is not ours."""
     import optuna
 
     name, url = (settings.name, url or settings.storage) if settings else ("", "")
     if not url and not (run_dir / STUDY_DB).exists():
         raise ConfigError(f"{run_dir} has no {STUDY_DB}; give the directory of a run")
-    storage = open_storage(run_dir, url, patience)
+    storage = open_storage(run_dir, url, patience, at_first)
     names = optuna.get_all_study_names(storage)
     if not name and len(names) == 1:
         name = names[0]

@@ -226,9 +226,9 @@ def test_no_file_of_a_run_holds_the_password(tmp_path: Path, monkeypatch: pytest
     """The database stands in for a PostgreSQL server, which only `open_storage` meets."""
     opened: list[str] = []
 
-    def stand_in(run_dir: Path, url: str, patience: storage.Patience) -> optuna.storages.BaseStorage:
+    def stand_in(run_dir: Path, url: str, *patience: storage.Patience) -> optuna.storages.BaseStorage:
         opened.append(url)
-        return real(run_dir, f"sqlite:///{tmp_path}/server.db", patience)
+        return real(run_dir, f"sqlite:///{tmp_path}/server.db", *patience)
 
     real = storage.open_storage
     monkeypatch.setattr(studies, "open_storage", stand_in)
