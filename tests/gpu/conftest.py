@@ -1,6 +1,7 @@
 """GPU acceptance: options, resumption over several calls, one JSON and one CSV file of rows for each test file."""
 
 import json
+import shutil
 import time
 from collections.abc import Generator
 from dataclasses import asdict
@@ -101,11 +102,13 @@ def pytest_runtest_makereport(
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """With nothing left to run, the exit status is what was recorded."""
+    """With nothing left to run, the exit status is what was recorded. A dry run in which nothing failed leaves nothing."""
     bench = session.config.stash[BENCH]
     rows = [row for name in ORDER for row in rows_in(bench.directory, name).values()] if bench else []
     if rows and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = int(not all(row["ok"] for row in rows))
+    if bench and bench.dry and session.exitstatus == pytest.ExitCode.OK:
+        shutil.rmtree(bench.scratch, ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
