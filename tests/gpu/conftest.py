@@ -102,7 +102,7 @@ def pytest_runtest_makereport(
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """With nothing left to run, the exit status is what was recorded. A dry run in which nothing failed leaves nothing."""
+    """With nothing left to run, the exit status is what was recorded. A dry run without failures leaves nothing."""
     bench = session.config.stash[BENCH]
     rows = [row for name in ORDER for row in rows_in(bench.directory, name).values()] if bench else []
     if rows and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
