@@ -95,21 +95,22 @@ def raw_loss(law: Law, shape: Shape, tokens: float) -> float:
     return law.loss(parameters, tokens) + context_loss(shape.block_size) - context_loss(_REFERENCE_BLOCK)
 
 
-def predict_loss(law: Law, shape: Shape, tokens: float) -> float:
+def predict_loss(law: Law, shape: Shape, tokens: float, *, muon: bool = False) -> float:
     """Predicted final loss in nats per token after `tokens`; for ranking only. By `law`, or by the curve of recorded
-    short trainings where that is lower: a power law fitted to long trainings is nats too high for short ones."""
+    short trainings, by Muon or AdamW, where that is lower: a power law fitted to long trainings is nats too high for
+    short ones."""
     loss, untrained = raw_loss(law, shape, tokens), math.log(shape.vocab_size)
     if untrained <= 0:
         return loss
-    return float(min(bounded(loss, untrained), bounded(short_loss(shape, tokens), untrained)))
+    return float(min(bounded(loss, untrained), bounded(short_loss(shape, tokens, muon=muon), untrained)))
 
 
-def short_loss(shape: Shape, tokens: float) -> float:
-    """Loss of a short training by AdamW at its best rate and batch: `learned_loss` with the constants that the recorded
-    trainings of `curves.json` left. More than SHORT_TOKENS do not lower it."""
+def short_loss(shape: Shape, tokens: float, *, muon: bool = False) -> float:
+    """Loss of a short training by AdamW or Muon at its best rate and batch: `learned_loss` with the constants that the
+    recorded trainings of `curves.json` left. More than SHORT_TOKENS do not lower it."""
     log_n = math.log(max(1, shape.parameters_non_embedding) / REFERENCE_PARAMETERS)
     log_tokens = math.log(min(max(1.0, tokens), SHORT_TOKENS) / REFERENCE_TOKENS)
-    return learned_loss(_recorded(), log_n, log_tokens, context_loss(shape.block_size), 0.0)
+    return learned_loss(_recorded(), log_n, log_tokens, context_loss(shape.block_size), float(muon))
 
 
 @functools.cache
@@ -122,11 +123,14 @@ def learned_loss(c: Mapping[str, float], log_n: T, log_tokens: T, context: T, mu
     """Loss with constants `c` at the best rate and batch; numbers or arrays. `log_n`, `log_tokens`: against
     REFERENCE_PARAMETERS and REFERENCE_TOKENS; `muon`: 1 for Muon, else 0.
 
-    Size and a longer block show last: before, few tokens are what limits a training.
+    Size and a longer block show last: before, few tokens are what limits a training. Until then, Muon learns more from
+    shorter blocks, of which a batch has more.
     """
     data: T = c["b"] * math.e ** (-(c["beta"] + c["beta_muon"] * muon) * log_tokens - c["muon"] * muon)
     size: T = c["a"] * math.e ** (-c["alpha"] * log_n)
-    loss: T = c["e"] + c["muon_offset"] * muon + data + math.e**-data * (context + size)
+    late: T = math.e**-data
+    early: T = (1.0 - late) * c["context_muon"] * muon * context
+    loss: T = c["e"] + c["muon_offset"] * muon + data + late * (context + size) + early
     return loss
 
 

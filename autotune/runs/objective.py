@@ -63,7 +63,13 @@ def loss_at(settings: SearchSettings, candidate: Candidate, tokens_per_second: f
     """Predicted loss at a measured speed; None for `throughput`."""
     if settings.objective == "throughput":
         return None
-    return predict_loss(law_of(settings), candidate.shape, training_tokens(settings, tokens_per_second))
+    tokens = training_tokens(settings, tokens_per_second)
+    return predict_loss(law_of(settings), candidate.shape, tokens, muon=races_muon(settings))
+
+
+def races_muon(settings: SearchSettings) -> bool:
+    """Whether rivals trained by Muon compete in the search's race, as nearly every winner was."""
+    return settings.race == "on" and settings.target != "nanogpt"
 
 
 def score(settings: SearchSettings, candidate: Candidate, tokens_per_second: float) -> float:

@@ -1,6 +1,7 @@
 """What one search knows so far, and how it is kept: a record goes to the study first, then to the files."""
 
 import bisect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,10 @@ class Event:
 
 Notify = Callable[[Event], None]
 
+_PUBLISHED_SECONDS = 1.0
+"""Beside other machines, whose many trials take their time to conclude from, files are not replaced more often. The
+study has everything, and the end of the search writes all of it."""
+
 
 class State:
     """One search so far: its records and what follows from them, which is computed once a trial."""
@@ -70,6 +75,7 @@ class State:
         self._notes = studies.notes_of(study)
         self._model: MemoryModel | None = None
         self.verdict, self._marked = self._conclude(), Verdict()
+        self._published = -math.inf
 
     @property
     def model(self) -> MemoryModel:
@@ -127,7 +133,8 @@ class State:
         if self.peers is not None:
             self.peers.done(trial.number if kept is None else kept.trial)
         self._add([] if kept is None else [kept])
-        self.publish()
+        if self.peers is None or self.budget.elapsed() - self._published >= _PUBLISHED_SECONDS:
+            self.publish()
         return kept
 
     def keep_on_disk(self, records: Iterable[TrialRecord]) -> None:
@@ -177,6 +184,7 @@ class State:
 
     def publish(self, *, ended: bool = False) -> None:
         """Conclude, replace the files that change with a trial, and mark the leader in the study."""
+        self._published = self.budget.elapsed()
         self.verdict = self._conclude(ended=ended)
         if self.lineup and self.readings:
             write_races(self.directory / files.RACES_CSV, self.lineup.rivals, self.readings)

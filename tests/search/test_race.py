@@ -204,7 +204,7 @@ def test_equal_time_is_asked_of_all_or_equal_tokens(
     assert {request.chunk_tokens % request.candidate.shape.block_size for request in track.requests} == {0}
     assert len({(request.chunk_tokens, request.chunks) for request in track.requests}) == 1
     track = Track(Slow())
-    go(tmp_path / "tokens", track, asked(text, train_time="", train_tokens="1M", budget="8m"))
+    go(tmp_path / "tokens", track, asked(text, train_time="", train_tokens="1M", budget="16m"))
     assert {request.target_seconds for request in track.requests} == {None}
     assert len({round(request.target_tokens, -4) for request in track.requests}) < 5
 
@@ -296,7 +296,7 @@ def test_ctrl_c_in_a_rung_keeps_the_race(tmp_path: Path, text: Path) -> None:
 
 
 def test_a_small_validation_split_is_named_with_its_noise(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a_val_000000.bin", np.arange(1100) % 50_000)
+    write_shard(tmp_path / "a_val_000000.bin", np.arange(4200) % 50_000)
     write_shard(tmp_path / "a_train_000001.bin", np.arange(700_000) % 50_000)
     verdict = go(tmp_path / "run", Track(Slow()), asked(tmp_path, budget="8m"))
     assert any("the validation split is small" in note and "the noise of a difference is ±" in note
@@ -523,7 +523,7 @@ def test_rivals_are_ordered_by_plausibility(tmp_path: Path, text: Path) -> None:
     found = candidates_for_race(records, wanted)
     assert [rival.rival for rival in found] == list(range(len(found)))
     assert found[0].candidate.recipe.optimizer == "muon"
-    assert found[0].rate_factor == 2.0
+    assert found[0].rate_factor == 4.0
     assert sum(is_baseline(rival, wanted) for rival in found[:5]) == 1
     keys = [(r.candidate.id, r.candidate.recipe.learning_rate) for r in found]
     assert len(keys) == len(set(keys))
