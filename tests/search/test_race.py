@@ -296,7 +296,7 @@ def test_ctrl_c_in_a_rung_keeps_the_race(tmp_path: Path, text: Path) -> None:
 
 
 def test_a_small_validation_split_is_named_with_its_noise(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a_val_000000.bin", np.arange(4200) % 50_000)
+    write_shard(tmp_path / "a_val_000000.bin", np.arange(500) % 50_000)
     write_shard(tmp_path / "a_train_000001.bin", np.arange(700_000) % 50_000)
     verdict = go(tmp_path / "run", Track(Slow()), asked(tmp_path, budget="8m"))
     assert any("the validation split is small" in note and "the noise of a difference is ±" in note
