@@ -51,7 +51,7 @@ class Event:
 
 Notify = Callable[[Event], None]
 
-_PUBLISHED_SECONDS = 1.0
+_PUBLISHED_SECONDS = 2.0
 """Beside other machines, whose many trials take their time to conclude from, files are not replaced more often. The
 study has everything, and the end of the search writes all of it."""
 
