@@ -19,7 +19,7 @@ FITTED = 96
 """Trials that the processes are fitted to; the time this takes grows with its cube."""
 
 _IMPROBABLE = 1e-3
-"""Probability that no better pending trial runs, below which the worse ones are not looked at."""
+"""Probability that no better pending trial is feasible below which worse ones are ignored."""
 _EI_FLOOR = 0.01
 """Improvement, in standard deviations, that every candidate is credited with: where the model expects none, what is
 bound to fail must not look better than what is bound to run."""
@@ -81,8 +81,8 @@ def value(
 
 
 def _bests(best: float | None, reached: Array, p_runs: Array) -> list[tuple[float | None, float]]:
-    """What the best may be once the pending trials have ended, and how probable that is: the objective `reached` by the
-    first of them that runs, else the best so far."""
+    """What the best may be once the pending trials have ended, each with its probability: the largest objective
+    `reached` (n,) by a feasible one, else the best so far. `p_runs` (n,): probability that each is feasible."""
     found, left = list[tuple[float | None, float]](), 1.0
     for place in np.argsort(-reached, kind="stable"):
         if left < _IMPROBABLE or (best is not None and reached[place] <= best):

@@ -217,7 +217,7 @@ class CandidateProblem:
         return self._objective(self.left.candidates, answers)
 
     def pending_objective(self, answers: Array) -> Array:
-        """The same of what is being measured."""
+        """The objective of the pending candidates."""
         return self._objective(list(self._pending.values()), answers)
 
     def _objective(self, candidates: Sequence[Candidate], answers: Array) -> Array:

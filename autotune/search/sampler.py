@@ -37,7 +37,7 @@ class Problem(Protocol):
         """What is maximised, (n,), from the answers (n,) of the choices."""
 
     def pending_objective(self, answers: Array) -> Array:
-        """The same of the pending trials."""
+        """What is maximised, from the answers of the pending trials."""
 
     def best(self) -> float | None:
         """The largest objective so far; None while nothing is feasible."""

@@ -52,8 +52,8 @@ class Event:
 Notify = Callable[[Event], None]
 
 _PUBLISHED_SECONDS = 2.0
-"""Beside other machines, whose many trials take their time to conclude from, files are not replaced more often. The
-study has everything, and the end of the search writes all of it."""
+"""Shortest time between two rewrites of a run's files where machines share the study: many trials end there, and each
+conclusion considers all of them. The study holds everything, and the end of the search writes the files once more."""
 
 
 class State:

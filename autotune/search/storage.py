@@ -220,7 +220,7 @@ def heartbeats(study: "optuna.Study") -> set[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Begun:
-    """As much of a trial as tells whose a candidate is."""
+    """What a claim needs to know about a trial that some process has begun."""
 
     number: int
     candidate_id: str
@@ -229,8 +229,8 @@ class Begun:
 
 
 def trials_after(study: "optuna.Study", number: int) -> list[Begun]:
-    """The trials with a greater number that have a candidate. Optuna would read every attribute of all that runs, and
-    this is asked before and after each claim."""
+    """The trials with a greater number that have a candidate. It is asked before and after each claim, and Optuna would
+    read every attribute of all running trials each time."""
     query = (
         "SELECT t.number, t.state, c.value_json, r.value_json FROM trials t "
         "JOIN trial_user_attributes c ON c.trial_id = t.trial_id AND c.key = 'candidate_id' "
@@ -244,7 +244,7 @@ def trials_after(study: "optuna.Study", number: int) -> list[Begun]:
 
 
 def _rows(study: "optuna.Study", query: str, **values: object) -> list[tuple[Any, ...]]:
-    """The answer of Optuna's tables to SQL; like its own calls, it outlasts a server's loss."""
+    """Rows of Optuna's tables. Like Optuna's own calls, the query is repeated while the server is away."""
     import optuna
     import sqlalchemy
 
