@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import optuna
 import pytest
 from fake_machine import CUDA, settings
@@ -45,6 +46,27 @@ def test_while_nothing_works_the_search_moves_away() -> None:
     plans = [r.candidate.plan for r in Trials(settings(CUDA, choices=SMALL), lambda _: crashed).run(10).records]
     assert len({plan.compile for plan in plans}) == 3
     assert len({plan.micro_batch_size for plan in plans}) >= 3
+
+
+def test_a_pending_trial_counts_as_far_as_it_is_likely_to_fit() -> None:
+    """It is expected to be the best by far: beside one that is sure to fit, what is worse is worth next to nothing, but
+    not beside one that will run out of memory."""
+    zeros = np.zeros((3, 2))
+    at = np.array([[0.0], [1.0], [2.0]])
+
+    def values(fits: float) -> gp.Array:
+        observed = acquisition.Observed(
+            parameters=at, answers=np.array([0.0, 0.1, 0.05]), log_seconds=np.zeros(3), failed=np.zeros(3, bool),
+            prior=zeros, pending_fits=np.array([fits]),
+            pending=acquisition.Choices(parameters=np.array([[6.0]]), prior=np.array([[2.0, 0.0]])),
+        )  # fmt: skip
+        choices = acquisition.Choices(parameters=np.array([[4.0], [5.0]]), prior=np.array([[0.5, 0.0], [0.3, 0.0]]))
+        same = np.asarray
+        return acquisition.value(observed, choices, np.array([False]), same, 0.1, same)
+
+    never, perhaps, surely = values(0.0), values(0.5), values(1.0)
+    assert (surely < 0.1 * never).all()
+    assert perhaps == pytest.approx((never + surely) / 2)
 
 
 def test_the_same_records_give_the_same_candidate() -> None:
