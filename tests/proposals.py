@@ -41,14 +41,14 @@ class Trials:
     def __init__(self, asked: SearchSettings, answers: Answer | None = None, environment: Environment = CUDA) -> None:
         self.asked, self.answers = asked, answers or formulas(asked)
         direction = "maximize" if maximised(asked) else "minimize"
-        self.study = optuna.create_study(direction=direction)
+        self.study = optuna.create_study(storage="sqlite://", direction=direction)
         self.proposer = Proposer(self.study, build_space(asked, environment), asked, environment)
         self.records: list[TrialRecord] = []
 
     def model(self) -> MemoryModel:
         return calibrate("cuda", [(record.candidate, record.result) for record in self.records])
 
-    def propose(self) -> tuple[optuna.Trial | None, Candidate] | None:
+    def propose(self) -> tuple[study_trials.OpenTrial | None, Candidate] | None:
         return self.proposer.propose(self.records, self.model())
 
     def run(self, count: int) -> "Trials":
@@ -63,7 +63,7 @@ class Trials:
             self.end(self.proposer.claim(candidate, {}, trial), candidate)
         return self
 
-    def end(self, trial: optuna.Trial, candidate: Candidate) -> None:
+    def end(self, trial: study_trials.OpenTrial, candidate: Candidate) -> None:
         assert candidate.id not in {record.candidate.id for record in self.records}
         result = self.answers(candidate)
         speed = result.tokens_per_second if result.status == "ok" else None

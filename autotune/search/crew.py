@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from autotune.config.candidate import Candidate
 from autotune.environment import Slot, on_cores
@@ -16,9 +16,7 @@ from autotune.measure.types import RungRequest, TrialRequest, TrialResult
 from autotune.memory.model import Prediction
 from autotune.runs.records import Role
 from autotune.search.budget import Allowance
-
-if TYPE_CHECKING:
-    import optuna
+from autotune.search.study_trials import OpenTrial
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,8 +37,7 @@ class Job:
 class TrialJob(Job):
     """A trial."""
 
-    trial: "optuna.Trial"
-    """Optuna's, which is running; its number is the trial's."""
+    trial: OpenTrial
     prediction: Prediction
 
 

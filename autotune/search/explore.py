@@ -1,7 +1,6 @@
 """The first phase of a search: the baseline, the guide's row, then what the sampler proposes."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from autotune.config.candidate import Candidate
 from autotune.environment import Slot
@@ -14,10 +13,6 @@ from autotune.search.propose import Proposer
 from autotune.search.space import baseline, guide_candidate
 from autotune.search.state import State
 from autotune.search.trials import Trials
-
-if TYPE_CHECKING:
-    import optuna
-
 
 _RECENT_SECONDS = 2.0
 """Age of what is known of other machines, shorter than nearly any trial, at which a proposal may begin."""
@@ -67,7 +62,7 @@ class Exploration:
             if (job := self._trials.begin(slot, role, candidate, allowance, trial)) is not None:
                 return job
 
-    def _propose(self, pending: Sequence[Candidate]) -> "tuple[optuna.Trial | None, Candidate] | None":
+    def _propose(self, pending: Sequence[Candidate]) -> tuple[study_trials.OpenTrial | None, Candidate] | None:
         """A candidate, with Optuna's trial where that has begun; None where no time or no candidate is left."""
         if self._allowance(self._proposing_seconds + self._race_seconds()) is None:
             return None

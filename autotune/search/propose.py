@@ -78,7 +78,7 @@ class Proposer:
     def propose(
         self, records: Iterable[TrialRecord], model: MemoryModel, pending: Sequence[Candidate] = (),
         taken: Callable[[], set[str]] | None = None,
-    ) -> "tuple[optuna.Trial | None, Candidate] | None":
+    ) -> tuple[study_trials.OpenTrial | None, Candidate] | None:
         """A candidate whose answer does not follow from the records and which is not `pending`; None where none is
         left. With Optuna's trial, which runs, where an Optuna sampler proposed it. A proposal whose answer is known is
         answered from its record. `taken`: ids of the candidates that machines have begun with since the records and
@@ -97,8 +97,8 @@ class Proposer:
             assert row is not None
             return None, problem.left.candidates[row]
         for _ in range(REPEATS):
-            trial = study_trials.ask(self._study, self._kinds)
-            candidate = candidate_at(self._space, trial.params)
+            trial, parameters = study_trials.ask(self._study, self._kinds)
+            candidate = candidate_at(self._space, parameters)
             answer = problem.known.get(candidate.id) or dominated_by_oom(candidate, problem.known)
             if answer is not None:
                 study_trials.repeat(self._study, trial, answer, self._settings.memory_limit_bytes)
@@ -134,14 +134,12 @@ class Proposer:
         return left[0] if taken is None else left[int(self._dice.integers(len(left)))]
 
     def claim(
-        self, candidate: Candidate, attributes: Mapping[str, object], trial: "optuna.Trial | None" = None
-    ) -> "optuna.Trial":
+        self, candidate: Candidate, attributes: Mapping[str, object], trial: study_trials.OpenTrial | None = None
+    ) -> study_trials.OpenTrial:
         """The running trial of a candidate: the one that Optuna's sampler proposed, or a new one."""
         if trial is None:
             return study_trials.claim(
                 self._study, parameters_of(self._space, candidate, self._kinds), self._kinds, attributes
             )
-        for name, value in attributes.items():
-            trial.set_user_attr(name, value)
-        study_trials.heartbeat(trial)
+        study_trials.claim_asked(self._study, trial, attributes)
         return trial

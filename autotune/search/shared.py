@@ -17,8 +17,8 @@ from autotune.environment import Environment, differences
 from autotune.errors import ConfigError
 from autotune.runs.records import Role, TrialRecord
 from autotune.search import study as studies
-from autotune.search import study_trials
-from autotune.search.storage import BEAT_SECONDS, GRACE_SECONDS, Begun, trials_after
+from autotune.search import study_trials, tables
+from autotune.search.storage import BEAT_SECONDS, GRACE_SECONDS
 
 if TYPE_CHECKING:
     import optuna
@@ -65,6 +65,7 @@ class Peers:
         self._latest = -1  # number of the latest trial that was there at the last look
         self._done = set(known)  # numbers of those that have ended
         self._claims: dict[int, Claim] = {}
+        self._unclaimed: set[int] = set()  # numbers of those that run, and do not say yet what they measure
         self._first_seen: dict[int, float] = {}  # when each running trial was seen first
         self._since, self._looked = clock(), clock()
         self._read = -math.inf
@@ -76,18 +77,21 @@ class Peers:
     def read(self) -> tuple[list[TrialRecord], list[Claim]]:
         """Records of trials that have ended since the last call, and what runs, own trials included."""
         new, self._read = [], self._clock()
-        trials = self._study.get_trials(deepcopy=False)
+        trials = tables.read(self._study, self._latest, study_trials.KEPT, self._unclaimed, ended=self._claims)
         for trial in trials:
-            if trial.number in self._done:
-                continue
             number = trial.number
+            if number in self._done:
+                continue
+            self._unclaimed.discard(number)
             if trial.state.is_finished():
                 self.done(number)
                 if (record := study_trials.record_of(trial)) is not None:
                     new.append(record)
-            elif number not in self._claims and (candidate := study_trials.requested_candidate(trial)) is not None:
+            elif (candidate := study_trials.requested_candidate(trial)) is not None:
                 self._claims[number] = Claim(number=number, candidate=candidate, role=trial.user_attrs["role"])
-        self._latest = max((trial.number for trial in trials), default=-1)
+            else:
+                self._unclaimed.add(number)
+        self._latest = max([self._latest, *(trial.number for trial in trials)])
         return new, list(self._claims.values())
 
     def done(self, number: int) -> None:
@@ -97,20 +101,20 @@ class Peers:
 
     def begun_since(self) -> set[str]:
         """Ids of the candidates that any process has begun to search since the last look."""
-        return {begun.candidate_id for begun in self._begun() if begun.role != "final"}
+        return {name for _, name, final in self._begun() if not final}
 
     def has_lost(self, number: int, candidate: Candidate, role: Role) -> bool:
         """Whether another process began with this candidate just before trial `number` did."""
         mine = candidate.id, role == "final"
-        return any(
-            (begun.candidate_id, begun.role == "final") == mine for begun in self._begun() if begun.number < number
-        )
+        return any((name, final) == mine for before, name, final in self._begun() if before < number)
 
-    def _begun(self) -> list[Begun]:
-        found = trials_after(self._study, self._latest)
-        return [begun for begun in found if begun.role in get_args(Role) and not begun.failed]
+    def _begun(self) -> list[tuple[int, str, bool]]:
+        """Number and candidate's id of the trials that have begun since the last look, and whether they are finals."""
+        found = tables.read(self._study, self._latest, ("candidate_id", "role"))
+        begun = [(t.number, t.user_attrs) for t in found if t.state.name != "FAIL"]
+        return [(n, a["candidate_id"], a["role"] == "final") for n, a in begun if a.get("role") in get_args(Role)]
 
-    def beat(self, trials: Iterable["optuna.Trial"]) -> None:
+    def beat(self, trials: Iterable[study_trials.OpenTrial]) -> None:
         """Say that these trials' machine lives, and end those of machines that do not, each every BEAT_SECONDS."""
         now = self._clock()
         if now - self._looked < BEAT_SECONDS:
@@ -119,7 +123,7 @@ class Peers:
             self._since = now
         self._looked = now
         for trial in trials:
-            study_trials.heartbeat(trial)
+            study_trials.heartbeat(self._study, trial)
         if now - self._since > GRACE_SECONDS:
             study_trials.fail_dead(self._study, self._without_beat(now))
 

@@ -126,7 +126,7 @@ class State:
             predicted_loss=None if speed is None else loss_at(self.settings, candidate, speed),
         )  # fmt: skip
 
-    def keep(self, trial: "optuna.Trial", record: TrialRecord) -> TrialRecord | None:
+    def keep(self, trial: study_trials.OpenTrial, record: TrialRecord) -> TrialRecord | None:
         """Give the study and all files the record of a trial that has ended. Returns it as the study holds it; None
         where it was given to another machine meanwhile."""
         kept = study_trials.finish(self.study, trial, record, self.settings.memory_limit_bytes, self._journal)

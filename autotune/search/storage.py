@@ -7,14 +7,12 @@ locks the file, each statement is repeated until the other program is done. http
 """
 
 import contextlib
-import json
 import os
 import sqlite3
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -213,50 +211,11 @@ def _is_away(error: BaseException) -> bool:
     return isinstance(error, passing)
 
 
-def heartbeats(study: "optuna.Study") -> set[int]:
-    """Ids of the trials that ever had a heartbeat."""
-    return {row[0] for row in _rows(study, "SELECT trial_id FROM trial_heartbeats")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Begun:
-    """What a claim needs to know about a trial that some process has begun."""
-
-    number: int
-    candidate_id: str
-    role: str
-    failed: bool
-
-
-def trials_after(study: "optuna.Study", number: int) -> list[Begun]:
-    """The trials with a greater number that have a candidate. It is asked before and after each claim, and Optuna would
-    read every attribute of all running trials each time."""
-    query = (
-        "SELECT t.number, t.state, c.value_json, r.value_json FROM trials t "
-        "JOIN trial_user_attributes c ON c.trial_id = t.trial_id AND c.key = 'candidate_id' "
-        "JOIN trial_user_attributes r ON r.trial_id = t.trial_id AND r.key = 'role' "
-        "WHERE t.study_id = :study_id AND t.number > :number"
-    )
-    return [
-        Begun(number=row[0], failed=row[1] == "FAIL", candidate_id=json.loads(row[2]), role=json.loads(row[3]))
-        for row in _rows(study, query, study_id=study._study_id, number=number)
-    ]
-
-
-def _rows(study: "optuna.Study", query: str, **values: object) -> list[tuple[Any, ...]]:
-    """Rows of Optuna's tables. Like Optuna's own calls, the query is repeated while the server is away."""
-    import optuna
-    import sqlalchemy
-
-    cached = study._storage
-    assert isinstance(cached, optuna.storages._CachedStorage)
-    engine = cached._backend.engine
-
-    def ask() -> list[tuple[Any, ...]]:
-        with engine.connect() as connection:
-            return [tuple(row) for row in connection.execute(sqlalchemy.text(query), values)]
-
-    return _outlasted(ask, engine.get_execution_options()[_PATIENCE])
+def outlasted(engine: "sqlalchemy.Engine", work: Callable[[], T]) -> T:
+    """The result of `work` on a storage opened here. Like Optuna's own calls, it is repeated while a server is away."""
+    if engine.dialect.name == "sqlite":  # each statement waits for other programs
+        return work()
+    return _outlasted(work, engine.get_execution_options()[_PATIENCE])
 
 
 def _prepare_sqlite(engine: "sqlalchemy.Engine") -> None:

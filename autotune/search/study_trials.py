@@ -10,7 +10,7 @@ towards memory that fits while nothing does yet.
 
 import contextlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +20,18 @@ from autotune.config.tables import read_json, read_table
 from autotune.files import write_atomically
 from autotune.measure.types import TrialRequest, TrialResult
 from autotune.runs.records import Role, TrialRecord
-from autotune.search.storage import heartbeats
+from autotune.search import tables
 from autotune.search.study import ENVIRONMENT, SPENT, is_shared, parsed, unwarned
 from autotune.units import GIB
 
 if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial, TrialState
 
 _REQUEST, _ROLE, _NUMBER, _RECORD = "request", "role", "trial", "record"
+KEPT = _REQUEST, _ROLE, _NUMBER, _RECORD
+"""Attributes from which `record_of` and `requested_candidate` read."""
 
 PENDING = "pending_records.json"
 """File of a run: records of trials that have ended, until the study holds them."""
@@ -41,6 +44,17 @@ _FAILED = 10.0
 """Violation of a trial that failed for another reason than memory: worse than any overshoot seen."""
 _INTERRUPTED = 0.01
 """Violation of an interrupted trial, which says next to nothing about its candidate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenTrial:
+    """A trial of the study that runs."""
+
+    trial_id: int
+    """The database's, by which Optuna's storage names it."""
+    number: int
+    asked: bool = False
+    """Whether an Optuna sampler proposed it, which is told of its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +97,7 @@ def records(study: "optuna.Study") -> list[TrialRecord]:
     return sorted(found, key=lambda record: record.trial)
 
 
-def record_of(trial: "optuna.trial.FrozenTrial") -> TrialRecord | None:
+def record_of(trial: "FrozenTrial | tables.Row") -> TrialRecord | None:
     """The record of a trial that was measured or interrupted; None for others. Raises ConfigError for a damaged one."""
     attributes, where = trial.user_attrs, f"the study's trial {trial.number}"
     number = attributes.get(_NUMBER, trial.number)  # earlier versions had numbers of their own
@@ -100,7 +114,7 @@ def record_of(trial: "optuna.trial.FrozenTrial") -> TrialRecord | None:
     return read_table(TrialRecord, table, where)
 
 
-def requested_candidate(trial: "optuna.trial.FrozenTrial") -> Candidate | None:
+def requested_candidate(trial: "FrozenTrial | tables.Row") -> Candidate | None:
     """The candidate that a trial measures; None for a trial that measures nothing. Raises ConfigError."""
     attributes, where = trial.user_attrs, f"the study's trial {trial.number}"
     if _REQUEST not in attributes or attributes.get(_ROLE) == WITHDRAWN:
@@ -121,64 +135,62 @@ def requested(role: Role, request: TrialRequest, fingerprint: str, spent: float)
 def claim(
     study: "optuna.Study", parameters: Mapping[str, Any], kinds: "Mapping[str, BaseDistribution]",
     attributes: Mapping[str, object],
-) -> "optuna.Trial":  # fmt: skip
-    """A new running trial, written in one transaction. Its number is the database's. On a server, where the transaction
-    locks the study for all others, the parameters follow it: only Optuna's samplers and tools read them."""
+) -> OpenTrial:  # fmt: skip
+    """A new running trial. Its number is the database's. On a server it has had its first heartbeat."""
     import optuna
 
-    shared, storage = is_shared(study), study._storage
     template = optuna.trial.create_trial(
-        state=optuna.trial.TrialState.RUNNING, params={} if shared else dict(parameters),
-        distributions={} if shared else {name: kinds[name] for name in parameters}, user_attrs=dict(attributes),
+        state=optuna.trial.TrialState.RUNNING, params=dict(parameters),
+        distributions={name: kinds[name] for name in parameters}, user_attrs=dict(attributes),
     )  # fmt: skip
-    number = storage.create_new_trial(study._study_id, template)
-    for name, value in parameters.items() if shared else ():
-        storage.set_trial_param(number, name, kinds[name].to_internal_repr(value), kinds[name])
-    trial = optuna.trial.Trial(study, number)
-    heartbeat(trial)
-    return trial
+    trial_id, number = tables.insert(study, template, beats=is_shared(study))
+    return OpenTrial(trial_id=trial_id, number=number)
 
 
-def ask(study: "optuna.Study", kinds: "Mapping[str, BaseDistribution]") -> "optuna.Trial":
-    """A running trial with the parameters that the study's sampler proposes."""
+def ask(study: "optuna.Study", kinds: "Mapping[str, BaseDistribution]") -> tuple[OpenTrial, dict[str, Any]]:
+    """A running trial, and the parameters that the study's sampler proposes for it."""
     with unwarned():
-        return study.ask(dict(kinds))
+        trial = study.ask(dict(kinds))
+    return OpenTrial(trial_id=trial._trial_id, number=trial.number, asked=True), trial.params
 
 
-def heartbeat(trial: "optuna.Trial") -> None:
+def claim_asked(study: "optuna.Study", trial: OpenTrial, attributes: Mapping[str, object]) -> None:
+    """Say what a trial measures that Optuna's sampler proposed."""
+    tables.end(study, trial.trial_id, None, user_attrs=attributes)
+    heartbeat(study, trial)
+
+
+def heartbeat(study: "optuna.Study", trial: OpenTrial) -> None:
     """Say that the machine of a running trial lives, where the storage is a server."""
     from optuna.storages._heartbeat import BaseHeartbeat
 
-    if is_shared(trial.study):
-        assert isinstance(trial.storage, BaseHeartbeat)
-        trial.storage.record_heartbeat(trial._trial_id)
+    if is_shared(study):
+        assert isinstance(study._storage, BaseHeartbeat)
+        study._storage.record_heartbeat(trial.trial_id)
 
 
-def withdraw(study: "optuna.Study", trial: "optuna.Trial") -> None:
+def withdraw(study: "optuna.Study", trial: OpenTrial) -> None:
     """End a trial that another process had begun with already."""
     import optuna
 
-    trial.set_user_attr(_ROLE, WITHDRAWN)
-    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    _end(study, trial, optuna.trial.TrialState.FAIL, attributes={_ROLE: WITHDRAWN})
 
 
-def interrupt(study: "optuna.Study", trial: "optuna.Trial") -> None:
+def interrupt(study: "optuna.Study", trial: OpenTrial) -> None:
     """End a trial that was stopped."""
     import optuna
 
     with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):  # it has ended already
-        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        _end(study, trial, optuna.trial.TrialState.PRUNED)
 
 
-def repeat(study: "optuna.Study", trial: "optuna.Trial", answer: TrialRecord, limit_bytes: int) -> None:
+def repeat(study: "optuna.Study", trial: OpenTrial, answer: TrialRecord, limit_bytes: int) -> None:
     """End a trial whose candidate needs no measurement, with the record that answers for it."""
-    trial.set_user_attr(_ROLE, "repeat")
-    trial.set_user_attr("answered_by", answer.trial)
-    tell(study, trial, answer, limit_bytes)
+    tell(study, trial, answer, limit_bytes, {_ROLE: "repeat", "answered_by": answer.trial})
 
 
 def finish(
-    study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int, journal: Journal
+    study: "optuna.Study", trial: OpenTrial, record: TrialRecord, limit_bytes: int, journal: Journal
 ) -> TrialRecord | None:
     """Write the record and end the trial. Until the study holds it, the journal does. Returns the record as it is kept:
     a trial that was given to another machine meanwhile, because this one seemed dead, gets another number; None where
@@ -188,9 +200,7 @@ def finish(
     journal.add(record)
     kept: TrialRecord | None = record
     try:
-        for name, value in _attributes(record).items():
-            trial.set_user_attr(name, value)
-        tell(study, trial, record, limit_bytes)
+        tell(study, trial, record, limit_bytes, _attributes(record))
     except (optuna.exceptions.UpdateFinishedTrialError, ValueError):  # Optuna's own for a trial that has ended
         kept = _finish_late(study, trial, record, limit_bytes)
     journal.told(record)
@@ -198,12 +208,12 @@ def finish(
 
 
 def _finish_late(
-    study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int
+    study: "optuna.Study", trial: OpenTrial, record: TrialRecord, limit_bytes: int
 ) -> TrialRecord | None:
     import optuna
 
-    storage, states = study._storage, optuna.trial.TrialState
-    ended = storage.get_trial(trial._trial_id)
+    states = optuna.trial.TrialState
+    ended = study._storage.get_trial(trial.trial_id)
     if not ended.state.is_finished():
         raise AssertionError(f"trial {ended.number} cannot be told")
     if _RECORD in ended.user_attrs:
@@ -212,15 +222,15 @@ def _finish_late(
     others = (t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("candidate_id") == mine)
     if record.role != "final" and any(t.number > ended.number and t.state.name != "FAIL" for t in others):
         return None
-    kept = (_ROLE, "candidate_id", ENVIRONMENT, _REQUEST)
+    kept = _ROLE, "candidate_id", ENVIRONMENT, _REQUEST
     before = {name: ended.user_attrs[name] for name in kept if name in ended.user_attrs}
     template = optuna.trial.create_trial(
         state=states.PRUNED if record.objective is None else states.COMPLETE, value=record.objective,
         params=ended.params, distributions=ended.distributions, user_attrs={**before, **_attributes(record)},
         constraints={_FEASIBLE: violation(record.result, limit_bytes)},
     )  # fmt: skip
-    again = storage.get_trial(storage.create_new_trial(study._study_id, template))  # in one transaction
-    return replace(record, trial=again.number)
+    _, number = tables.insert(study, template, beats=False)
+    return replace(record, trial=number)
 
 
 def _attributes(record: TrialRecord) -> dict[str, object]:
@@ -238,15 +248,31 @@ def _attributes(record: TrialRecord) -> dict[str, object]:
     return {_RECORD: json.dumps(asdict(record), allow_nan=False), **known}
 
 
-def tell(study: "optuna.Study", trial: "optuna.Trial", record: TrialRecord, limit_bytes: int) -> None:
+def tell(
+    study: "optuna.Study", trial: OpenTrial, record: TrialRecord, limit_bytes: int,
+    attributes: Mapping[str, object] = {},
+) -> None:  # fmt: skip
     """End the trial with its objective, or as PRUNED, and with its violation."""
     import optuna
 
-    trial.set_constraint(_FEASIBLE, violation(record.result, limit_bytes))
-    if record.objective is not None:
-        study.tell(trial, record.objective)
-    else:
-        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    states, objective = optuna.trial.TrialState, record.objective
+    state, values = (states.PRUNED, ()) if objective is None else (states.COMPLETE, (objective,))
+    _end(study, trial, state, values, attributes, {_FEASIBLE: violation(record.result, limit_bytes)})
+
+
+def _end(
+    study: "optuna.Study", trial: OpenTrial, state: "TrialState", values: Sequence[float] = (),
+    attributes: Mapping[str, object] = {}, constraints: Mapping[str, float] = {},
+) -> None:  # fmt: skip
+    """End the trial in one transaction; through Optuna where its sampler is to hear of it."""
+    import optuna
+
+    ended = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, constraints=dict(constraints))
+    if not trial.asked:
+        tables.end(study, trial.trial_id, state, values, attributes, ended.system_attrs)
+        return
+    tables.end(study, trial.trial_id, None, (), attributes, ended.system_attrs)
+    study.tell(trial.number, list(values) or None, state)
 
 
 def violation(result: TrialResult, limit_bytes: int) -> float:
@@ -285,14 +311,14 @@ def close_stale(study: "optuna.Study", run_dir: Path, limit_bytes: int) -> None:
 def _take_in(study: "optuna.Study", run_dir: Path, limit_bytes: int) -> None:
     """Give the study the records that it lacked when the search of `run_dir` ended. Raises ConfigError for a damaged
     file."""
-    import optuna
-
     journal = Journal(run_dir)
     by_number = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     for record in journal.read():
         frozen = by_number.get(record.trial)
         if frozen is not None and not (frozen.state.is_finished() and _RECORD in frozen.user_attrs):
-            finish(study, optuna.trial.Trial(study, frozen._trial_id), record, limit_bytes, journal)
+            finish(
+                study, OpenTrial(trial_id=frozen._trial_id, number=frozen.number), record, limit_bytes, journal
+            )
     (run_dir / PENDING).unlink(missing_ok=True)
 
 
@@ -305,7 +331,7 @@ def fail_dead(study: "optuna.Study", old: Collection[int]) -> None:
         optuna.storages.fail_stale_trials(study)
     if not old:
         return
-    beating = heartbeats(study)
+    beating = tables.heartbeats(study)
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         if trial.number in old and trial._trial_id not in beating:
             with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from autotune.config.candidate import Candidate
 from autotune.environment import Slot
@@ -20,9 +20,6 @@ from autotune.search.propose import Proposer
 from autotune.search.shared import Claim
 from autotune.search.state import State
 from autotune.units import format_bytes
-
-if TYPE_CHECKING:
-    import optuna
 
 R = TypeVar("R", bound=TrialResult)
 PASSED_OVER = 4
@@ -70,11 +67,11 @@ class Trials:
         return [one.candidate for one in running if (one.role == "final") == final]
 
     def begin(
-        self, slot: Slot, role: Role, candidate: Candidate, allowance: Allowance, trial: "optuna.Trial | None" = None,
-        steps: Steps = "composed",
+        self, slot: Slot, role: Role, candidate: Candidate, allowance: Allowance,
+        trial: study_trials.OpenTrial | None = None, steps: Steps = "composed",
     ) -> TrialJob | None:  # fmt: skip
         """A trial that has begun in the study; None where another machine has just begun with the same. `trial`:
-        Optuna's; None: a new one."""
+        the one that an Optuna sampler proposed; None: a new one."""
         state, final = self._state, role == "final"
         request = TrialRequest(
             candidate=state.settings.completed(candidate), device=slot.device, result_path="",

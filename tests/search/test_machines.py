@@ -22,7 +22,7 @@ from autotune import cli
 from autotune.config.storage import PASSWORD_VARIABLE
 from autotune.errors import AutotuneError, ConfigError
 from autotune.measure.types import TrialRequest, TrialResult
-from autotune.search import shared, storage, study_trials
+from autotune.search import shared, storage, study_trials, tables
 from autotune.search import study as studies
 from autotune.search.loop import rebuild, resume, search
 
@@ -201,8 +201,8 @@ def test_the_dead_ones_trial_is_given_back(tmp_path: Path, url: str, monkeypatch
     study = studies.load_study(tmp_path / "a", settings(storage=url))
     told = {"role": "search", "candidate_id": "x", "request": study.trials[0].user_attrs["request"]}
     with_beat = study_trials.claim(study, {}, {}, told).number
-    monkeypatch.setattr(study_trials, "heartbeat", lambda trial: None)
-    without = study_trials.claim(study, {}, {}, told).number
+    running = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, user_attrs=told)
+    _, without = tables.insert(study, running, beats=False)
     seconds = iter(range(0, 120, 3))
     peers = shared.Peers(study, clock=lambda: float(next(seconds)))
     peers.read()
