@@ -8,7 +8,7 @@ Shapes: m finished trials, n candidates, k parameters.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -39,10 +39,6 @@ class Observed:
     """(m,): infeasible, for whatever reason."""
     prior: Array
     """(m, 2): prior means of `answers` and `log_seconds`."""
-    pending: "Choices | None" = None
-    """Trials that run."""
-    pending_fits: Array = field(default_factory=lambda: np.ones(0))
-    """Their probabilities to need no more memory than the limit."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,29 +51,64 @@ class Choices:
     """(n, 2): as in Observed."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pending:
+    """n trials that run."""
+
+    choices: Choices
+    fits: Array
+    """(n,): their probabilities to need no more memory than the limit."""
+    objective: Callable[[Array], Array]
+    """Maps answers (n,) to what is maximised."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fitted:
+    """The processes of finished trials. They serve every proposal until another trial ends."""
+
+    categorical: Mask
+    """(k,): parameters whose values have no order."""
+    answers: gp.Process
+    answer: float
+    """Median of what is left of the answers beside their prior means."""
+    log_seconds: gp.Process
+    log_second: float
+    """As `answer`."""
+    failed: gp.Process | None
+    """None where none has failed."""
+
+
+def fit(observed: Observed, categorical: Mask) -> Fitted:
+    """The most likely processes."""
+    answers, answer = _fit(observed, 0, observed.answers, categorical)
+    log_seconds, log_second = _fit(observed, 1, observed.log_seconds, categorical)
+    some = observed.failed.any()
+    failed = gp.fit(observed.parameters, categorical, observed.failed.astype(float)) if some else None
+    return Fitted(
+        categorical=categorical, answers=answers, answer=answer, log_seconds=log_seconds, log_second=log_second,
+        failed=failed,
+    )  # fmt: skip
+
+
 def value(
-    observed: Observed, choices: Choices, categorical: Mask, objective: Callable[[Array], Array], best: float | None,
-    pending_objective: Callable[[Array], Array] | None = None,
+    fitted: Fitted, choices: Choices, objective: Callable[[Array], Array], best: float | None,
+    pending: Pending | None = None,
 ) -> Array:  # fmt: skip
     """Value of each choice, (n,). `objective` maps answers (n,) of the choices to what is maximised; `best`: the
-    largest so far, None while nothing is feasible. `pending_objective`: `objective` of the pending trials."""
-    at, pending = gp.points(choices.parameters), observed.pending
-    process, constant = _fit(observed, 0, observed.answers, categorical)
-    p_runs = _p_runs(observed, categorical)
+    largest so far, None while nothing is feasible."""
+    at, process, categorical = gp.points(choices.parameters), fitted.answers, fitted.categorical
     bests: list[tuple[float | None, float]] = [(best, 1.0)]
     if pending is not None:
-        assert pending_objective is not None
-        there = gp.points(pending.parameters)
+        there = gp.points(pending.choices.parameters)
         expected, _ = gp.predict(process, categorical, there)
-        reached = pending_objective(pending.prior[:, 0] + constant + expected)
-        bests = _bests(best, reached, observed.pending_fits * p_runs(there))
-        process = gp.believe(process, categorical, pending.parameters)
+        reached = pending.objective(pending.choices.prior[:, 0] + fitted.answer + expected)
+        bests = _bests(best, reached, pending.fits * _p_runs(fitted, there))
+        process = gp.believe(process, categorical, pending.choices.parameters)
     mean, sd = gp.predict(process, categorical, at)
-    improvement = _expected_improvement(choices.prior[:, 0] + constant + mean, sd, objective, bests)
-    process, constant = _fit(observed, 1, observed.log_seconds, categorical)
-    mean, _ = gp.predict(process, categorical, at)
-    seconds = np.exp(choices.prior[:, 1] + constant + mean)
-    return np.asarray(improvement * p_runs(at) / seconds)
+    improvement = _expected_improvement(choices.prior[:, 0] + fitted.answer + mean, sd, objective, bests)
+    mean, _ = gp.predict(fitted.log_seconds, categorical, at)
+    seconds = np.exp(choices.prior[:, 1] + fitted.log_second + mean)
+    return np.asarray(improvement * _p_runs(fitted, at) / seconds)
 
 
 def _bests(best: float | None, reached: Array, p_runs: Array) -> list[tuple[float | None, float]]:
@@ -114,17 +145,12 @@ def _expected_improvement(
     return np.asarray(spread * (found + _EI_FLOOR))
 
 
-def _p_runs(observed: Observed, categorical: Mask) -> Callable[[gp.Points], Array]:
+def _p_runs(fitted: Fitted, at: gp.Points) -> Array:
     """Probability that each of n points is feasible, (n,), from the trials that were and were not."""
-    if not observed.failed.any():
-        return lambda at: np.ones(at.has.shape[1])
-    process = gp.fit(observed.parameters, categorical, observed.failed.astype(float))
-
-    def p_runs(at: gp.Points) -> Array:
-        mean, sd = gp.predict(process, categorical, at)
-        return gp.normal_cdf((0.5 - mean) / np.hypot(sd, 0.1))
-
-    return p_runs
+    if fitted.failed is None:
+        return np.ones(at.has.shape[1])
+    mean, sd = gp.predict(fitted.failed, fitted.categorical, at)
+    return gp.normal_cdf((0.5 - mean) / np.hypot(sd, 0.1))
 
 
 def most_valuable(values: Array, p_fits: Callable[[list[int]], Array], block: int = 16) -> int:

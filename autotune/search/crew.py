@@ -88,19 +88,23 @@ class Crew:
         found = job.answer or started or self._measure(request, log)
         if isinstance(found, Generator):
             self._running[job.slot] = job, found
-            self.look()  # a generator starts at its first `next`
+            self._advance(job.slot)  # a generator starts at its first `next`
         else:
             self._ended.append((job, found))
 
     def look(self) -> list[tuple[Job, TrialResult]]:
         """What has ended and is not recorded yet."""
-        for slot, (job, running) in list(self._running.items()):
-            try:
-                next(running)
-            except StopIteration as end:
-                del self._running[slot]
-                self._ended.append((job, end.value))
+        for slot in list(self._running):
+            self._advance(slot)
         return self._ended
+
+    def _advance(self, slot: Slot) -> None:
+        job, running = self._running[slot]
+        try:
+            next(running)
+        except StopIteration as end:
+            del self._running[slot]
+            self._ended.append((job, end.value))
 
     def _record(self, record: Callable[[J, TrialResult], object]) -> bool:
         """Whether something had ended."""

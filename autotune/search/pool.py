@@ -19,9 +19,9 @@ from autotune.memory.model import MemoryModel, predictions
 from autotune.runs.objective import best_first, maximised, score
 from autotune.runs.records import TrialRecord
 from autotune.search import acquisition
-from autotune.search.acquisition import Choices, Observed
+from autotune.search.acquisition import Choices, Fitted, Observed, Pending
 from autotune.search.features import Features, categorical, encode
-from autotune.search.gp import Array, Mask
+from autotune.search.gp import Array
 from autotune.search.space import Space, candidate_at, every_candidate, parameters_of, values_of
 
 if TYPE_CHECKING:
@@ -170,6 +170,9 @@ class CandidateProblem:
     ) -> None:  # fmt: skip
         self.space, self.settings, self.distributions = space, settings, distributions
         self._priors = priors
+        self.known: dict[str, TrialRecord] = {}
+        self._everything = pool(space, self.known, settings)
+        self._fitted: Fitted | None = None
         self.update([], None)
 
     def update(
@@ -177,24 +180,34 @@ class CandidateProblem:
     ) -> None:
         """The trials so far, the memory model that they calibrate (None: memory is not considered), and candidates that
         are being measured."""
-        self.known, self._model = by_candidate(records), model
+        before, self.known, self._model = self.known, by_candidate(records), model
+        if [*map(id, before.values())] != [*map(id, self.known.values())]:  # often slots wait for proposals together
+            self._everything, self._fitted = pool(self.space, self.known, self.settings), None
         self._pending = {c.id: c for c in pending if c.id not in self.known}
-        self._everything = pool(self.space, self.known, self.settings)
         self.left = unanswered(self._everything, self.known, self._pending)
 
-    def observed(self) -> Observed:
+    def fitted(self) -> Fitted:
+        if self._fitted is None:
+            words = categorical(self.space.choices, self._everything.candidates[0])
+            self._fitted = acquisition.fit(self._observed(), words)
+        return self._fitted
+
+    def pending(self) -> Pending | None:
+        candidates = list(self._pending.values())
+        if not candidates:
+            return None
+        objective = functools.partial(self._objective, candidates)
+        choices = self._as_choices(self._features(candidates))
+        return Pending(choices=choices, fits=self._p_fits(candidates), objective=objective)
+
+    def _observed(self) -> Observed:
         records = list(self.known.values())
         place = {id(record): i for i, record in enumerate(records)}
         ranked = [place[id(record)] for record in best_first(records, maximised(self.settings))]
         rows = [records[i] for i in acquisition.subset(ranked, len(records))]
         features = self._features([record.candidate for record in rows])
         results = [record.result for record in rows]
-        pending = self._features(list(self._pending.values())) if self._pending else None
         return Observed(
-            pending=None
-            if pending is None
-            else Choices(parameters=pending.parameters, prior=pending.prior * self._priors),
-            pending_fits=self._p_fits(list(self._pending.values())),
             parameters=features.parameters,
             answers=np.log([result.tokens_per_second or np.nan for result in results]),
             log_seconds=np.log([result.trial_seconds or np.nan for result in results]),
@@ -206,19 +219,14 @@ class CandidateProblem:
         return encode(candidates, tuple(self.space.choices), self.settings.device_kind)
 
     def choices(self) -> Choices:
-        features = self.left.features
-        return Choices(parameters=features.parameters, prior=features.prior * self._priors)
+        return self._as_choices(self.left.features)
 
-    def categorical(self) -> Mask:
-        return categorical(self.space.choices, self.left.candidates[0])
+    def _as_choices(self, features: Features) -> Choices:
+        return Choices(parameters=features.parameters, prior=features.prior * self._priors)
 
     def objective(self, answers: Array) -> Array:
         """The objective at log speeds (n,), larger is better."""
         return self._objective(self.left.candidates, answers)
-
-    def pending_objective(self, answers: Array) -> Array:
-        """The objective of the pending candidates."""
-        return self._objective(list(self._pending.values()), answers)
 
     def _objective(self, candidates: Sequence[Candidate], answers: Array) -> Array:
         if maximised(self.settings):

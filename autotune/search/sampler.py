@@ -18,8 +18,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.search import acquisition, gp
-from autotune.search.acquisition import Choices, Observed
-from autotune.search.gp import Array, Mask
+from autotune.search.acquisition import Choices, Fitted, Observed, Pending
+from autotune.search.gp import Array
 
 _DRAWN, _LEADERS, _CHANGED = 256, 4, 64
 """Numbers of random choices, of the best trials, and of choices that differ from each of those in one parameter."""
@@ -30,14 +30,11 @@ class Problem(Protocol):
 
     distributions: Mapping[str, BaseDistribution]
 
-    def observed(self) -> Observed: ...
+    def fitted(self) -> Fitted: ...
+    def pending(self) -> Pending | None: ...
     def choices(self) -> Choices: ...
-    def categorical(self) -> Mask: ...
     def objective(self, answers: Array) -> Array:
         """What is maximised, (n,), from the answers (n,) of the choices."""
-
-    def pending_objective(self, answers: Array) -> Array:
-        """What is maximised, from the answers of the pending trials."""
 
     def best(self) -> float | None:
         """The largest objective so far; None while nothing is feasible."""
@@ -98,12 +95,10 @@ class AdditiveGPSampler(optuna.samplers.BaseSampler):
 
 def choose(problem: Problem, revise: Callable[[Array], Array] | None = None) -> int | None:
     """Index of the most valuable choice; None where there is none. `revise`: changes the values (n,) before."""
-    observed, choices = problem.observed(), problem.choices()
+    choices = problem.choices()
     if not len(choices.parameters):
         return None
-    values = acquisition.value(
-        observed, choices, problem.categorical(), problem.objective, problem.best(), problem.pending_objective
-    )
+    values = acquisition.value(problem.fitted(), choices, problem.objective, problem.best(), problem.pending())
     return acquisition.most_valuable(values if revise is None else revise(values), problem.p_fits)
 
 
@@ -127,7 +122,14 @@ class StudyProblem:
             for name in rng.choices(names, k=_CHANGED):
                 self._points.append({**{n: leader[n] for n in names}, name: draw(rng, distributions[name])})
 
-    def observed(self) -> Observed:
+    def fitted(self) -> Fitted:
+        kinds = self.distributions.values()
+        return acquisition.fit(self._observed(), np.array([isinstance(k, CategoricalDistribution) for k in kinds]))
+
+    def pending(self) -> None:
+        return None
+
+    def _observed(self) -> Observed:
         known = self._values[~np.isnan(self._values)]
         centre, spread = (float(np.median(known)), float(known.std()) or 1.0) if len(known) else (0.0, 1.0)
         # Durations below a second are mostly the proposal's own.
@@ -144,13 +146,7 @@ class StudyProblem:
     def choices(self) -> Choices:
         return Choices(parameters=self._encoded(self._points), prior=np.zeros((len(self._points), 2)))
 
-    def categorical(self) -> Mask:
-        return np.array([isinstance(kind, CategoricalDistribution) for kind in self.distributions.values()])
-
     def objective(self, answers: Array) -> Array:
-        return answers
-
-    def pending_objective(self, answers: Array) -> Array:
         return answers
 
     def best(self) -> float | None:

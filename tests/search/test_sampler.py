@@ -57,12 +57,13 @@ def test_a_pending_trial_counts_as_far_as_it_is_likely_to_fit() -> None:
     def values(fits: float) -> gp.Array:
         observed = acquisition.Observed(
             parameters=at, answers=np.array([0.0, 0.1, 0.05]), log_seconds=np.zeros(3), failed=np.zeros(3, bool),
-            prior=zeros, pending_fits=np.array([fits]),
-            pending=acquisition.Choices(parameters=np.array([[6.0]]), prior=np.array([[2.0, 0.0]])),
+            prior=zeros,
         )  # fmt: skip
+        running = acquisition.Choices(parameters=np.array([[6.0]]), prior=np.array([[2.0, 0.0]]))
+        pending = acquisition.Pending(choices=running, fits=np.array([fits]), objective=np.asarray)
         choices = acquisition.Choices(parameters=np.array([[4.0], [5.0]]), prior=np.array([[0.5, 0.0], [0.3, 0.0]]))
-        same = np.asarray
-        return acquisition.value(observed, choices, np.array([False]), same, 0.1, same)
+        fitted = acquisition.fit(observed, np.array([False]))
+        return acquisition.value(fitted, choices, np.asarray, 0.1, pending)
 
     never, perhaps, surely = values(0.0), values(0.5), values(1.0)
     assert (surely < 0.1 * never).all()
