@@ -48,8 +48,6 @@ UNKNOWN_SPENT = "-"
 _BEAT_MISSED = 5.0
 """Age in seconds of such a file from which on its process no longer counts as running."""
 
-ABANDONED_SECONDS = 5.0
-
 
 def rival_checkpoints(run_dir: Path, rival: int) -> Path:
     """Where the level phase of a rival of the race is saved."""
@@ -149,19 +147,28 @@ def refuse_another_machine(run_dir: Path, environment: Environment) -> None:
 
 @contextlib.contextmanager
 def new_directory(run_dir: Path) -> Iterator[None]:
-    """Create `run_dir`; remove it again, with the parents created for it, if the block raises: the search could not
-    start. Raises ConfigError."""
+    """Create `run_dir`, locked during the block; remove it again, with the parents created for it, if the block raises:
+    the search could not start. Raises ConfigError."""
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    try:
-        _clear_abandoned(run_dir)
-        if run_dir.exists() and any(run_dir.iterdir()):
-            raise FileExistsError
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / LOGS).mkdir()  # succeeds for one of two searches that start here at the same time
-    except FileExistsError:
-        raise ConfigError(f"{run_dir} is not empty; go on with `--resume {run_dir}` or give another --name") from None
-    except OSError as error:
-        raise ConfigError(f"{run_dir} cannot be made: {error.strerror}; choose another place") from None
+    with contextlib.ExitStack() as held:
+        try:
+            _clear_abandoned(run_dir)
+            if run_dir.exists() and any(run_dir.iterdir()):
+                raise FileExistsError
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(files.locked(run_dir / _LOCK, FileExistsError()))
+            (run_dir / LOGS).mkdir()  # succeeds for one of two searches that start here at the same time
+        except FileExistsError:
+            advice = f"go on with `--resume {run_dir}` or give another --name"
+            raise ConfigError(f"{run_dir} is not empty; {advice}") from None
+        except OSError as error:
+            raise ConfigError(f"{run_dir} cannot be made: {error.strerror}; choose another place") from None
+        with _removed_if_raising(run_dir, made):
+            yield
+
+
+@contextlib.contextmanager
+def _removed_if_raising(run_dir: Path, made: Sequence[Path]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
@@ -175,15 +182,15 @@ def new_directory(run_dir: Path) -> Iterator[None]:
 
 
 def _clear_abandoned(run_dir: Path) -> None:
-    """Remove the directory of a search that was killed before it wrote its settings: it cannot be resumed. A search
-    that is just starting writes them in less than ABANDONED_SECONDS."""
-    if (run_dir / SEARCH_TOML).exists() or not (run_dir / LOGS).is_dir():
+    """Empty the directory of a search that was killed before it wrote its settings: it cannot be resumed. One that is
+    just starting holds the lock."""
+    if (run_dir / SEARCH_TOML).exists() or not (run_dir / _LOCK).exists():
         return
     started = {LOGS, _LOCK, *(STUDY_DB + suffix for suffix in ("", "-wal", "-shm", "-journal"))}
-    inside = [*run_dir.iterdir(), *(run_dir / LOGS).iterdir()]
-    known = all(entry.name in started or entry.name.startswith(f".{SEARCH_TOML}.") for entry in inside)
-    if known and time.time() - (run_dir / LOGS).stat().st_mtime > ABANDONED_SECONDS:
-        shutil.rmtree(run_dir)
+    inside = [*run_dir.iterdir(), *(run_dir / LOGS).glob("*")]
+    if all(entry.name in started or entry.name.startswith(f".{SEARCH_TOML}.") for entry in inside):
+        with files.locked(run_dir / _LOCK, FileExistsError()):
+            shutil.rmtree(run_dir)
 
 
 def claim_name(parent: Path, name: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 from background import begin
 from fake_machine import CPU, CUDA, Machine, answer, settings
 
+from autotune import files
 from autotune.config.candidate import Plan
 from autotune.config.nanogpt import read_nanogpt
 from autotune.config.search_settings import SearchSettings
@@ -140,9 +141,9 @@ def test_the_name_of_a_search_killed_at_its_start_is_free(tmp_path: Path) -> Non
     for file in ("study.db", ".lock", ".search.toml.123.tmp"):
         (tmp_path / "run" / "logs").mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / file).write_text("")
-    with pytest.raises(ConfigError, match="is not empty"):
-        go(tmp_path / "run", Machine())  # it may begin just now
-    os.utime(tmp_path / "run" / "logs", (0, 0))
+    beginning = files.locked(tmp_path / "run" / ".lock", AssertionError())
+    with beginning, pytest.raises(ConfigError, match="is not empty"):
+        go(tmp_path / "run", Machine())
     (tmp_path / "run" / "mine.txt").write_text("")
     with pytest.raises(ConfigError, match="is not empty"):
         go(tmp_path / "run", Machine())
