@@ -36,7 +36,7 @@ from autotune.search.trials import Trials
 from autotune.units import format_duration
 
 if TYPE_CHECKING:
-    import optuna
+    pass
 
 
 @storage.storage_errors()
@@ -54,7 +54,6 @@ def search(
     slots: tuple[Slot, ...] = (),
     same_machine: bool = True,
     storage_url: str = "",
-    study_storage: "optuna.storages.BaseStorage | None" = None,
     remarks: tuple[str, ...] = (),
     knowledge: Knowledge = EVERYTHING,
 ) -> Verdict:
@@ -64,7 +63,7 @@ def search(
     `measure` runs one trial and `train_rung` one rung of the race: worker processes, or recorded answers. `clock`
     counts seconds, and `pause` passes them until a trial may have ended; the budget counts from `started` on that
     clock, or from now. `slots`: where trials run at the same time; none: one on the settings' device.
-    `storage_url`: with the password, which settings do not hold; `study_storage`: an open one, in its place.
+    `storage_url`: with the password, which settings do not hold.
     `remarks`: notes from before the search.
     Raises ConfigError, NoFeasibleError when nothing fits, InterruptedByUser after Ctrl-C.
     """
@@ -74,7 +73,7 @@ def search(
         if not settings.storage and (note := storage.lock_note(run_dir / files.STUDY_DB)):
             remarks = (*remarks, note)
         space = build_space(settings, environment)
-        new = studies.create_study(run_dir, settings, url=storage_url, patience=patience, storage=study_storage)
+        new = studies.create_study(run_dir, settings, url=storage_url, patience=patience)
         study = new or studies.load_study(run_dir, settings, patience, storage_url)
         if new is None:
             refuse_to_join(studies.when_begun(study), settings, environment, tokens, same_machine=same_machine)

@@ -205,7 +205,7 @@ def replay(
             verdict = search(
                 settings, Path(folder, "run"), table.environment, measure=machine.measure, clock=machine.clock,
                 pause=machine.pause, slots=tuple(Slot(device=f"cpu:{i}") for i in range(workers)),
-                study_storage=optuna.storages.InMemoryStorage(), knowledge=knowledge,
+                knowledge=knowledge,
             )  # fmt: skip
             assert verdict.winner is not None
             regret = 1.0 - speed(table.results[canonical(verdict.winner.candidate).id]) / table.best

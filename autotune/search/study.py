@@ -50,14 +50,13 @@ def create_study(
     *,
     url: str = "",
     patience: Patience = in_a_minute,
-    storage: "optuna.storages.BaseStorage | None" = None,
 ) -> "optuna.Study | None":
-    """A new study in `storage`; None: in that of `url`, or of the settings, which hold no password. None where a
-    database server has a study of this name, which may be joined.
+    """A new study in the storage of `url`, or of the settings, which hold no password. None where a database server has
+    a study of this name, which may be joined.
     Raises ConfigError for a storage that does not open, or a name that is taken."""
     import optuna
 
-    opened = storage or open_storage(run_dir, url or settings.storage, patience)
+    opened = open_storage(run_dir, url or settings.storage, patience)
     directions = optuna.study.StudyDirection
     direction = directions.MAXIMIZE if maximised(settings) else directions.MINIMIZE
     try:
