@@ -66,6 +66,8 @@ STAND_IN = "(stand-in)"
 and reserved bytes are the allocator's own."""
 STAND_IN_FINGERPRINT = "stand-in-"
 NOT_MEASURED = "the device is a stand-in for a card and computes nothing: only memory means something"
+_BEFORE: Mapping[str, Any] = {"workers": 1, "processes": 1, "emulated": ""}
+"""Values of fields of an Environment before they were recorded."""
 _BUSY = 0.7
 """Smallest load average at which another program is assumed to run."""
 
@@ -106,6 +108,9 @@ class Environment:
     processes: int = 1
     """Processes of one trial, started by torchrun, with a card each or a part of the cores and memory; this environment
     is the part of one."""
+    emulated: str = ""
+    """Dtype whose matrix products the CPU has no instructions for, so that they take some thirty times as long as those
+    of float32: `bfloat16`; empty: none."""
 
     def __post_init__(self) -> None:
         plain_texts("environment.", vars(self))
@@ -119,8 +124,8 @@ class Environment:
     def fingerprint(self) -> str:
         """Ten hexadecimal digits, equal for machines whose measurements are comparable; of a stand-in, marked so."""
         told = asdict(self)
-        for name in ("workers", "processes"):  # as before these fields
-            if told[name] == 1:
+        for name, before in _BEFORE.items():
+            if told[name] == before:
                 del told[name]
         digits = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
         return STAND_IN_FINGERPRINT + digits if self.stand_in else digits
@@ -167,6 +172,7 @@ def describe(device: str = "auto") -> Environment:
         cores=_ranges(sorted(os.sched_getaffinity(0))),
         cpu_quota=ControlGroups().cpu_quota(),
         variables=steering_variables(os.environ),
+        emulated="" if where.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "bfloat16",
     )
     return here if where.type == "cpu" else _with_card(here, where.index or 0)
 
@@ -242,7 +248,7 @@ def differences(there: Mapping[str, Any], here: Environment) -> list[str]:
     after, complete = now.pop("variables"), "threads" in there  # TOML omits None
     lines = []
     for key, value in now.items():
-        before = there.get(key, 1 if key in ("workers", "processes") else None if complete else value)
+        before = there.get(key, _BEFORE.get(key, None if complete else value))
         if before != value:
             lines.append(f"{key} {_value(before)} there, {_value(value)} here")
     earlier = there.get("variables", {} if complete else after)

@@ -211,11 +211,12 @@ def _whole_optimizer_bytes(candidate: Candidate) -> float:
 
 def update_bytes(candidate: Candidate, device: str) -> float:
     """Bytes that the optimizer allocates for the update of one weight and frees again. Fused AdamW and the 8-bit one
-    write in place. Muon orthogonalises the largest matrix, (4 n_embd, n_embd): its update in float32, two copies of it
-    and two products (n_embd, n_embd) in bfloat16; the CPU's matrix product packs some of them once more."""
+    write in place. Muon orthogonalises the largest matrix, (4 n_embd, n_embd). On the CPU: two copies of it and a
+    product (n_embd, n_embd) in float32; on a card: its update in float32 and a copy in bfloat16."""
     if candidate.recipe.optimizer != "muon":
         return 0.0
-    return (4 * 4 + 2 * 4 * 2 + 2 * 2 + (4 if device == "cpu" else 0)) * float(candidate.shape.n_embd) ** 2
+    bytes_each = 2 * 4 * 4 + 4 if device == "cpu" else 4 * 4 + 4 * 2
+    return bytes_each * float(candidate.shape.n_embd) ** 2
 
 
 def matrix_elements(candidate: Candidate) -> int:

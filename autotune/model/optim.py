@@ -32,10 +32,7 @@ def make_optimizer(
     rate, decay = recipe.learning_rate, recipe.weight_decay
     betas = (recipe.beta1, recipe.beta2)
     if recipe.optimizer == "muon":
-        # match_rms_adamw scales updates to the size of AdamW's, so that one learning rate serves both
-        of_blocks = torch.optim.Muon(
-            [{"params": blocks}], lr=rate, weight_decay=decay, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
-        )
+        of_blocks = Muon([{"params": blocks}], lr=rate, weight_decay=decay, momentum=MOMENTUM)
         others = [{"params": embeddings, "weight_decay": decay}, vectors]
         return CombinedOptimizer(of_blocks, torch.optim.AdamW(others, lr=rate, betas=betas, fused=True))
     groups = [{"params": [*embeddings, *blocks], "weight_decay": decay}, vectors]
@@ -45,6 +42,44 @@ def make_optimizer(
         eight_bit: torch.optim.Optimizer = AdamW8bit(groups, lr=rate, betas=betas)
         return eight_bit
     return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon with `adjust_lr_fn="match_rms_adamw"`, by which one learning rate serves AdamW and Muon (Liu et al.,
+    Muon is Scalable for LLM Training, arXiv:2502.16982). On the CPU it orthogonalises in float32: torch does so in
+    bfloat16, which takes thirty times as long where the processor has no instructions for it."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
+                mean = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+                weight.mul_(1 - rate * group["weight_decay"])
+                weight.add_(  # nothing of the update outlives this line: it is a peak of memory
+                    _orthogonal(weight.grad.lerp(mean, momentum), group["ns_coefficients"], group["ns_steps"]),
+                    alpha=-0.2 * math.sqrt(max(weight.shape)) * rate,
+                )
+
+
+def _orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Nearly the closest orthogonal matrix, by a Newton-Schulz iteration that leaves singular values between about 0.7
+    and 1.2 (Jordan et al., https://kellerjordan.github.io/posts/muon). `matrix` may be overwritten."""
+    a, b, c = coefficients
+    tall = matrix.shape[0] > matrix.shape[1]
+    matrix = matrix.to(torch.float32 if matrix.device.type == "cpu" else torch.bfloat16)
+    matrix = matrix.T if tall else matrix
+    matrix.div_(matrix.norm().clamp(min=1e-7))
+    for _ in range(steps):
+        gram = matrix @ matrix.T
+        gram = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        matrix = torch.addmm(matrix, gram, matrix, beta=a)
+    return matrix.T if tall else matrix
 
 
 class CombinedOptimizer(torch.optim.Optimizer):

@@ -93,6 +93,8 @@ def build_space(settings: SearchSettings, environment: Environment) -> Space:
         "processes": (processes,),
         "sharding": _shardings(machine, settings),
     }
+    if "dtype" not in settings.choices:
+        every["dtype"] = tuple(dtype for dtype in every["dtype"] if dtype != environment.emulated)
     every = {name: _with_baseline(name, choices, settings.baseline) for name, choices in every.items()}
     for name, words in settings.choices.items():
         one_of("--choices", name, tuple(every))

@@ -14,7 +14,7 @@ from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.data.batches import micro_batches
 from autotune.errors import ConfigError, UnsupportedError
 from autotune.kernels import registry
-from autotune.model.optim import learning_rate
+from autotune.model.optim import Muon, learning_rate
 from autotune.model.step import TrainStep, build, check_supported, machine_of
 
 CPU = torch.device("cpu")
@@ -154,6 +154,22 @@ def test_muon_learns_and_has_one_moment_for_a_matrix() -> None:
     assert step.state_bytes() == 12 * shape.parameters - 4 * matrices + 4 * len(others)  # and AdamW's step counters
 
 
+@pytest.mark.parametrize("shape", [(8, 24), (32, 8), (8, 8)])
+def test_muon_is_torchs_without_its_rounding(shape: tuple[int, int]) -> None:
+    """torch's orthogonalises in bfloat16, which has three digits."""
+    torch.manual_seed(0)
+    start, words = torch.randn(shape), {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9}
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizers = Muon([ours], **words), torch.optim.Muon([theirs], **words, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        gradient = torch.randn(shape)
+        for weight, optimizer in zip((ours, theirs), optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    moved, difference = (theirs - start).norm().item(), (theirs - ours).norm().item()
+    assert 0.0 < difference < 0.02 * moved
+
+
 @pytest.mark.slow
 def test_one_compiled_block_serves_every_depth() -> None:
     def graphs(n_layer: int, recompute: str) -> int:
@@ -204,6 +220,7 @@ def test_more_versions_of_a_function_than_torchs_limit_are_compiled() -> None:
 FAULTS = """
 import resource, torch
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
+from autotune.model.optim import Muon
 from autotune.model.step import build
 
 torch.set_num_threads(1)

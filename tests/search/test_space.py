@@ -103,6 +103,10 @@ def test_only_what_the_machine_can_run_is_searched() -> None:
     assert {"full", "chunked"} <= set(cpu["loss"])
     assert not {"liger", "cce", "chunked_triton"} & set(cpu["loss"])
     assert set(cpu["dtype"]) == {"float32", "bfloat16"}
+    slow = replace(CPU, emulated="bfloat16")
+    assert "dtype" not in build_space(settings(slow), slow).choices
+    asked = settings(slow, choices=("dtype=float32,bfloat16",))
+    assert build_space(asked, slow).choices["dtype"] == ("float32", "bfloat16")
     assert "allocator" not in cpu
     old = build_space(settings(OLD_CUDA), OLD_CUDA)
     assert old.plan.dtype == "float16"
