@@ -66,8 +66,6 @@ STAND_IN = "(stand-in)"
 and reserved bytes are the allocator's own."""
 STAND_IN_FINGERPRINT = "stand-in-"
 NOT_MEASURED = "the device is a stand-in for a card and computes nothing: only memory means something"
-_BEFORE: Mapping[str, Any] = {"workers": 1, "processes": 1, "emulated": ""}
-"""Values of fields of an Environment before they were recorded."""
 _BUSY = 0.7
 """Smallest load average at which another program is assumed to run."""
 
@@ -124,9 +122,10 @@ class Environment:
     def fingerprint(self) -> str:
         """Ten hexadecimal digits, equal for machines whose measurements are comparable; of a stand-in, marked so."""
         told = asdict(self)
-        for name, before in _BEFORE.items():
-            if told[name] == before:
+        for name in ("workers", "processes"):  # as before these fields
+            if told[name] == 1:
                 del told[name]
+        del told["emulated"]  # follows from the processor
         digits = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
         return STAND_IN_FINGERPRINT + digits if self.stand_in else digits
 
@@ -246,9 +245,10 @@ def differences(there: Mapping[str, Any], here: Environment) -> list[str]:
     are not compared."""
     there, now = (json.loads(json.dumps(one)) for one in (there, asdict(here)))  # tuples become lists, as in TOML
     after, complete = now.pop("variables"), "threads" in there  # TOML omits None
+    del now["emulated"]  # follows from the processor
     lines = []
     for key, value in now.items():
-        before = there.get(key, _BEFORE.get(key, None if complete else value))
+        before = there.get(key, 1 if key in ("workers", "processes") else None if complete else value)
         if before != value:
             lines.append(f"{key} {_value(before)} there, {_value(value)} here")
     earlier = there.get("variables", {} if complete else after)

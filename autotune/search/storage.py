@@ -223,7 +223,7 @@ def _prepare_sqlite(engine: "sqlalchemy.Engine") -> None:
 
     @sqlalchemy.event.listens_for(engine, "connect")
     def _cheap_commits(new: sqlite3.Connection, _: object) -> None:
-        # Some thirty commits a trial, 5 to 10 ms each if they wait for the disk. With the log only its transfer
+        # A few commits a trial, 5 to 10 ms each if they wait for the disk. With the log only its transfer
         # into the database waits; without it, nothing does. A killed process loses nothing either way; `sync` after
         # each trial is for the machine itself.
         (mode,) = new.execute("PRAGMA journal_mode").fetchone()

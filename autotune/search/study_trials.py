@@ -54,7 +54,7 @@ class OpenTrial:
     """The database's, by which Optuna's storage names it."""
     number: int
     asked: bool = False
-    """Whether an Optuna sampler proposed it, which is told of its end."""
+    """Whether an Optuna sampler proposed it, which must hear of its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def ask(study: "optuna.Study", kinds: "Mapping[str, BaseDistribution]") -> tuple
 
 def claim_asked(study: "optuna.Study", trial: OpenTrial, attributes: Mapping[str, object]) -> None:
     """Say what a trial measures that Optuna's sampler proposed."""
-    tables.end(study, trial.trial_id, None, user_attrs=attributes)
+    tables.update(study, trial.trial_id, user_attrs=attributes)
     heartbeat(study, trial)
 
 
@@ -269,9 +269,9 @@ def _end(
 
     ended = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, constraints=dict(constraints))
     if not trial.asked:
-        tables.end(study, trial.trial_id, state, values, attributes, ended.system_attrs)
+        tables.update(study, trial.trial_id, state, values, attributes, ended.system_attrs)
         return
-    tables.end(study, trial.trial_id, None, (), attributes, ended.system_attrs)
+    tables.update(study, trial.trial_id, user_attrs=attributes, system_attrs=ended.system_attrs)
     study.tell(trial.number, list(values) or None, state)
 
 

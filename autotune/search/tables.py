@@ -1,7 +1,8 @@
 """Optuna's tables, written and read in few statements.
 
-Optuna's own calls write each parameter and each attribute in a transaction of its own, some eighty statements a trial.
-What is written here is the same, row for row, through Optuna's models of its tables: its calls and its tools read it.
+Optuna's own calls write each parameter and each attribute in a transaction of its own: some eighty statements a trial,
+which would limit a study that many share. What is written here is the same, row for row, through Optuna's models of its
+tables (tests/search/test_tables.py), so that its calls and its tools read it.
 """
 
 import json
@@ -62,11 +63,11 @@ def insert(study: "optuna.Study", trial: "FrozenTrial", *, beats: bool) -> tuple
     return _in_transaction(study, work)
 
 
-def end(
-    study: "optuna.Study", trial_id: int, state: "TrialState | None", values: Sequence[float] = (),
+def update(
+    study: "optuna.Study", trial_id: int, state: "TrialState | None" = None, values: Sequence[float] = (),
     user_attrs: Mapping[str, object] = {}, system_attrs: Mapping[str, object] = {},
 ) -> None:  # fmt: skip
-    """Add attributes to a running trial and end it; None: it goes on running. Raises UpdateFinishedTrialError for one
+    """Write attributes of a running trial, and end it where a state is given. Raises UpdateFinishedTrialError for one
     that has ended, unless with just this: by a try whose answer was lost."""
     import optuna
     from optuna.storages._rdb import models

@@ -39,8 +39,8 @@ def test_optuna_reads_what_it_would_have_written(
     ours, theirs = study_in(tmp_path / "ours"), study_in(tmp_path / "theirs")
     for number in range(2):
         trial_id, found = tables.insert(ours, RUNNING, beats=False)
-        tables.end(ours, trial_id, None, user_attrs={"role": "final"})
-        tables.end(ours, trial_id, state, values, {"reason": "é", "answer": [1, None]}, {"constraints:limit": -0.5})
+        tables.update(ours, trial_id, user_attrs={"role": "final"})
+        tables.update(ours, trial_id, state, values, {"reason": "é", "answer": [1, None]}, {"constraints:limit": -0.5})
         assert found == number
         same = theirs._storage.create_new_trial(theirs._study_id, RUNNING)
         trial = optuna.trial.Trial(theirs, same)
@@ -58,10 +58,10 @@ def test_a_trial_ends_once(tmp_path: Path) -> None:
     study = study_in(tmp_path / "run")
     trial_id, _ = tables.insert(study, RUNNING, beats=False)
     for _ in range(2):  # the answer of the first was lost
-        tables.end(study, trial_id, TrialState.COMPLETE, (2.0,), {"record": "mine"})
+        tables.update(study, trial_id, TrialState.COMPLETE, (2.0,), {"record": "mine"})
     for state, attributes in ((TrialState.COMPLETE, {"record": "another's"}), (TrialState.FAIL, {"record": "mine"})):
         with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
-            tables.end(study, trial_id, state, user_attrs=attributes)
+            tables.update(study, trial_id, state, user_attrs=attributes)
     (trial,) = study.trials
     assert (trial.value, trial.user_attrs["record"]) == (2.0, "mine")
 
@@ -71,7 +71,7 @@ def test_only_what_is_new_is_read(tmp_path: Path) -> None:
     other.add_trial(RUNNING)
     ids = [tables.insert(study, RUNNING, beats=False)[0] for _ in range(5)]
     for place in (1, 4):
-        tables.end(study, ids[place], TrialState.PRUNED, user_attrs={"record": f"of {place}"})
+        tables.update(study, ids[place], TrialState.PRUNED, user_attrs={"record": f"of {place}"})
 
     def read(*arguments: object) -> list[tuple[int, bool, dict[str, object]]]:
         found = tables.read(study, *arguments)  # type: ignore[arg-type]
