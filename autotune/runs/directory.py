@@ -182,7 +182,7 @@ def _removed_if_raising(run_dir: Path, made: Sequence[Path]) -> Iterator[None]:
 
 
 def _clear_abandoned(run_dir: Path) -> None:
-    """Empty the directory of a search that was killed before it wrote its settings: it cannot be resumed. One that is
+    """Remove the directory of a search that was killed before it wrote its settings: it cannot be resumed. One that is
     just starting holds the lock."""
     if (run_dir / SEARCH_TOML).exists() or not (run_dir / _LOCK).exists():
         return

@@ -98,6 +98,7 @@ class Peers:
         """The trial has ended, and its record is known."""
         self._done.add(number)
         self._claims.pop(number, None)
+        self._unclaimed.discard(number)
 
     def begun_since(self) -> set[str]:
         """Ids of the candidates that any process has begun to search since the last look."""
