@@ -171,9 +171,18 @@ def describe(device: str = "auto") -> Environment:
         cores=_ranges(sorted(os.sched_getaffinity(0))),
         cpu_quota=ControlGroups().cpu_quota(),
         variables=steering_variables(os.environ),
-        emulated="" if where.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "bfloat16",
+        emulated=_emulated() if where.type == "cpu" else "",
     )
     return here if where.type == "cpu" else _with_card(here, where.index or 0)
+
+
+def _emulated() -> str:
+    """See Environment. oneDNN, which torch's products in bfloat16 need, says whether the processor has the
+    instructions; a build without oneDNN uses none."""
+    import torch
+
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return "" if supported is not None and supported() else "bfloat16"
 
 
 def _with_card(here: Environment, index: int) -> Environment:
