@@ -40,6 +40,9 @@ EXHAUSTIVE = (
 )  # fmt: skip
 """Some 200 plans of 124M."""
 
+DRY_MINUTES = 4.0
+"""Budget of a dry run's search: a slow processor whose cores are shared takes a minute to compile its first plan."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:

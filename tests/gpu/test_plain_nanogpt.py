@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from gpu.bench import LIKELY, PLANS, Bench
+from gpu.bench import DRY_MINUTES, LIKELY, PLANS, Bench
 
 from autotune.data.batches import synthetic_batch
 from autotune.data.shards import write_shard
@@ -36,7 +36,7 @@ def test_plain(plan: str, micro_batch_size: int, model: str, bench: Bench) -> No
 @each_model
 @pytest.mark.seconds(60 * MINUTES + 20)
 def test_search(model: str, bench: Bench) -> None:
-    minutes, choices = (1.0, DRY_CHOICES) if bench.dry else (MINUTES, LIKELY)
+    minutes, choices = (DRY_MINUTES, DRY_CHOICES) if bench.dry else (MINUTES, LIKELY)
     run, trials = bench.search(bench.shape(*SIZES[model]), minutes, choices, "--data", synthetic_data(bench))
     toml = (run / "best.toml").read_text().replace(f"{bench.scratch}/", "")  # the record names no path of this machine
     best = tomllib.loads(toml)

@@ -4,7 +4,7 @@ import random
 from dataclasses import asdict
 
 import pytest
-from gpu.bench import BENCH, EXHAUSTIVE, Bench, in_words
+from gpu.bench import BENCH, DRY_MINUTES, EXHAUSTIVE, Bench, in_words
 
 from autotune.config.candidate import Candidate
 from autotune.config.toml import parse_candidate
@@ -47,7 +47,7 @@ def test_regret(bench: Bench) -> None:
     """The winner's tokens/s in the table are at most 2 % below the best of it."""
     rows = {name[len("test_exhaustive[") : -1]: row for name, row in bench.rows("search").items() if "[" in name}
     assert rows, "no table is recorded; run scripts/gpu_acceptance --long -k exhaustive"
-    minutes = 0.5 if bench.dry else 15.0
+    minutes = DRY_MINUTES if bench.dry else 15.0
     run, trials = bench.search(bench.shape(*SIZE), minutes, choices(bench))
     best = parse_candidate((run / "best.toml").read_text(), "the winner")
     speeds = {name: row["tokens_per_second"] or 0.0 for name, row in rows.items()}
