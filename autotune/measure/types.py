@@ -78,6 +78,11 @@ class TrialRequest:
         return self.final if self.steps is None else self.steps == "whole"
 
 
+FROM_CACHE = 0.2
+"""Time of a process's first steps if their code is in the compile cache, as a fraction of the time to compile it
+(docs/race.md#the-time-of-a-rung)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:
     """Outcome of a trial. Unknown values are None, never 0."""
@@ -124,6 +129,12 @@ class TrialResult:
     """Peak of each process in the widest view, where there are several; `memory` is the fullest's."""
     remedy: str = ""
     """What to do about a failure of the machine, which every other trial would share; empty otherwise."""
+
+    @property
+    def saved_by_cache(self) -> float:
+        """Seconds that the next process to run this code is spared, as the compile cache holds it by then."""
+        compiled = self.phase_seconds.get("compile", 0.0) if self.compile_cache_misses else 0.0
+        return (1.0 - FROM_CACHE) * compiled
 
     def peak(self, view: str) -> int | None:
         """Largest `allocated_bytes`, `reserved_bytes` or `device_bytes` over all stages."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from autotune.config.candidate import Candidate
+from autotune.config.candidate import Candidate, Plan, Shape
 from autotune.files import write_atomically
 from autotune.measure.types import Z95, Status
 from autotune.runs.records import csv_cell, csv_line
@@ -28,8 +28,15 @@ class Rival:
     """Learning rate relative to the rule's (`autotune.runs.objective.finish_candidate`)."""
     seconds: float
     """Expected seconds of steps of the full training."""
+    compiling_seconds: float = 0.0
+    """Expected seconds that compiling its code adds to the first rung that runs it."""
     name: str = ""
     """Name of the user's candidate, in `autotune race`."""
+
+    @property
+    def code(self) -> tuple[Shape, Plan]:
+        """Rivals that are alike in this run the same compiled code."""
+        return self.candidate.shape, self.candidate.plan
 
     @property
     def kept_share(self) -> float:

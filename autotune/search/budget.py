@@ -55,9 +55,9 @@ def measure_seconds(budget: Budget) -> float:
 
 
 def final_seconds(record: TrialRecord, budget: Budget, steps: Steps = "whole") -> float:
-    """Expected wall clock of confirming `record`: its trial again (compilation now cached), the timed part
+    """Expected wall clock of confirming `record`: its trial again with its code from the compile cache, the timed part
     twice as long, and at least six optimizer steps where those are timed whole."""
-    again = record.result.trial_seconds or 0.0
+    again = (record.result.trial_seconds or 0.0) - record.result.saved_by_cache
     if record.role == "race":
         again -= record.result.phase_seconds.get("measure", 0.0)  # a training
     whole = 6 * (record.result.step_seconds_p50 or 0.0) if steps == "whole" else 0.0

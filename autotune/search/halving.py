@@ -8,8 +8,8 @@ gains). Pure functions of the rivals and their readings: a race that was killed 
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 from autotune.runs.curves import Posterior, Priors, Training, predict, priors
 from autotune.runs.races import Reading, Rival, by_rival, difference
@@ -60,6 +60,8 @@ def next_rung(
     known = {rival.rival: rival for rival in rivals}
     busy = sum(cost(known[step.rival], step.fraction, readings, overhead_seconds) for step in running)
     work_left = slots * seconds_left - busy
+    rivals = _compiled_once(rivals, {rival for rival, _ in begun})
+    known = {rival.rival: rival for rival in rivals}
     if not begun:
         first = _first_fraction(rivals, work_left, overhead_seconds, rule.eta)
         return None if first is None else _affordable(rivals[0], first, readings, seconds_left, overhead_seconds)
@@ -83,8 +85,10 @@ def next_rung(
 
 def cost(rival: Rival, fraction: float, readings: Sequence[Reading], overhead_seconds: float) -> float:
     """Expected wall clock of a rung, which continues from the longest one so far."""
-    done = max((r.fraction for r in readings if r.rival == rival.rival and r.loss is not None), default=0.0)
-    return overhead_seconds + max(0.0, fraction - rival.kept_share * done) * rival.seconds
+    own = [reading for reading in readings if reading.rival == rival.rival]
+    done = max((reading.fraction for reading in own if reading.loss is not None), default=0.0)
+    beside = overhead_seconds + (0.0 if own else rival.compiling_seconds)
+    return beside + max(0.0, fraction - rival.kept_share * done) * rival.seconds
 
 
 def expected(
@@ -159,6 +163,15 @@ def _first_fraction(
         if fraction * seconds >= min(overhead_seconds, seconds):
             return fraction
     return None
+
+
+def _compiled_once(rivals: Sequence[Rival], begun: Set[int]) -> list[Rival]:
+    """The rivals, of which only the first with its code still has to compile it, and none where one has begun."""
+    compiled, found = {rival.code for rival in rivals if rival.rival in begun}, list[Rival]()
+    for rival in rivals:
+        found.append(replace(rival, compiling_seconds=0.0) if rival.code in compiled else rival)
+        compiled.add(rival.code)
+    return found
 
 
 def _later_levels(field: Sequence[Rival], fraction: float, overhead_seconds: float, eta: int) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from autotune.config.candidate import Candidate, Optimizer, Recipe, Shape
 from autotune.config.search_settings import SearchSettings
 from autotune.data.shards import open_split
-from autotune.measure.types import Z95, RungRequest, RungResult, TrialRequest, TrialResult
+from autotune.measure.types import FROM_CACHE, Z95, RungRequest, RungResult, TrialRequest, TrialResult
 from autotune.runs.curves import Posterior, Training
 from autotune.runs.objective import (
     batch_tokens,
@@ -48,6 +48,8 @@ _SMALLEST_PART = 4
 
 _EVALUATED_SHARE, _FORWARD_SPEED = 0.2, 3.0
 """An evaluation takes this fraction of a rung's overhead; a forward alone is about so many times as fast as a step."""
+_EVALUATION_CODE = 0.4
+"""Time to compile an evaluation's forward, as a fraction of that for a step (docs/race.md#the-time-of-a-rung)."""
 _CHUNKS = (8, 64)
 """Fewest and most chunks of validation tokens: fewer give no interval, more no narrower one worth the time."""
 _CHUNK_TOKENS = 2048
@@ -88,10 +90,21 @@ def _rivals_of(record: TrialRecord, settings: SearchSettings) -> list[Rival]:
     return [
         Rival(
             rival=0, candidate=_rival(measured, optimizer, batch, factor, tokens, settings), rate_factor=factor,
-            seconds=tokens / speed,
+            seconds=tokens / speed, compiling_seconds=_compiling(record, batch),
         )
         for optimizer, batch, factor in recipes
     ]  # fmt: skip
+
+
+def _compiling(record: TrialRecord, batch: int) -> float:
+    """Seconds that compiling adds to a first rung in batches of so many sequences, after a trial that compiled for its
+    own micro batch and not for evaluations."""
+    plan, result = record.candidate.plan, record.result
+    if plan.compile == "off":
+        return 0.0
+    found = result.phase_seconds.get("compile", 0.0) if result.compile_cache_misses == 0 else 0.0
+    step = result.saved_by_cache or (1.0 - FROM_CACHE) * found / FROM_CACHE
+    return step * (_EVALUATION_CODE + (batch < plan.micro_batch_size))
 
 
 def _of_best_shapes(rivals: Sequence[Rival], settings: SearchSettings) -> list[Rival]:
@@ -179,18 +192,22 @@ def make_lineup(rivals: Sequence[Rival], data: Path, speed: float, overhead_seco
 
 
 def first_overhead(records: Sequence[TrialRecord]) -> float:
-    """Expected time of a rung beside its steps before any was run: that of trials, whose code is compiled by now."""
+    """Expected time of a rung beside its steps before any was run: that of trials, were all code in the cache."""
     ran = [record.result for record in records if record.objective is not None and record.role != "race"]
     beside = [
-        (result.trial_seconds or 0.0) - result.phase_seconds.get("measure", 0.0)
-        - 0.5 * result.phase_seconds.get("compile", 0.0) for result in ran
+        (result.trial_seconds or 0.0) - result.phase_seconds.get("measure", 0.0) - result.saved_by_cache
+        for result in ran
     ]  # fmt: skip
     return statistics.median(beside) if beside else 0.0
 
 
-def overhead(readings: Sequence[Reading], before: float) -> float:
-    """Expected time of a rung beside its steps: the mean so far, else `before`."""
-    beside = [reading.seconds - reading.stepping_seconds for reading in readings if reading.loss is not None]
+def overhead(rivals: Sequence[Rival], readings: Sequence[Reading], before: float) -> float:
+    """Expected time of a rung beside its steps, once its code is compiled: the mean so far, else `before`."""
+    code, compiled, beside = {rival.rival: rival.code for rival in rivals}, set[object](), list[float]()
+    for reading in readings:
+        if reading.loss is not None and code[reading.rival] in compiled:
+            beside.append(reading.seconds - reading.stepping_seconds)
+        compiled.add(code[reading.rival])
     return statistics.fmean(beside) if beside else before
 
 

@@ -69,7 +69,7 @@ class Race:
         rivals, beside = racing.candidates_for_race(state.records, state.settings), racing.first_overhead(state.records)
         left = self._left()
         if next_rung(rivals, [], left, beside) is None:
-            wanted = 2 * (beside + min(beside, min(rival.seconds for rival in rivals)))
+            wanted = 2 * (beside + min(beside, min(rival.seconds for rival in rivals))) + rivals[0].compiling_seconds
             self._not_raced = (
                 f"the budget is too short for a race: two rungs take about {format_duration(wanted)}, "
                 f"{format_duration(max(0.0, left))} were left; the winner is by the law, not raced; give --budget "
@@ -90,14 +90,14 @@ class Race:
         alike = [record for record in searched(records) if record.candidate.shape == waiting.candidate.shape]
         return budget.remaining() - max(final_seconds(record, budget) for record in (waiting, *alike))
 
-    def _overhead(self) -> float:
-        return racing.overhead(self._state.readings, racing.first_overhead(self._state.records))
+    def _overhead(self, lineup: Lineup) -> float:
+        return racing.overhead(lineup.rivals, self._state.readings, racing.first_overhead(self._state.records))
 
     def _begin(self, lineup: Lineup, slot: Slot) -> RungJob | None:
         """The next rung; None where none can begin now."""
         state, settings = self._state, self._state.settings
         running = tuple(job.step for job in self._trials.running(RungJob))
-        beside, left, slots = self._overhead(), self._left(), self._trials.side_by_side
+        beside, left, slots = self._overhead(lineup), self._left(), self._trials.side_by_side
         step = next_rung(lineup.rivals, state.readings, left, beside, running=running, slots=slots)
         if step is None:
             return None

@@ -185,9 +185,10 @@ def _outlasted(work: Callable[[], T], patience: Patience) -> T:
                 raise
             if not said and allowed > FIRST_PATIENCE_SECONDS:
                 said = True
-                wait = format_duration(allowed)
                 print(
-                    f"note: the study's server is away; what is measured is kept, waiting up to {wait}", file=sys.stderr
+                    "note: the study's server is away; what is measured is kept, waiting up to "
+                    f"{format_duration(allowed)}: {_reason(error)}",
+                    file=sys.stderr,
                 )
         patience.meanwhile()
         time.sleep(_AWAY_SECONDS)

@@ -216,7 +216,7 @@ def _rungs(
     for rival in lineup.rivals:
         if any(reading.rival == rival.rival and reading.status != "interrupted" for reading in race.readings):
             continue
-        expected = rival.seconds + overhead(race.readings, race.trials[rival.name].trial_seconds or 0.0)
+        expected = rival.seconds + overhead(lineup.rivals, race.readings, race.trials[rival.name].trial_seconds or 0.0)
         left, number = ends - clock(), len(race.readings)
         if left < expected:
             missing = len(lineup.rivals) - len({reading.rival for reading in race.readings})

@@ -81,6 +81,16 @@ def test_a_finalist_whose_whole_steps_do_not_fit_is_composed() -> None:
     assert reserve(budget(600), [slow], SETTINGS) == pytest.approx(16)
 
 
+def test_a_finalist_finds_its_code_in_the_compile_cache() -> None:
+    cold = replace(record(0, 1.0).result, trial_seconds=50.0, phase_seconds={"compile": 40.0}, compile_cache_misses=2)
+    warm = replace(cold, compile_cache_misses=0)
+    eager = replace(cold, compile_cache_misses=None)
+    took = {name: final_seconds(replace(record(0, 1.0), result=result), budget(600)) for name, result in
+            {"cold": cold, "warm": warm, "eager": eager}.items()}  # fmt: skip
+    assert took["cold"] == pytest.approx(1.1 * (50 - 0.8 * 40) + 5)
+    assert took["warm"] == took["eager"] == pytest.approx(1.1 * 50 + 5)
+
+
 def test_nothing_is_kept_back_while_nothing_is_feasible() -> None:
     failed = replace(record(0, 1.0), objective=None)
     assert reserve(budget(600), [], SETTINGS) == reserve(budget(600), [failed], SETTINGS) == 0.0

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -104,3 +105,28 @@ def test_a_rival_that_diverged_is_not_trained_on() -> None:
         assert len(readings) < 50
     assert sum(one.rival == 2 for one in readings) == 1
     assert 2 not in order_of(field, readings)
+
+
+def test_code_is_compiled_once_for_all_rivals_that_share_it() -> None:
+    """Two rivals that run the same code fit where two with code of their own do not."""
+    alike = [replace(rival, compiling_seconds=60.0) for rival in rivals((1024, 2048))]
+    plans = (Plan(micro_batch_size=1), Plan(micro_batch_size=2))
+    apart = [
+        replace(rival, candidate=replace(rival.candidate, plan=plan))
+        for rival, plan in zip(alike, plans, strict=True)
+    ]
+    assert next_rung(apart, [], 120.0, 10.0) is None
+    step, readings, left = next_rung(alike, [], 120.0, 10.0), list[Reading](), 120.0
+    assert step is not None
+    assert cost(alike[0], step.fraction, [], 10.0) == pytest.approx(70.0 + 100.0 * step.fraction)
+    while (step := next_rung(alike, readings, left, 10.0)) is not None:
+        paid = replace(alike[step.rival], compiling_seconds=0.0 if readings else 60.0)
+        left -= cost(paid, step.fraction, readings, 10.0)
+        readings.append(reading(alike[step.rival], step.fraction, law(alike[step.rival], step.fraction)))
+    assert {one.rival for one in readings} == {0, 1}
+    assert left >= 0.0
+
+
+def test_a_rival_compiles_once() -> None:
+    rival = replace(rivals()[0], compiling_seconds=60.0)
+    assert cost(rival, 0.25, [reading(rival, 0.125, None)], 10.0) == pytest.approx(35.0)
