@@ -69,10 +69,10 @@ def next_rung(
     runs = {(step.rival, step.fraction) for step in running}
     field = [rival for rival in rivals if (rival.rival, fraction) in runs or _read_at(readings, rival.rival, fraction)]
     waiting = [rival for rival in rivals if rival not in field]
-    if waiting and longest == fraction:  # the first level is open as long as the levels after it still fit
-        later = _later_levels([*field, waiting[0]], fraction, overhead_seconds, rule.eta)
-        if len(field) < FEWEST or cost(waiting[0], fraction, [], overhead_seconds) + later <= work_left:
-            return _affordable(waiting[0], fraction, readings, seconds_left, overhead_seconds)
+    for new in _next_two(waiting) if longest == fraction else ():  # as long as the levels after the first still fit
+        later = _later_levels([*field, new], fraction, overhead_seconds, rule.eta) if len(field) >= FEWEST else 0.0
+        if cost(new, fraction, [], overhead_seconds) + later <= work_left:
+            return _affordable(new, fraction, readings, seconds_left, overhead_seconds)
     order = _ahead(rivals, readings, fraction, rule)
     while fraction < 1.0 and len(order) >= FEWEST and fraction not in {step.fraction for step in running}:
         fraction, kept = min(1.0, rule.eta * fraction), order[: max(FEWEST, math.ceil(len(order) / rule.eta))]
@@ -152,17 +152,36 @@ def _first_fraction(
     """The longest first rung with which a field as large as possible fits. A rung trains for at least as long as its
     process needs to start: shorter ones would spend the budget on starting. None: not even two rivals fit."""
     seconds = statistics.fmean(rival.seconds for rival in rivals) if rivals else 0.0
-    for count in range(len(rivals), FEWEST - 1, -1):
+    fields = [rivals[:count] for count in range(len(rivals), FEWEST - 1, -1)]
+    for field in [*fields, cheapest_pair(rivals)] if fields else []:
         low, high = 0.0, 1.0
         for _ in range(30):  # the cost grows with the fraction
             middle = (low + high) / 2
-            first = sum(cost(rival, middle, [], overhead_seconds) for rival in rivals[:count])
-            fits = first + _later_levels(rivals[:count], middle, overhead_seconds, eta) <= seconds_left
+            first = sum(cost(rival, middle, [], overhead_seconds) for rival in field)
+            fits = first + _later_levels(field, middle, overhead_seconds, eta) <= seconds_left
             low, high = (middle, high) if fits else (low, middle)
         fraction = 1.0 if low > 0.99 else float(f"{low:.3g}")
         if fraction * seconds >= min(overhead_seconds, seconds):
             return fraction
     return None
+
+
+def cheapest_pair(rivals: Sequence[Rival]) -> list[Rival]:
+    """The first rival, and the most plausible of those whose code takes the least time to compile after its own."""
+    first, *rest = _compiled_once(rivals, set())
+    return [first, *_next_two(rest)[-1:]]
+
+
+def _next_two(waiting: Sequence[Rival]) -> list[Rival]:
+    """The most plausible rival, and the one to train where its code takes too long to compile."""
+    return [*waiting[:1], *sorted(waiting, key=lambda rival: rival.compiling_seconds)[:1]]
+
+
+def shortest(rivals: Sequence[Rival], overhead_seconds: float) -> float:
+    """Expected wall clock of the shortest race that is worth it."""
+    seconds = statistics.fmean(rival.seconds for rival in rivals)
+    pair = cheapest_pair(rivals)
+    return sum(rival.compiling_seconds + overhead_seconds + min(overhead_seconds, seconds) for rival in pair)
 
 
 def _compiled_once(rivals: Sequence[Rival], begun: Set[int]) -> list[Rival]:

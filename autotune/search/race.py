@@ -70,7 +70,7 @@ def candidates_for_race(records: Sequence[TrialRecord], settings: SearchSettings
     every = [rival for record in fastest.values() for rival in _rivals_of(record, settings)]
     unique = {(rival.candidate.recipe, rival.rate_factor): rival for rival in every}
     field = [replace(rival, rival=number) for number, rival in enumerate(unique.values())]
-    order = _most_promising(_of_best_shapes(field, settings), settings.seed)
+    order = _most_promising(_of_best_shapes(field, settings), first_overhead(records), settings.seed)
     return _with_baseline_early(order, settings)[:MOST_RIVALS]
 
 
@@ -117,20 +117,27 @@ def _of_best_shapes(rivals: Sequence[Rival], settings: SearchSettings) -> list[R
     return [rival for rival in rivals if rival.candidate.shape in best]
 
 
-def _most_promising(rivals: Sequence[Rival], seed: int) -> list[Rival]:
+def _most_promising(rivals: Sequence[Rival], overhead_seconds: float, seed: int) -> list[Rival]:
     """The first has the lowest loss expected before any reading; each further one lowers the least loss that is
-    expected of the field by most. So what is uncertain comes before what is nearly the same as one in the field."""
+    expected of the field by most for the time of its rung. So what is uncertain comes before what is nearly the same as
+    one in the field, and what runs code of another before what has to be compiled."""
     field = sorted(rivals, key=lambda rival: rival.rival)
     before = expected(field, [])
     draws = np.random.default_rng(seed).multivariate_normal(before.means, before.covariance, _DRAWS)  # (draws, rivals)
-    least, order = np.full(_DRAWS, np.inf), list[Rival]()
-    waiting = list(range(len(field)))
+    order = [int(draws.mean(axis=0).argmin())]
+    least, waiting = draws[:, order[0]], [place for place in range(len(field)) if place != order[0]]
+
+    def worth(place: int) -> float:
+        compiled = any(field[other].code == field[place].code for other in order)
+        seconds = 2 * overhead_seconds + (0.0 if compiled else field[place].compiling_seconds)
+        return float((least - np.minimum(least, draws[:, place])).mean()) / (seconds or 1.0)
+
     while waiting and len(order) < MOST_RIVALS:
-        place = min(waiting, key=lambda place: float(np.minimum(least, draws[:, place]).mean()))
+        place = max(waiting, key=worth)
         waiting.remove(place)
-        order.append(field[place])
+        order.append(place)
         least = np.minimum(least, draws[:, place])
-    return [*order, *(field[place] for place in waiting)]
+    return [field[place] for place in (*order, *waiting)]
 
 
 def _with_baseline_early(rivals: list[Rival], settings: SearchSettings) -> tuple[Rival, ...]:
@@ -203,11 +210,13 @@ def first_overhead(records: Sequence[TrialRecord]) -> float:
 
 def overhead(rivals: Sequence[Rival], readings: Sequence[Reading], before: float) -> float:
     """Expected time of a rung beside its steps, once its code is compiled: the mean so far, else `before`."""
-    code, compiled, beside = {rival.rival: rival.code for rival in rivals}, set[object](), list[float]()
+    known, compiled, beside = {rival.rival: rival for rival in rivals}, set[object](), list[float]()
     for reading in readings:
-        if reading.loss is not None and code[reading.rival] in compiled:
-            beside.append(reading.seconds - reading.stepping_seconds)
-        compiled.add(code[reading.rival])
+        rival = known[reading.rival]
+        compiling = 0.0 if rival.code in compiled else rival.compiling_seconds
+        compiled.add(rival.code)
+        if reading.loss is not None:
+            beside.append(max(0.0, reading.seconds - reading.stepping_seconds - compiling))
     return statistics.fmean(beside) if beside else before
 
 

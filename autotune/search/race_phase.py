@@ -17,7 +17,7 @@ from autotune.search.advice import enough_for
 from autotune.search.budget import allow, final_seconds
 from autotune.search.crew import Job
 from autotune.search.decide import searched, unconfirmed
-from autotune.search.halving import RULE, Step, cost, next_rung
+from autotune.search.halving import RULE, Step, cost, next_rung, shortest
 from autotune.search.propose import Proposer
 from autotune.search.state import State
 from autotune.search.trials import Trials
@@ -69,7 +69,7 @@ class Race:
         rivals, beside = racing.candidates_for_race(state.records, state.settings), racing.first_overhead(state.records)
         left = self._left()
         if next_rung(rivals, [], left, beside) is None:
-            wanted = 2 * (beside + min(beside, min(rival.seconds for rival in rivals))) + rivals[0].compiling_seconds
+            wanted = shortest(rivals, beside)
             self._not_raced = (
                 f"the budget is too short for a race: two rungs take about {format_duration(wanted)}, "
                 f"{format_duration(max(0.0, left))} were left; the winner is by the law, not raced; give --budget "

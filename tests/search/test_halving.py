@@ -11,7 +11,7 @@ from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.measure.types import Status
 from autotune.runs.curves import Training, predict, priors
 from autotune.runs.races import Reading, Rival
-from autotune.search.halving import Rule, cost, expected, next_rung, order_of
+from autotune.search.halving import Rule, cost, expected, next_rung, order_of, shortest
 
 FULL = 2**21
 BATCHES = (1024, 2048, 4096, 8192)
@@ -125,6 +125,19 @@ def test_code_is_compiled_once_for_all_rivals_that_share_it() -> None:
         readings.append(reading(alike[step.rival], step.fraction, law(alike[step.rival], step.fraction)))
     assert {one.rival for one in readings} == {0, 1}
     assert left >= 0.0
+
+
+def test_a_rival_whose_code_takes_too_long_is_passed_over() -> None:
+    """Without time to compile for the second rival, the third is trained, which runs the first one's code."""
+    field = [replace(rival, compiling_seconds=40.0) for rival in rivals((1024, 2048, 4096))]
+    field[1] = replace(field[1], candidate=replace(field[1].candidate, plan=Plan(micro_batch_size=2)))
+    assert shortest(field, 10.0) == pytest.approx(80.0)
+    assert next_rung(field, [], 79.0, 10.0) is None
+    step = next_rung(field, [], 100.0, 10.0)
+    assert step is not None
+    first = reading(field[0], step.fraction, 7.0)
+    left = 100.0 - cost(field[0], step.fraction, [], 10.0)
+    assert next_rung(field, [first], left, 10.0) == replace(step, rival=2)
 
 
 def test_a_rival_compiles_once() -> None:
