@@ -60,16 +60,19 @@ def next_rung(
     known = {rival.rival: rival for rival in rivals}
     busy = sum(cost(known[step.rival], step.fraction, readings, overhead_seconds) for step in running)
     work_left = slots * seconds_left - busy
+    if not begun:
+        for field in _fields(rivals):
+            if first := _first_fraction(field, work_left, overhead_seconds, rule.eta):
+                return _affordable(field[0], first, readings, seconds_left, overhead_seconds)
+        return None
     rivals = _compiled_once(rivals, {rival for rival, _ in begun})
     known = {rival.rival: rival for rival in rivals}
-    if not begun:
-        first = _first_fraction(rivals, work_left, overhead_seconds, rule.eta)
-        return None if first is None else _affordable(rivals[0], first, readings, seconds_left, overhead_seconds)
     fraction, longest = min(length for _, length in begun), max(length for _, length in begun)
     runs = {(step.rival, step.fraction) for step in running}
     field = [rival for rival in rivals if (rival.rival, fraction) in runs or _read_at(readings, rival.rival, fraction)]
     waiting = [rival for rival in rivals if rival not in field]
-    for new in _next_two(waiting) if longest == fraction else ():  # as long as the levels after the first still fit
+    entrants = [waiting[0], _quickest(waiting)] if waiting and longest == fraction else []
+    for new in entrants:  # the first level is open as long as the levels after it still fit
         later = _later_levels([*field, new], fraction, overhead_seconds, rule.eta) if len(field) >= FEWEST else 0.0
         if cost(new, fraction, [], overhead_seconds) + later <= work_left:
             return _affordable(new, fraction, readings, seconds_left, overhead_seconds)
@@ -146,45 +149,45 @@ def tied(rivals: Sequence[Rival], readings: Sequence[Reading]) -> tuple[int, ...
     return tuple(rival for rival, apart in as_far if apart is not None and not apart.significant)
 
 
-def _first_fraction(
-    rivals: Sequence[Rival], seconds_left: float, overhead_seconds: float, eta: int
-) -> float | None:
-    """The longest first rung with which a field as large as possible fits. A rung trains for at least as long as its
-    process needs to start: shorter ones would spend the budget on starting. None: not even two rivals fit."""
-    seconds = statistics.fmean(rival.seconds for rival in rivals) if rivals else 0.0
-    fields = [rivals[:count] for count in range(len(rivals), FEWEST - 1, -1)]
-    for field in [*fields, cheapest_pair(rivals)] if fields else []:
-        low, high = 0.0, 1.0
-        for _ in range(30):  # the cost grows with the fraction
-            middle = (low + high) / 2
-            first = sum(cost(rival, middle, [], overhead_seconds) for rival in field)
-            fits = first + _later_levels(field, middle, overhead_seconds, eta) <= seconds_left
-            low, high = (middle, high) if fits else (low, middle)
-        fraction = 1.0 if low > 0.99 else float(f"{low:.3g}")
-        if fraction * seconds >= min(overhead_seconds, seconds):
-            return fraction
-    return None
-
-
-def cheapest_pair(rivals: Sequence[Rival]) -> list[Rival]:
-    """The first rival, and the most plausible of those whose code takes the least time to compile after its own."""
-    first, *rest = _compiled_once(rivals, set())
-    return [first, *_next_two(rest)[-1:]]
-
-
-def _next_two(waiting: Sequence[Rival]) -> list[Rival]:
-    """The most plausible rival, and the one to train where its code takes too long to compile."""
-    return [*waiting[:1], *sorted(waiting, key=lambda rival: rival.compiling_seconds)[:1]]
-
-
 def shortest(rivals: Sequence[Rival], overhead_seconds: float) -> float:
-    """Expected wall clock of the shortest race that is worth it."""
-    seconds = statistics.fmean(rival.seconds for rival in rivals)
-    pair = cheapest_pair(rivals)
+    """Expected wall clock of the shortest race: of two rivals at least, and as `_first_fraction` says."""
+    pair = _fields(rivals)[-1]
+    seconds = statistics.fmean(rival.seconds for rival in pair)
     return sum(rival.compiling_seconds + overhead_seconds + min(overhead_seconds, seconds) for rival in pair)
 
 
-def _compiled_once(rivals: Sequence[Rival], begun: Set[int]) -> list[Rival]:
+def _fields(rivals: Sequence[Rival]) -> list[list[Rival]]:
+    """The fields that may race, the best first: as many of the most plausible rivals as possible; the first with the
+    one that takes least time to compile beside it; the two that take least."""
+    if len(rivals) < FEWEST:
+        return []
+    fields = [_compiled_once(rivals[:count]) for count in range(len(rivals), FEWEST - 1, -1)]
+    for first in (rivals[0], _quickest(rivals)):
+        _, *rest = _compiled_once([first, *(rival for rival in rivals if rival is not first)])
+        fields.append([first, _quickest(rest)])
+    return fields
+
+
+def _quickest(rivals: Sequence[Rival]) -> Rival:
+    """The most plausible of those whose code takes the least time to compile."""
+    return min(rivals, key=lambda rival: rival.compiling_seconds)
+
+
+def _first_fraction(field: Sequence[Rival], seconds_left: float, overhead_seconds: float, eta: int) -> float | None:
+    """The longest first rung with which the field fits. A rung trains for at least as long as its process needs to
+    start: shorter ones would spend the budget on starting. None: it does not fit."""
+    seconds = statistics.fmean(rival.seconds for rival in field)
+    low, high = 0.0, 1.0
+    for _ in range(30):  # the cost grows with the fraction
+        middle = (low + high) / 2
+        first = sum(cost(rival, middle, [], overhead_seconds) for rival in field)
+        fits = first + _later_levels(field, middle, overhead_seconds, eta) <= seconds_left
+        low, high = (middle, high) if fits else (low, middle)
+    fraction = 1.0 if low > 0.99 else float(f"{low:.3g}")
+    return fraction if fraction * seconds >= min(overhead_seconds, seconds) else None
+
+
+def _compiled_once(rivals: Sequence[Rival], begun: Set[int] = frozenset()) -> list[Rival]:
     """The rivals, of which only the first with its code still has to compile it, and none where one has begun."""
     compiled, found = {rival.code for rival in rivals if rival.rival in begun}, list[Rival]()
     for rival in rivals:

@@ -28,7 +28,7 @@ from autotune.runs.objective import (
 )
 from autotune.runs.races import Change, Lineup, RaceVerdict, Reading, Rival, by_rival, difference
 from autotune.runs.records import TrialRecord
-from autotune.search.halving import Step, expected, full_tokens, order_of, tied
+from autotune.search.halving import Step, expected, full_tokens, order_of, shortest, tied
 from autotune.search.space import canonical
 from autotune.units import format_count
 
@@ -196,6 +196,12 @@ def make_lineup(rivals: Sequence[Rival], data: Path, speed: float, overhead_seco
     wanted = _FORWARD_SPEED * speed * max(1.0, _EVALUATED_SHARE * overhead_seconds)
     chunks = min(max(_CHUNKS[0], round(wanted / (size * blocks))), _CHUNKS[1], max(1, there // size))
     return Lineup(rivals=tuple(rivals), chunk_tokens=size * blocks, chunks=chunks)
+
+
+def shortest_race(records: Sequence[TrialRecord], settings: SearchSettings) -> float:
+    """Expected seconds of the shortest race between recipes for shapes that were measured."""
+    ran = [record for record in records if record.objective is not None and record.role not in ("race", "final")]
+    return shortest([rival for record in ran for rival in _rivals_of(record, settings)], first_overhead(records))
 
 
 def first_overhead(records: Sequence[TrialRecord]) -> float:

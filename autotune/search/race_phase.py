@@ -17,7 +17,7 @@ from autotune.search.advice import enough_for
 from autotune.search.budget import allow, final_seconds
 from autotune.search.crew import Job
 from autotune.search.decide import searched, unconfirmed
-from autotune.search.halving import RULE, Step, cost, next_rung, shortest
+from autotune.search.halving import FEWEST, RULE, Step, cost, next_rung, shortest
 from autotune.search.propose import Proposer
 from autotune.search.state import State
 from autotune.search.trials import Trials
@@ -42,9 +42,15 @@ class Race:
         self._not_raced = ""  # why there is no race although there should be one
 
     def kept_seconds(self) -> float:
-        """Part of the budget that is kept for the race, once there is something to race."""
-        raced = self._wanted and not self._not_raced and searched(self._state.records)
-        return self._state.settings.race_share * self._state.budget.seconds if raced else 0.0
+        """Part of the budget that is kept for the race, once there is something to race. A second shape is worth more
+        than a longer race of one."""
+        records, settings = self._state.records, self._state.settings
+        if not self._wanted or self._not_raced or not searched(records):
+            return 0.0
+        share = settings.race_share * self._state.budget.seconds
+        if settings.search_shape and len({record.candidate.shape for record in searched(records)}) < FEWEST:
+            return min(share, racing.shortest_race(records, settings))
+        return share
 
     def run(self) -> list[str]:
         """Race until the winner must be confirmed. Returns notes."""

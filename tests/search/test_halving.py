@@ -140,6 +140,23 @@ def test_a_rival_whose_code_takes_too_long_is_passed_over() -> None:
     assert next_rung(field, [first], left, 10.0) == replace(step, rival=2)
 
 
+def test_the_shortest_race_is_between_two_that_share_code() -> None:
+    takes = (60.0, 40.0, 40.0, 60.0)
+    field = [replace(rival, compiling_seconds=seconds) for rival, seconds in zip(rivals(), takes, strict=True)]
+    for place, micro in ((1, 2), (2, 2), (3, 3)):
+        field[place] = replace(
+            field[place], candidate=replace(field[place].candidate, plan=Plan(micro_batch_size=micro))
+        )
+    assert shortest(field, 10.0) == pytest.approx(40.0 + 2 * (10.0 + 10.0))
+    assert next_rung(field, [], 79.0, 10.0) is None
+    step = next_rung(field, [], 85.0, 10.0)
+    assert step is not None
+    assert step.rival == 1
+    first = reading(field[1], step.fraction, 7.0)
+    left = 85.0 - cost(field[1], step.fraction, [], 10.0)
+    assert next_rung(field, [first], left, 10.0) == replace(step, rival=2)
+
+
 def test_a_rival_compiles_once() -> None:
     rival = replace(rivals()[0], compiling_seconds=60.0)
     assert cost(rival, 0.25, [reading(rival, 0.125, None)], 10.0) == pytest.approx(35.0)
