@@ -8,9 +8,10 @@ gains). Pure functions of the rivals and their readings: a race that was killed 
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
+from autotune.config.candidate import Plan, Shape
 from autotune.runs.curves import Posterior, Priors, Training, predict, priors
 from autotune.runs.races import Reading, Rival, by_rival, difference
 
@@ -61,18 +62,17 @@ def next_rung(
     busy = sum(cost(known[step.rival], step.fraction, readings, overhead_seconds) for step in running)
     work_left = slots * seconds_left - busy
     if not begun:
-        for field in _fields(rivals):
+        for field in _fields(rivals, rule):
             if first := _first_fraction(field, work_left, overhead_seconds, rule.eta):
                 return _affordable(field[0], first, readings, seconds_left, overhead_seconds)
         return None
-    rivals = _compiled_once(rivals, {rival for rival, _ in begun})
+    rivals = _compiled(rivals, {known[rival].code for rival, _ in begun})
     known = {rival.rival: rival for rival in rivals}
     fraction, longest = min(length for _, length in begun), max(length for _, length in begun)
     runs = {(step.rival, step.fraction) for step in running}
     field = [rival for rival in rivals if (rival.rival, fraction) in runs or _read_at(readings, rival.rival, fraction)]
     waiting = [rival for rival in rivals if rival not in field]
-    entrants = [waiting[0], _quickest(waiting)] if waiting and longest == fraction else []
-    for new in entrants:  # the first level is open as long as the levels after it still fit
+    for new in _entrants(waiting, rule) if longest == fraction else ():  # as long as the levels after the first fit
         later = _later_levels([*field, new], fraction, overhead_seconds, rule.eta) if len(field) >= FEWEST else 0.0
         if cost(new, fraction, [], overhead_seconds) + later <= work_left:
             return _affordable(new, fraction, readings, seconds_left, overhead_seconds)
@@ -150,27 +150,40 @@ def tied(rivals: Sequence[Rival], readings: Sequence[Reading]) -> tuple[int, ...
 
 
 def shortest(rivals: Sequence[Rival], overhead_seconds: float) -> float:
-    """Expected wall clock of the shortest race: of two rivals at least, and as `_first_fraction` says."""
-    pair = _fields(rivals)[-1]
-    seconds = statistics.fmean(rival.seconds for rival in pair)
-    return sum(rival.compiling_seconds + overhead_seconds + min(overhead_seconds, seconds) for rival in pair)
+    """Expected wall clock of the shortest race between two of the rivals."""
+
+    def seconds(pair: Sequence[Rival]) -> float:
+        stepping = statistics.fmean(rival.seconds for rival in pair)
+        return sum(rival.compiling_seconds + overhead_seconds + min(overhead_seconds, stepping) for rival in pair)
+
+    return min(seconds(_with_its_mate(rival, rivals)) for rival in rivals)
 
 
-def _fields(rivals: Sequence[Rival]) -> list[list[Rival]]:
-    """The fields that may race, the best first: as many of the most plausible rivals as possible; the first with the
-    one that takes least time to compile beside it; the two that take least."""
-    if len(rivals) < FEWEST:
-        return []
-    fields = [_compiled_once(rivals[:count]) for count in range(len(rivals), FEWEST - 1, -1)]
-    for first in (rivals[0], _quickest(rivals)):
-        _, *rest = _compiled_once([first, *(rival for rival in rivals if rival is not first)])
-        fields.append([first, _quickest(rest)])
-    return fields
+def _fields(rivals: Sequence[Rival], rule: Rule) -> Iterator[list[Rival]]:
+    """The fields that may race, the best first: as many of the most plausible rivals as possible, else any two, by the
+    loss that is expected of one."""
+    for count in range(len(rivals), FEWEST - 1, -1):
+        yield _in_turn(rivals[:count])
+    ranked = _by_expected_loss(rivals, [], rule)
+    for rival in ranked if len(rivals) >= FEWEST else ():
+        yield _with_its_mate(rival, ranked)
 
 
-def _quickest(rivals: Sequence[Rival]) -> Rival:
-    """The most plausible of those whose code takes the least time to compile."""
-    return min(rivals, key=lambda rival: rival.compiling_seconds)
+def _entrants(waiting: Sequence[Rival], rule: Rule) -> list[Rival]:
+    """The next rival, and those to train in its place where compiling its code takes too long, the best first."""
+    quicker = [rival for rival in waiting if rival.compiling_seconds < waiting[0].compiling_seconds]
+    return [*waiting[:1], *(_by_expected_loss(quicker, [], rule) if quicker else [])]
+
+
+def _with_its_mate(rival: Rival, rivals: Sequence[Rival]) -> list[Rival]:
+    """The rival with the first of those whose code then takes the least time to compile."""
+    others = _compiled([other for other in rivals if other is not rival], {rival.code})
+    return [rival, min(others, key=lambda other: other.compiling_seconds)]
+
+
+def _by_expected_loss(rivals: Sequence[Rival], readings: Sequence[Reading], rule: Rule) -> list[Rival]:
+    means = expected(rivals, readings, rule.known).means
+    return [rivals[int(place)] for place in means.argsort(kind="stable")]
 
 
 def _first_fraction(field: Sequence[Rival], seconds_left: float, overhead_seconds: float, eta: int) -> float | None:
@@ -187,13 +200,14 @@ def _first_fraction(field: Sequence[Rival], seconds_left: float, overhead_second
     return fraction if fraction * seconds >= min(overhead_seconds, seconds) else None
 
 
-def _compiled_once(rivals: Sequence[Rival], begun: Set[int] = frozenset()) -> list[Rival]:
-    """The rivals, of which only the first with its code still has to compile it, and none where one has begun."""
-    compiled, found = {rival.code for rival in rivals if rival.rival in begun}, list[Rival]()
-    for rival in rivals:
-        found.append(replace(rival, compiling_seconds=0.0) if rival.code in compiled else rival)
-        compiled.add(rival.code)
-    return found
+def _in_turn(field: Sequence[Rival]) -> list[Rival]:
+    """The rivals as they are trained one after the other: only the first with its code has to compile it."""
+    return [_compiled([rival], {other.code for other in field[:place]})[0] for place, rival in enumerate(field)]
+
+
+def _compiled(rivals: Sequence[Rival], codes: Set[tuple[Shape, Plan]]) -> list[Rival]:
+    """The rivals, once these codes are compiled."""
+    return [replace(rival, compiling_seconds=0.0) if rival.code in codes else rival for rival in rivals]
 
 
 def _later_levels(field: Sequence[Rival], fraction: float, overhead_seconds: float, eta: int) -> float:
