@@ -23,6 +23,9 @@ from autotune.search.state import State
 from autotune.search.trials import Trials
 from autotune.units import format_duration
 
+_PLANNED = 0.9
+"""Part of the time left for which a race is planned, if that suffices: rungs may take longer than expected."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RungJob(Job):
@@ -104,7 +107,11 @@ class Race:
         state, settings = self._state, self._state.settings
         running = tuple(job.step for job in self._trials.running(RungJob))
         beside, left, slots = self._overhead(lineup), self._left(), self._trials.side_by_side
-        step = next_rung(lineup.rivals, state.readings, left, beside, running=running, slots=slots)
+        planned = left if state.readings or running else _PLANNED * left
+        following = partial(
+            next_rung, lineup.rivals, state.readings, overhead_seconds=beside, running=running, slots=slots
+        )
+        step = following(planned) or following(left)
         if step is None:
             return None
         rival = next(rival for rival in lineup.rivals if rival.rival == step.rival)
