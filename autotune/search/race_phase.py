@@ -24,7 +24,8 @@ from autotune.search.trials import Trials
 from autotune.units import format_duration
 
 _PLANNED = 0.9
-"""Part of the time left for which a race is planned, if that suffices: rungs may take longer than expected."""
+"""Part of the time left for which rungs are planned, but for those that a race needs: they may take longer than
+expected, and one that the budget ends was in vain."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,11 +108,10 @@ class Race:
         state, settings = self._state, self._state.settings
         running = tuple(job.step for job in self._trials.running(RungJob))
         beside, left, slots = self._overhead(lineup), self._left(), self._trials.side_by_side
-        planned = left if state.readings or running else _PLANNED * left
         following = partial(
             next_rung, lineup.rivals, state.readings, overhead_seconds=beside, running=running, slots=slots
         )
-        step = following(planned) or following(left)
+        step = following(_PLANNED * left) or (following(left) if len(state.readings) < FEWEST else None)
         if step is None:
             return None
         rival = next(rival for rival in lineup.rivals if rival.rival == step.rival)
