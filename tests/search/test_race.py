@@ -463,7 +463,10 @@ def test_where_the_baseline_was_not_raced_the_difference_is_expected(
     assert against is not None
     assert measured is not None
     assert (against.rivals, against.fraction) == ((), None)
-    assert against.nats == pytest.approx(measured.nats, abs=against.ci95 or 0.0)
+    assert against.ci95 is not None
+    # the machine's losses follow a formula of its own, which the posterior's interval need not cover
+    assert against.nats == pytest.approx(measured.nats, abs=2 * against.ci95)
+    assert against.nats + against.ci95 < 0.0
     assert f"{against.nats:+.3f} ± {against.ci95:.3f} nats, expected" in " ".join(race_lines(race))
 
 
