@@ -164,7 +164,7 @@ def _fields(rivals: Sequence[Rival], rule: Rule) -> Iterator[list[Rival]]:
     loss that is expected of one."""
     for count in range(len(rivals), FEWEST - 1, -1):
         yield _in_turn(rivals[:count])
-    ranked = _by_expected_loss(rivals, [], rule)
+    ranked = _by_expected_loss(rivals, rule)
     for rival in ranked if len(rivals) >= FEWEST else ():
         yield _with_its_mate(rival, ranked)
 
@@ -172,7 +172,7 @@ def _fields(rivals: Sequence[Rival], rule: Rule) -> Iterator[list[Rival]]:
 def _entrants(waiting: Sequence[Rival], rule: Rule) -> list[Rival]:
     """The next rival, and those to train in its place where compiling its code takes too long, the best first."""
     quicker = [rival for rival in waiting if rival.compiling_seconds < waiting[0].compiling_seconds]
-    return [*waiting[:1], *(_by_expected_loss(quicker, [], rule) if quicker else [])]
+    return [*waiting[:1], *(_by_expected_loss(quicker, rule) if quicker else [])]
 
 
 def _with_its_mate(rival: Rival, rivals: Sequence[Rival]) -> list[Rival]:
@@ -181,8 +181,8 @@ def _with_its_mate(rival: Rival, rivals: Sequence[Rival]) -> list[Rival]:
     return [rival, min(others, key=lambda other: other.compiling_seconds)]
 
 
-def _by_expected_loss(rivals: Sequence[Rival], readings: Sequence[Reading], rule: Rule) -> list[Rival]:
-    means = expected(rivals, readings, rule.known).means
+def _by_expected_loss(rivals: Sequence[Rival], rule: Rule) -> list[Rival]:
+    means = expected(rivals, [], rule.known).means
     return [rivals[int(place)] for place in means.argsort(kind="stable")]
 
 
