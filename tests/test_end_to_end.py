@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from precision import FAST
 
 from autotune.data.shards import open_split
 
-CONFIG = """
+CONFIG = f"""
 # A nanoGPT config file: 800 steps of 8 x 64 tokens
 n_layer = 2
 n_head = 4
@@ -31,7 +32,7 @@ eval_interval = 400
 eval_iters = 40
 bias = False
 dropout = 0.0
-dtype = "bfloat16"
+dtype = "{FAST}"
 """
 SAMPLE = os.environ.get("AUTOTUNE_FINEWEB_SAMPLE", "")
 

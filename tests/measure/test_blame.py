@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from precision import FAST
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from autotune.config.candidate import Candidate, Plan, Recipe, Shape
@@ -83,7 +84,7 @@ def test_what_ends_before_the_request_is_the_machines() -> None:
 
 def trial(log: Path, compile: str) -> TrialRequest:
     shape = Shape(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=512)
-    plan = Plan(micro_batch_size=2, compile=compile)  # type: ignore[arg-type]
+    plan = Plan(micro_batch_size=2, compile=compile, dtype=FAST)  # type: ignore[arg-type]
     return TrialRequest(
         candidate=Candidate(recipe=Recipe(shape=shape, global_batch_size=4), plan=plan), device="cpu", result_path="",
         measure_seconds=0.5, timeout_seconds=120.0,

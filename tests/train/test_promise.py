@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from precision import FAST
 from trainings import changed, settings
 
 from autotune.config.candidate import Candidate, Plan, Shape
-from autotune.environment import describe
 from autotune.measure.runner import run_trial
 from autotune.measure.types import TrialRequest
 from autotune.train.trainer import train
@@ -32,8 +32,7 @@ def test_a_training_with_evaluation_and_checkpoint_peaks_as_measured(
     trained = changed(
         candidate, shape=shape, global_batch_size=8, max_iters=steps, eval_interval=steps // 2, log_interval=10
     )
-    dtype = "float32" if describe("cpu").emulated else "bfloat16"  # each of these trainings would take minutes
-    plan = Plan(**{"compile": "block", "dtype": dtype} | PLANS[name])  # type: ignore[arg-type]
+    plan = Plan(**{"compile": "block", "dtype": FAST} | PLANS[name])  # type: ignore[arg-type]
     candidate = replace(trained, plan=plan)
     request = TrialRequest(candidate=candidate, device="cpu", result_path="", measure_seconds=0.5, final=True)
     verdict = run_trial(request, tmp_path / "trial.log")
