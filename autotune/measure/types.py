@@ -133,8 +133,14 @@ class TrialResult:
     @property
     def saved_by_cache(self) -> float:
         """Seconds that the next process to run this code is spared, as the compile cache holds it by then."""
-        compiled = self.phase_seconds.get("compile", 0.0) if self.compile_cache_misses else 0.0
-        return (1.0 - FROM_CACHE) * compiled
+        return (1.0 - FROM_CACHE) * self.compiling_seconds if self.compile_cache_misses else 0.0
+
+    @property
+    def compiling_seconds(self) -> float:
+        """Seconds to compile such a step where the compile cache holds none of it; 0 if nothing is compiled."""
+        if self.compile_cache_misses is None:
+            return 0.0
+        return self.phase_seconds.get("compile", 0.0) / (1.0 if self.compile_cache_misses else FROM_CACHE)
 
     def peak(self, view: str) -> int | None:
         """Largest `allocated_bytes`, `reserved_bytes` or `device_bytes` over all stages."""

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from autotune.config.candidate import Recipe
 from autotune.config.tables import read_json, read_table
-from autotune.runs.law import CURVES, REFERENCE_PARAMETERS, REFERENCE_TOKENS, bounded, context_loss, learned_loss
+from autotune.runs.law import (
+    CURVES,
+    REFERENCE_PARAMETERS,
+    REFERENCE_TOKENS,
+    best_log_batch,
+    bounded,
+    context_loss,
+    learned_loss,
+)
 
 Array = NDArray[np.float64]
 EARLY_STEPS = 64
@@ -187,7 +195,7 @@ def law_loss(c: Mapping[str, float], f: Mapping[str, Array]) -> Array:
 
 def _optimum(c: Mapping[str, float], f: Mapping[str, Array]) -> tuple[Array, Array]:
     """Logarithms of the best learning rate at the batch of each training, and of the best batch: (n,) each."""
-    batch = c["batch"] + c["batch_tokens"] * f["log_tokens"]
+    batch = best_log_batch(c, f["log_tokens"])
     rate = c["rate"] + c["rate_muon"] * f["muon"] + c["rate_tokens"] * f["log_tokens"]
     return rate + c["rate_parameters"] * f["log_n"] + c["rate_batch"] * (f["log_batch"] - batch), batch
 

@@ -110,13 +110,27 @@ def short_loss(shape: Shape, tokens: float, *, muon: bool = False) -> float:
     recorded trainings of `curves.json` left. More than SHORT_TOKENS do not lower it."""
     log_n = math.log(max(1, shape.parameters_non_embedding) / REFERENCE_PARAMETERS)
     log_tokens = math.log(min(max(1.0, tokens), SHORT_TOKENS) / REFERENCE_TOKENS)
-    return learned_loss(_recorded(), log_n, log_tokens, context_loss(shape.block_size), float(muon))
+    return learned_loss(_means("races"), log_n, log_tokens, context_loss(shape.block_size), float(muon))
+
+
+def large_batch_loss(tokens: float, batch_tokens: float) -> float:
+    """Nats lost because the steps of a training over `tokens` have at least `batch_tokens`: none up to the best batch,
+    beyond it as by `autotune.runs.curves.law_loss`. Of short trainings as the recorded ones show it."""
+    c = _means("races" if tokens < SHORT_TOKENS else "published")
+    beyond = math.log(batch_tokens) - best_log_batch(c, math.log(max(1.0, tokens) / REFERENCE_TOKENS))
+    return float(math.exp(c["batch_curve"]) * max(0.0, beyond) ** 2)
+
+
+def best_log_batch(c: Mapping[str, float], log_tokens: T) -> T:
+    """Logarithm of the best batch in tokens with constants `c`: a power of the training's tokens; numbers or arrays."""
+    best: T = c["batch"] + c["batch_tokens"] * log_tokens
+    return best
 
 
 @functools.cache
-def _recorded() -> dict[str, float]:
-    """Means of the constants that recorded trainings left."""
-    return {name: float(belief["mean"]) for name, belief in read_json(CURVES)["races"]["constants"].items()}
+def _means(name: str) -> dict[str, float]:
+    """Means of constants in `curves.json`: `races`, those that recorded trainings left, or `published`."""
+    return {constant: float(belief["mean"]) for constant, belief in read_json(CURVES)[name]["constants"].items()}
 
 
 def learned_loss(c: Mapping[str, float], log_n: T, log_tokens: T, context: T, muon: T) -> T:

@@ -12,7 +12,7 @@ from typing import TypeVar
 from autotune.config.candidate import Candidate, Shape
 from autotune.config.search_settings import SearchSettings
 from autotune.measure.types import TrialResult
-from autotune.runs.law import Law, find_law, predict_loss
+from autotune.runs.law import Law, find_law, large_batch_loss, predict_loss
 from autotune.runs.records import TrialRecord
 
 T = TypeVar("T")
@@ -60,11 +60,15 @@ def plan_training(
 
 
 def loss_at(settings: SearchSettings, candidate: Candidate, tokens_per_second: float) -> float | None:
-    """Predicted loss at a measured speed; None for `throughput`."""
+    """Predicted loss at a measured speed; None for `throughput`. A race is free to choose the batch, but for a plan
+    whose micro batches are larger than the best one."""
     if settings.objective == "throughput":
         return None
-    tokens = training_tokens(settings, tokens_per_second)
-    return predict_loss(law_of(settings), candidate.shape, tokens, muon=races_muon(settings))
+    tokens, plan = training_tokens(settings, tokens_per_second), candidate.plan
+    loss = predict_loss(law_of(settings), candidate.shape, tokens, muon=races_muon(settings))
+    if settings.race == "off":
+        return loss
+    return loss + large_batch_loss(tokens, plan.micro_batch_size * plan.processes * candidate.shape.block_size)
 
 
 def races_muon(settings: SearchSettings) -> bool:

@@ -126,7 +126,9 @@ class Proposer:
             return None
         begun = runs if taken is None else runs | taken()
         faster = pace_of(known.values(), self._card)
-        found = starts(self._space, self._settings, self._card, model, pace=faster)  # each trial moves the models
+        compiling = max((record.result.compiling_seconds for record in known.values()), default=0.0)
+        # each trial moves the models
+        found = starts(self._space, self._settings, self._card, model, pace=faster, compiling_seconds=compiling)
         left = [c for c in found if c.id not in known and c.id not in begun]
         left = [c for c in left if dominated_by_oom(c, known) is None]
         if not left:

@@ -99,11 +99,10 @@ def _rivals_of(record: TrialRecord, settings: SearchSettings) -> list[Rival]:
 def _compiling(record: TrialRecord, batch: int) -> float:
     """Seconds that compiling adds to a first rung in batches of so many sequences, after a trial that compiled for its
     own micro batch and not for evaluations."""
-    plan, result = record.candidate.plan, record.result
+    plan = record.candidate.plan
     if plan.compile == "off":
         return 0.0
-    found = result.phase_seconds.get("compile", 0.0) if result.compile_cache_misses == 0 else 0.0
-    step = result.saved_by_cache or (1.0 - FROM_CACHE) * found / FROM_CACHE
+    step = (1.0 - FROM_CACHE) * record.result.compiling_seconds
     return step * (_EVALUATION_CODE + (batch < plan.micro_batch_size))
 
 

@@ -3,7 +3,7 @@
 What a roofline says least about is which kernels and which way of compiling are best, and in a large micro batch speeds
 hardly differ: so each further start differs in that way of running, each with the amounts that make it fastest. Where
 shapes are searched, all starts have the one whose predicted objective is best; where a race follows, the others are of
-other widths.
+other widths, and a budget for few trials compiles one block of them.
 """
 
 import itertools
@@ -32,6 +32,12 @@ _VALUE = operator.itemgetter(0)
 _WAYS = ("loss", "compile", "dtype", "activation_checkpointing")
 _AMOUNTS = ("micro_batch_size", "loss_chunk_tokens")
 _SHAPES = ("n_layer", "n_embd", "head_size", "block_size")
+_HURRIED_SHARE = 0.05
+"""Share of the budget that compiling one step takes, above which the budget is for few trials: a convention."""
+_QUICK: Mapping[str, Value] = {"compile": "block"}
+_QUICK_ON_CPU: Mapping[str, Value] = {**_QUICK, "loss": "chunked", "loss_chunk_tokens": 512}
+"""What compiles in half the time, and runs at least as fast where a small model's logits take most of it
+(docs/race.md#the-time-of-a-rung)."""
 
 
 def card_of(environment: Environment) -> Card | None:
@@ -53,29 +59,41 @@ def pace_of(records: Iterable[TrialRecord], card: Card | None) -> float:
 
 def starts(
     space: Space, settings: SearchSettings, card: Card | None, model: MemoryModel | None, count: int = STARTS,
-    pace: float = 1.0,
+    pace: float = 1.0, compiling_seconds: float = 0.0,
 ) -> list[Candidate]:  # fmt: skip
     """At most `count` candidates, the best first, no two of which have one shape and run in the same way. None is
     predicted to exceed the limit; one that may exceed it ranks lower. `model`: None: memory is not considered. `pace`:
-    factor of the predicted speeds."""
-    return [candidate for _, candidate in _starts(_Ranking(settings, card, model, pace), space, count)]
-
-
-def _starts(ranking: "_Ranking", space: Space, count: int) -> list[tuple[float, Candidate]]:
-    settings = ranking.settings
+    factor of the predicted speeds. `compiling_seconds`: time that compiling a step takes here."""
+    ranking = _Ranking(settings, card, model, pace)
     if not settings.search_shape:
-        return ranking.best(space, _WAYS, count)
+        found = ranking.best(space, _WAYS, count)
+    elif settings.race == "on" and compiling_seconds > _HURRIED_SHARE * settings.budget_seconds:
+        quick = _only(space, _allowed(space, _QUICK_ON_CPU if card is None else _QUICK))
+        found, _ = _shapes_and_ways(ranking, quick, count)
+    else:
+        shapes, ways = _shapes_and_ways(ranking, space, count)
+        found = [*shapes[:1], *ways[1:2], *shapes[1:]] if settings.race == "on" else ways
+    return [candidate for _, candidate in found[:count]]
+
+
+def _shapes_and_ways(
+    ranking: "_Ranking", space: Space, count: int
+) -> tuple[list[tuple[float, Candidate]], list[tuple[float, Candidate]]]:
+    """The best shape of each width in the way that is predicted to be the best, and ways of running the best shape."""
     plain = {name: value for name, value in vars(space.plan).items() if name in _WAYS}
-    best = ranking.best(_only(space, plain), _SHAPES, 1)
+    best = ranking.best(_only(space, _allowed(space, plain)), _SHAPES, 1)
     if not best:
-        return []
+        return [], []
     ways = ranking.best(_only(space, _part(space, best[0][1], _SHAPES)), _WAYS, count)
-    if settings.race == "off":
-        return ways
     alike = _part(space, ways[0][1], (*_WAYS, "head_size"))
     widths = (_only(space, {**alike, "n_embd": width}) for width in space.choices["n_embd"])
     shapes = sorted((best for one in widths for best in ranking.best(one, _SHAPES, 1)), key=_VALUE, reverse=True)
-    return [shapes[0], *ways[1:2], *shapes[1:]][:count]
+    return shapes, ways
+
+
+def _allowed(space: Space, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Those of the values that the space has."""
+    return {name: value for name, value in values.items() if value in space.choices.get(name, ())}
 
 
 def _part(space: Space, candidate: Candidate, names: tuple[str, ...]) -> dict[str, Value]:

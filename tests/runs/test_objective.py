@@ -12,7 +12,7 @@ from autotune.config.candidate import Candidate, Plan, Recipe, Shape
 from autotune.config.search_settings import SearchSettings
 from autotune.errors import ConfigError
 from autotune.measure.types import TrialResult
-from autotune.runs.law import LAWS, Law, find_law, predict_loss
+from autotune.runs.law import LAWS, Law, find_law, large_batch_loss, predict_loss
 from autotune.runs.objective import (
     finish_candidate,
     interval,
@@ -112,6 +112,24 @@ def test_with_tokens_given_speed_only_decides_between_plans_of_one_shape() -> No
     assert score(asked, small, 2e5) < score(asked, small, 1e5)
     assert loss_at(asked, small, 2e5) == loss_at(asked, small, 1e5)
     assert score(asked, large, 1e4) < score(asked, small, 1e6)
+
+
+def test_a_race_has_no_use_for_micro_batches_larger_than_the_best_batch() -> None:
+    law, raced = loss_settings(train_time="3m"), replace(loss_settings(train_time="3m"), race="on")
+    sizes = [replace(baseline(law), plan=Plan(micro_batch_size=size)) for size in (1, 16, 32)]
+    assert len({loss_at(law, one, 2e3) for one in sizes}) == 1
+    one, many, more = (loss_at(raced, candidate, 2e3) or math.inf for candidate in sizes)
+    assert one < many < more
+    assert more - one == large_batch_loss(2e3 * 180, 32 * 1024)
+    divided = replace(sizes[1], plan=replace(sizes[1].plan, processes=2))
+    assert loss_at(raced, divided, 2e3) == more
+    assert loss_at(raced, sizes[-1], 2e5) == loss_at(raced, sizes[0], 2e5)  # a long training has larger ones
+
+
+@given(st.floats(1e3, 1e12), st.floats(1.0, 1e7))
+def test_the_best_batch_grows_with_the_training(tokens: float, batch: float) -> None:
+    assert 0.0 <= large_batch_loss(2 * tokens, batch) <= large_batch_loss(tokens, batch) or tokens < 1e8 <= 2 * tokens
+    assert large_batch_loss(tokens, batch) <= large_batch_loss(tokens, 2 * batch)
 
 
 def test_short_blocks_are_not_free() -> None:

@@ -99,6 +99,18 @@ def test_a_race_starts_from_shapes_of_several_widths(tmp_path: Path) -> None:
     assert fast[0].shape.parameters_non_embedding > found[0].shape.parameters_non_embedding
 
 
+def test_a_budget_for_few_trials_compiles_one_block_of_a_new_shape(tmp_path: Path) -> None:
+    asked = settings(CPU, model="", objective="loss", data=text(tmp_path), train_time="3m", budget="5m")
+    space, model = build_space(asked, CPU), MemoryModel(device="cpu")
+    slow = starts(space, asked, None, model, compiling_seconds=40.0)
+    assert {(c.plan.compile, c.plan.loss, c.plan.loss_chunk_tokens) for c in slow} == {("block", "chunked", 512)}
+    assert len({candidate.shape.n_embd for candidate in slow}) >= STARTS - 1
+    assert starts(space, asked, None, model, compiling_seconds=4.0) == starts(space, asked, None, model)
+    full = replace(asked, choices={"loss": ("full",), "compile": ("off", "full")})
+    one = starts(build_space(full, CPU), full, None, model, compiling_seconds=40.0)
+    assert {(candidate.plan.compile, candidate.plan.loss) for candidate in one} <= {("off", "full"), ("full", "full")}
+
+
 def test_the_pace_of_a_cpu_is_what_was_measured_over_what_was_predicted() -> None:
     trials = Trials(settings(CPU)).run(3)
     ratios = [(r.result.tokens_per_second or 0.0) / math.exp(log_speed(r.candidate, None)) for r in trials.records]
