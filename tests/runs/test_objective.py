@@ -123,7 +123,7 @@ def test_a_race_has_no_use_for_micro_batches_larger_than_the_best_batch() -> Non
     assert more - one == pytest.approx(large_batch_loss(2e3 * 180, 32 * 1024))
     divided = replace(sizes[1], plan=replace(sizes[1].plan, processes=2))
     assert loss_at(raced, divided, 2e3) == more
-    assert loss_at(raced, sizes[-1], 2e5) == loss_at(raced, sizes[0], 2e5)  # a long training has larger ones
+    assert loss_at(raced, sizes[-1], 1e7) == loss_at(raced, sizes[0], 1e7)  # a long training has larger ones
 
 
 @given(st.floats(1e3, 1e12), st.floats(1.0, 1e7))
