@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from autotune.config.search_settings import SearchSettings
-from autotune.measure.types import Steps, TrialResult
+from autotune.measure.types import Steps
 from autotune.runs.objective import best_first, maximised
 from autotune.runs.records import TrialRecord
 from autotune.search.decide import searched, unconfirmed
@@ -84,11 +84,6 @@ def reserve(budget: Budget, records: Sequence[TrialRecord], settings: SearchSett
     return max(min(wanted, _RESERVED_SHARE * budget.seconds), first)
 
 
-def lasting(result: TrialResult) -> float:
-    """Seconds of a trial once its process has started: the next one starts while it runs."""
-    return (result.trial_seconds or 0.0) - result.phase_seconds.get("start", 0.0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Allowance:
     """Time that the next trial may take."""
@@ -109,7 +104,10 @@ def next_allowance(
     """How long the next search trial may take; None: it could not finish before the reserve. `ahead`: seconds that
     pass before it can begin."""
     left = budget.remaining() - ahead - reserve(budget, records, settings, at_once)
-    lasted = sorted(lasting(record.result) for record in searched(records))
+    ran = [record.result for record in searched(records)]
+    lasted = sorted(result.trial_seconds or 0.0 for result in ran)
+    if len(ran) == 1:  # the process of the next one starts beforehand
+        lasted = [lasted[0] - ran[0].phase_seconds.get("start", 0.0)]
     if left <= 0 or (lasted and left < lasted[len(lasted) // 2]):
         return None
     # While nothing has worked yet: half of what is left, so that there is time for another if this one hangs.
