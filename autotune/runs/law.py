@@ -114,8 +114,8 @@ def short_loss(shape: Shape, tokens: float, *, muon: bool = False) -> float:
 
 
 def large_batch_loss(tokens: float, batch_tokens: float) -> float:
-    """Nats lost because the steps of a training over `tokens` have at least `batch_tokens`: none up to the best batch,
-    beyond it as by `autotune.runs.curves.law_loss`. Of short trainings as the recorded ones show it."""
+    """Nats that steps of at least `batch_tokens` cost a training over `tokens`: 0 up to the best batch, beyond it as in
+    `autotune.runs.curves.law_loss`, with the constants of recorded trainings below SHORT_TOKENS."""
     c = _means("races" if tokens < SHORT_TOKENS else "published")
     beyond = math.log(batch_tokens) - best_log_batch(c, math.log(max(1.0, tokens) / REFERENCE_TOKENS))
     return float(math.exp(c["batch_curve"]) * max(0.0, beyond) ** 2)

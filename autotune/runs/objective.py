@@ -60,8 +60,8 @@ def plan_training(
 
 
 def loss_at(settings: SearchSettings, candidate: Candidate, tokens_per_second: float) -> float | None:
-    """Predicted loss at a measured speed; None for `throughput`. A race is free to choose the batch, but for a plan
-    whose micro batches are larger than the best one."""
+    """Predicted loss at a measured speed; None for `throughput`. Before a race, which
+    chooses the batch, a plan whose micro batch is larger than the best batch is predicted to lose by it."""
     if settings.objective == "throughput":
         return None
     tokens, plan = training_tokens(settings, tokens_per_second), candidate.plan

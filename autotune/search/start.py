@@ -67,28 +67,34 @@ def starts(
     ranking = _Ranking(settings, card, model, pace)
     if not settings.search_shape:
         found = ranking.best(space, _WAYS, count)
-    elif settings.race == "on" and compiling_seconds > _HURRIED_SHARE * settings.budget_seconds:
+    elif settings.race == "off":
+        found = _ways(ranking, space, count)
+    elif compiling_seconds > _HURRIED_SHARE * settings.budget_seconds:
         quick = _only(space, _allowed(space, _QUICK_ON_CPU if card is None else _QUICK))
-        found, _ = _shapes_and_ways(ranking, quick, count)
+        found = _shapes(ranking, quick, _ways(ranking, quick, 1))
     else:
-        shapes, ways = _shapes_and_ways(ranking, space, count)
-        found = [*shapes[:1], *ways[1:2], *shapes[1:]] if settings.race == "on" else ways
+        ways = _ways(ranking, space, 2)
+        shapes = _shapes(ranking, space, ways)
+        found = [*shapes[:1], *ways[1:], *shapes[1:]]
     return [candidate for _, candidate in found[:count]]
 
 
-def _shapes_and_ways(
-    ranking: "_Ranking", space: Space, count: int
-) -> tuple[list[tuple[float, Candidate]], list[tuple[float, Candidate]]]:
-    """The best shape of each width in the way that is predicted to be the best, and ways of running the best shape."""
+def _ways(ranking: "_Ranking", space: Space, count: int) -> list[tuple[float, Candidate]]:
+    """The best ways of running the shape that is best in the baseline's way."""
     plain = {name: value for name, value in vars(space.plan).items() if name in _WAYS}
     best = ranking.best(_only(space, _allowed(space, plain)), _SHAPES, 1)
-    if not best:
-        return [], []
-    ways = ranking.best(_only(space, _part(space, best[0][1], _SHAPES)), _WAYS, count)
+    return ranking.best(_only(space, _part(space, best[0][1], _SHAPES)), _WAYS, count) if best else []
+
+
+def _shapes(
+    ranking: "_Ranking", space: Space, ways: Sequence[tuple[float, Candidate]]
+) -> list[tuple[float, Candidate]]:
+    """The best shape of each width, run in the first of the ways."""
+    if not ways:
+        return []
     alike = _part(space, ways[0][1], (*_WAYS, "head_size"))
     widths = (_only(space, {**alike, "n_embd": width}) for width in space.choices["n_embd"])
-    shapes = sorted((best for one in widths for best in ranking.best(one, _SHAPES, 1)), key=_VALUE, reverse=True)
-    return shapes, ways
+    return sorted((best for one in widths for best in ranking.best(one, _SHAPES, 1)), key=_VALUE, reverse=True)
 
 
 def _allowed(space: Space, values: Mapping[str, Value]) -> dict[str, Value]:

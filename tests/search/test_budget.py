@@ -103,6 +103,15 @@ def test_what_comes_before_a_trial_counts() -> None:
     assert next_allowance(budget(600), known, SETTINGS, ahead=left - 9) is None
 
 
+def test_the_second_trial_is_spared_the_start_of_a_process() -> None:
+    slow = replace(record(0, 1.0).result, trial_seconds=10.0, phase_seconds={"start": 6.0})
+    first, second = (replace(record(n, 1.0 + n, micro=1 + n), result=slow) for n in range(2))
+    for known, lasts in (([first], 4), ([first, second], 10)):
+        left = 600 - CLOSING_SECONDS - reserve(budget(600), known, SETTINGS)
+        assert next_allowance(budget(600), known, SETTINGS, ahead=left - lasts - 1) is not None
+        assert next_allowance(budget(600), known, SETTINGS, ahead=left - lasts + 1) is None
+
+
 def test_what_is_confirmed_needs_no_reserve() -> None:
     known = [record(n, 10.0 + n, micro=1 + n) for n in range(3)]
     finals = [replace(r, trial=10 + r.trial, role="final") for r in known]

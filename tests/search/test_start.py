@@ -108,6 +108,7 @@ def test_a_budget_for_few_trials_compiles_one_block_of_a_new_shape(tmp_path: Pat
     assert starts(space, asked, None, model, compiling_seconds=4.0) == starts(space, asked, None, model)
     full = replace(asked, choices={"loss": ("full",), "compile": ("off", "full")})
     one = starts(build_space(full, CPU), full, None, model, compiling_seconds=40.0)
+    assert one
     assert {(candidate.plan.compile, candidate.plan.loss) for candidate in one} <= {("off", "full"), ("full", "full")}
 
 
