@@ -3,6 +3,7 @@
 Results go to stdout, progress to stderr. Exit codes are listed in `autotune.errors`; 2 is wrong usage.
 """
 
+import gc
 import importlib
 import inspect
 import json as json_module
@@ -99,7 +100,9 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # set by nohup, and by shells for background jobs
             signal.signal(number, interrupt)
-    sys.exit(run(sys.argv[1:], process_started()))
+    code = run(sys.argv[1:], process_started())
+    gc.freeze()  # else the interpreter takes seconds to free what torch has loaded, before the system does it at once
+    sys.exit(code)
 
 
 class _Interrupt:

@@ -3,7 +3,7 @@
 import ctypes
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, cast
@@ -122,10 +122,11 @@ class TrainStep:
         return self.gradients(micro_batches), self.optimizer_step(lr)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch (B, T) without gradients, with the plan's kernels."""
+    def evaluate(self, tokens: Tensor, targets: Tensor, *, compiled: bool = True) -> Tensor:
+        """Mean loss of a batch (B, T) without gradients, with the plan's kernels. A forward that is not compiled starts
+        at once, but is slower and may take more memory."""
         self.model.eval()
-        with self._autocast():
+        with self._autocast(), nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
             loss: Tensor = self._forward(tokens, targets)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # a backward, which does it otherwise, does not follow

@@ -16,7 +16,7 @@ import numpy as np
 from autotune.config.candidate import Candidate, Optimizer, Recipe, Shape
 from autotune.config.search_settings import SearchSettings
 from autotune.data.shards import open_split
-from autotune.measure.types import FROM_CACHE, Z95, RungRequest, RungResult, TrialRequest, TrialResult
+from autotune.measure.types import EVALUATION_CODE, FROM_CACHE, Z95, RungRequest, RungResult, TrialRequest, TrialResult
 from autotune.runs.curves import Posterior, Training
 from autotune.runs.objective import (
     batch_tokens,
@@ -48,8 +48,6 @@ _SMALLEST_PART = 4
 
 _EVALUATED_SHARE, _FORWARD_SPEED = 0.2, 3.0
 """An evaluation takes this fraction of a rung's overhead; a forward alone is about so many times as fast as a step."""
-_EVALUATION_CODE = 0.4
-"""Time to compile an evaluation's forward, as a fraction of that for a step (docs/race.md#the-time-of-a-rung)."""
 _CHUNKS = (8, 64)
 """Fewest and most chunks of validation tokens: fewer give no interval, more no narrower one worth the time."""
 _CHUNK_TOKENS = 2048
@@ -103,7 +101,7 @@ def _compiling(record: TrialRecord, batch: int) -> float:
     if plan.compile == "off":
         return 0.0
     step = (1.0 - FROM_CACHE) * record.result.compiling_seconds
-    return step * (_EVALUATION_CODE + (batch < plan.micro_batch_size))
+    return step * (EVALUATION_CODE + (batch < plan.micro_batch_size))
 
 
 def _of_best_shapes(rivals: Sequence[Rival], settings: SearchSettings) -> list[Rival]:

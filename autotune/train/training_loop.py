@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +25,7 @@ from autotune.files import write_atomically
 from autotune.measure.memory import MemoryMeter, out_of_memory
 from autotune.measure.ran import check_ran
 from autotune.measure.timing import Stopwatch, summarise
-from autotune.measure.types import Stage, cache_text, largest_peak
+from autotune.measure.types import EVALUATION_CODE, Stage, cache_text, largest_peak
 from autotune.model.checkpoint import BEST, TrainState, checkpoints, gather, save_checkpoint
 from autotune.model.compile_cache import compile_cache
 from autotune.model.distributed import DistributedContext, process_group
@@ -133,6 +134,7 @@ class Training:
     """Timers of the steps since."""
     steps_left: int = UNKNOWN
     """In a training of given time: 1 if the next step is the last."""
+    evaluates_compiled: bool = True
     rehearsed: bool = False
     """What its end costs was measured."""
     said_rarer: bool = False
@@ -267,7 +269,13 @@ class Training:
 
     def _rehearse_end(self, deadline: Deadline) -> None:
         """Measure early what the end of the training costs, and limit the size of evaluations to their share."""
-        together = self.context.world_size
+        together, compiling = self.context.world_size, EVALUATION_CODE * self.step_seconds[0]
+        if self.candidate.plan.compile != "off" and self.context.max(int(APART * compiling > deadline.left)):
+            self.evaluates_compiled = False
+            self.progress.note(
+                f"evaluations are not compiled: that would take about {format_duration(compiling)} of the "
+                f"{format_duration(deadline.left)} left"
+            )
         self._validation_loss(together)  # compiles
         started = time.monotonic()
         self._validation_loss(together)
@@ -443,8 +451,8 @@ class Training:
         """Mean loss over the same validation batches each time, divided among the processes."""
 
         def batch_loss(index: int) -> Tensor:
-            parts = [self.step.evaluate(x, y) * share for x, y, share in self.batches.validation(index)]
-            return torch.stack(parts).sum()
+            evaluate = partial(self.step.evaluate, compiled=self.evaluates_compiled)
+            return torch.stack([evaluate(x, y) * share for x, y, share in self.batches.validation(index)]).sum()
 
         total, together = torch.zeros((), device=self.step.device), self.context.world_size
         with self._measured("evaluation"):

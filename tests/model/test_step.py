@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -181,6 +182,20 @@ def test_one_compiled_block_serves_every_depth() -> None:
     for recompute in ("selective", "every_2"):
         before = graphs(2, recompute)
         assert graphs(5, recompute) == before
+
+
+@pytest.mark.parametrize("compile", ["full", "block"])
+def test_an_evaluation_that_is_not_compiled_starts_at_once_and_has_the_same_loss(
+    compile: Literal["full", "block"],
+) -> None:
+    step = build(Candidate(recipe=RECIPE, plan=replace(PLAIN, compile=compile)), CPU)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 33)))
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    before = counters["stats"]["unique_graphs"]
+    plain = step.evaluate(x, y, compiled=False).item()
+    assert counters["stats"]["unique_graphs"] == before
+    assert step.evaluate(x, y).item() == pytest.approx(plain, abs=1e-5)
+    assert counters["stats"]["unique_graphs"] > before
 
 
 def test_learning_rate_warms_up_and_decays() -> None:

@@ -1,11 +1,13 @@
 """A training that was asked for a time takes that time, and its schedule is complete."""
 
+import math
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from trainings import changed, curve, settings, start, wait_for_rows
+from trainings import PLAN, changed, curve, settings, start, wait_for_rows
 
 from autotune.config.candidate import Candidate
 from autotune.config.toml import CandidateFile, read_candidate
@@ -124,6 +126,21 @@ def test_evaluations_larger_than_their_share_are_made_smaller(
     assert_complete(out, candidate)
     kept = read_checkpoint(checkpoints(out / "checkpoints")[-1]).state.candidate.evaluation.eval_iters
     assert kept < 100
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("share", [0.0, 1e6])
+def test_an_evaluation_is_compiled_where_there_is_time(
+    share: float, candidate: Candidate, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """share: what it takes, as a multiple of the first step."""
+    monkeypatch.setattr(training_loop, "EVALUATION_CODE", share)
+    plan = replace(PLAN, compile="block")
+    summary = trained(changed(candidate, train_seconds=4.0), tmp_path / "train", plan=plan)
+    assert summary.validation_loss is not None
+    assert summary.validation_loss < math.log(211)
+    assert ("evaluations are not compiled: that would take" in capsys.readouterr().err) == (share > 0)
 
 
 @pytest.mark.usefixtures("clock")
