@@ -3,7 +3,7 @@
 Results go to stdout, progress to stderr. Exit codes are listed in `autotune.errors`; 2 is wrong usage.
 """
 
-import gc
+import atexit
 import importlib
 import inspect
 import json as json_module
@@ -95,14 +95,24 @@ def main() -> None:
 
     if next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "train":
         start_again_as_worker()
+    codes: list[int] = []
+    atexit.register(_leave, codes)  # the first to be registered, so the last to run
     terminal.open_streams()
     interrupt = _Interrupt()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # set by nohup, and by shells for background jobs
             signal.signal(number, interrupt)
-    code = run(sys.argv[1:], process_started())
-    gc.freeze()  # else the interpreter takes seconds to free what torch has loaded, before the system does it at once
-    sys.exit(code)
+    codes.append(run(sys.argv[1:], process_started()))
+    sys.exit(codes[0])
+
+
+def _leave(codes: list[int]) -> None:
+    """End the process, once its exit code is known. The interpreter takes seconds to free what torch has loaded, the
+    system does it at once."""
+    if codes:
+        terminal.flush(sys.stdout)
+        terminal.flush(sys.stderr)
+        os._exit(codes[0])
 
 
 class _Interrupt:

@@ -60,6 +60,8 @@ class Priors:
     """Scatter of one training around its recipe's curve."""
     early_sd: float
     """Further scatter of a training of EARLY_STEPS steps; it falls with their number: the first ones follow no law."""
+    text_sd: float = 0.0
+    """Deviation that all trainings share, because their text is another than that of the records."""
     widening: float = 1.0
     """Factor of predicted standard deviations, with which intervals held what they should on held-out trainings."""
     provenance: str
@@ -226,7 +228,7 @@ def _deviations(known: Priors, trainings: Sequence[Training]) -> Array:
     common = known.common_sd**2 * (muon[:, None] == muon) * near
     shared = known.shape_sd**2 * (shapes[:, None] == shapes)
     lines = known.own_sd**2 + known.own_slope_sd**2 * np.outer(length, length)
-    every: Array = common + shared + lines * (rivals[:, None] == rivals)
+    every: Array = known.text_sd**2 + common + shared + lines * (rivals[:, None] == rivals)
     return every
 
 

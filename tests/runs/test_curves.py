@@ -61,6 +61,14 @@ def test_without_evidence_an_interval_is_wide_and_with_it_narrower() -> None:
     assert after.means[0] < 6.8
 
 
+def test_another_text_deviates_by_as_much_after_any_length() -> None:
+    target, readings = training(2**19), ((training(2**17), 7.1), (training(2**18), 6.8))
+    usual = predict(priors(2**19), readings, [target])
+    easier = predict(priors(2**19), [(one, loss - 1.0) for one, loss in readings], [target])
+    assert easier.means[0] == pytest.approx(usual.means[0] - 1.0, abs=0.15)
+    assert easier.sd[0] == pytest.approx(usual.sd[0], rel=0.2)
+
+
 def test_a_small_batch_leads_in_short_trainings_and_loses_long_ones() -> None:
     short, long = 2**15, 2**21
     first = predict(priors(2**19), [], [training(short, batch=1024), training(short, batch=8192)])
@@ -75,7 +83,7 @@ def test_muon_is_expected_ahead_of_adamw() -> None:
 
 
 def test_constants_are_learned_from_losses() -> None:
-    known = priors(2**19)
+    known = replace(priors(2**19), text_sd=0.0)  # else a text that is harder would explain them as well
     every = [training(2**power, batch=batch) for power in (16, 18, 20) for batch in (1024, 4096)]
     moved = replace(
         known, constants={**known.constants, "e": replace(known.constants["e"], mean=known.constants["e"].mean + 0.3)}
