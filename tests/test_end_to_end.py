@@ -57,7 +57,7 @@ def test_from_fineweb_to_a_trained_model(tmp_path: Path) -> None:
     entropy = -(frequencies[frequencies > 0] * np.log(frequencies[frequencies > 0])).sum()
 
     (tmp_path / "small.py").write_text(CONFIG)
-    words = ("--from", "small.py", "--data", "data", "--budget", "75s", "--name", "run")
+    words = ("--from", "small.py", "--data", "data", "--budget", "3m", "--name", "run")
     printed = autotune("search", *words, cwd=tmp_path)
     run = tmp_path / "results" / "run"
     assert "autotune train results/run" in printed
