@@ -82,7 +82,7 @@ FROM_CACHE = 0.2
 """Time of a process's first steps if their code is in the compile cache, as a fraction of the time to compile it
 (docs/race.md#the-time-of-a-rung)."""
 EVALUATION_CODE = 0.4
-"""Time to compile an evaluation's forward, as a fraction of that for a step, likewise."""
+"""Time to compile an evaluation's forward, as a fraction of that for a step (docs/race.md#the-time-of-a-rung)."""
 
 
 @dataclass(frozen=True, kw_only=True)

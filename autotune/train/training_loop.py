@@ -135,6 +135,7 @@ class Training:
     steps_left: int = UNKNOWN
     """In a training of given time: 1 if the next step is the last."""
     evaluates_compiled: bool = True
+    """Evaluations run compiled code; False where there is no time to compile it."""
     rehearsed: bool = False
     """What its end costs was measured."""
     said_rarer: bool = False
@@ -276,7 +277,7 @@ class Training:
                 f"evaluations are not compiled: that would take about {format_duration(compiling)} of the "
                 f"{format_duration(deadline.left)} left"
             )
-        self._validation_loss(together)  # compiles
+        self._validation_loss(together)  # the first may compile
         started = time.monotonic()
         self._validation_loss(together)
         seconds = time.monotonic() - started
