@@ -61,12 +61,11 @@ def test_without_evidence_an_interval_is_wide_and_with_it_narrower() -> None:
     assert after.means[0] < 6.8
 
 
-def test_another_text_deviates_by_as_much_after_any_length() -> None:
-    target, readings = training(2**19), ((training(2**17), 7.1), (training(2**18), 6.8))
-    usual = predict(priors(2**19), readings, [target])
-    easier = predict(priors(2**19), [(one, loss - 1.0) for one, loss in readings], [target])
-    assert easier.means[0] == pytest.approx(usual.means[0] - 1.0, abs=0.15)
-    assert easier.sd[0] == pytest.approx(usual.sd[0], rel=0.2)
+def test_an_easier_text_is_not_taken_for_a_flatter_curve() -> None:
+    """Most of what it is easier by after a short training, it is easier by after a long one."""
+    target, short = training(2**19), training(2**17)
+    usual, easier = (predict(priors(2**19), [(short, loss)], [target]) for loss in (7.1, 6.1))
+    assert 0.8 < usual.means[0] - easier.means[0] < 1.1
 
 
 def test_a_small_batch_leads_in_short_trainings_and_loses_long_ones() -> None:
