@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 from trainings import PLAN, changed, curve, settings, start, wait_for_rows
 
 from autotune.config.candidate import Candidate
@@ -14,6 +15,7 @@ from autotune.config.toml import CandidateFile, read_candidate
 from autotune.config.train_settings import TrainSettings
 from autotune.errors import CheckpointError, ConfigError
 from autotune.model.checkpoint import checkpoints, read_checkpoint
+from autotune.model.step import TrainStep
 from autotune.train import training_loop
 from autotune.train.output import TrainSummary, summary_text
 from autotune.train.trainer import train
@@ -136,11 +138,19 @@ def test_an_evaluation_is_compiled_where_there_is_time(
 ) -> None:  # fmt: skip
     """share: what it takes, as a multiple of the first step."""
     monkeypatch.setattr(training_loop, "EVALUATION_CODE", share)
+    compiled, evaluate = set[bool](), TrainStep.evaluate
+
+    def noting(step: TrainStep, x: Tensor, y: Tensor, **words: bool) -> Tensor:
+        compiled.add(words["compiled"])
+        return evaluate(step, x, y, **words)
+
+    monkeypatch.setattr(TrainStep, "evaluate", noting)
     plan = replace(PLAN, compile="block")
     summary = trained(changed(candidate, train_seconds=4.0), tmp_path / "train", plan=plan)
     assert summary.validation_loss is not None
     assert summary.validation_loss < math.log(211)
     assert ("evaluations are not compiled: that would take" in capsys.readouterr().err) == (share > 0)
+    assert compiled == {share == 0}
 
 
 @pytest.mark.usefixtures("clock")
